@@ -1,0 +1,114 @@
+"""What a person can choose: every field of TRL's `SFTConfig`, and those of a distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from trl import SFTConfig
+
+
+@dataclass
+class DistillationConfig(SFTConfig):
+    """Configuration of `DistillationTrainer`; the training, data and model fields are those of `trl.SFTConfig`.
+
+    loss = kd_weight · T² · D(teacher‖student at T) + ce_weight · cross-entropy, a mean over the tokens that count.
+
+    Raises:
+        ValueError: a value out of range, or an option that would have no effect beside the others.
+    """
+
+    divergence: str = field(
+        default="forward_kl",
+        metadata={
+            "help": "How far the student is from the teacher: forward_kl (cover what the teacher finds likely), "
+            "reverse_kl (avoid what it finds unlikely), jsd, skew_kl, skew_reverse_kl, tvd or alpha_beta."
+        },
+    )
+    divergence_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters of the divergence as JSON or YAML: beta of jsd (the teacher's share, default 0.5), lam "
+            "of the skew divergences (default 0.1), alpha and beta of alpha_beta (defaults 0.2 and 0.7)."
+        },
+    )
+    loss_temperature: float = field(
+        default=1.0,
+        metadata={"help": "T: divides both logits in the divergence. Above 1 the unlikely tokens weigh more."},
+    )
+    squared_temperature: bool = field(
+        default=True,
+        metadata={"help": "Multiply the divergence by T squared, so that its gradient keeps its size (Hinton et al.)."},
+    )
+    kd_weight: float = field(
+        default=1.0,
+        metadata={"help": "Weight of the divergence. At 0 the teacher is consulted in evaluation only."},
+    )
+    ce_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the cross-entropy with the text (hard labels)."},
+    )
+    teacher_model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "The teacher: a model id on the Hub or a folder. Its tokenizer must be the student's."},
+    )
+    teacher_model_revision: str | None = field(
+        default=None,
+        metadata={"help": "Branch, tag or commit of the teacher."},
+    )
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More for AutoModelForCausalLM.from_pretrained when the teacher is loaded, as JSON or YAML. Its "
+            "dtype is the checkpoint's own unless this says otherwise."
+        },
+    )
+    teacher_load_in_4bit: bool = field(
+        default=False,
+        metadata={"help": "Load the teacher in 4 bits (bitsandbytes, NF4)."},
+    )
+    teacher_load_in_8bit: bool = field(
+        default=False,
+        metadata={"help": "Load the teacher in 8 bits (bitsandbytes)."},
+    )
+    teacher_adapters_off: bool = field(
+        default=False,
+        metadata={
+            "help": "The teacher is the student's own base model with its LoRA adapters off: keeps a fine-tuned student "
+            "near what it was, at no extra memory. Use it with ce_weight."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.divergence_kwargs = _mapping("divergence_kwargs", self.divergence_kwargs)
+        self.teacher_model_init_kwargs = _mapping("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+        if not self.loss_temperature > 0:
+            raise ValueError(f"loss_temperature must be positive, got {self.loss_temperature}.")
+        if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight == self.ce_weight == 0:
+            raise ValueError(
+                f"kd_weight={self.kd_weight} and ce_weight={self.ce_weight}: neither may be negative, and one must be "
+                "positive."
+            )
+        without_effect = {
+            "squared_temperature=False (at loss_temperature=1 it is 1 anyway)": not self.squared_temperature
+            and self.loss_temperature == 1,
+            "loss_temperature (kd_weight is 0)": self.loss_temperature != 1 and self.kd_weight == 0,
+            "divergence_kwargs (kd_weight is 0)": bool(self.divergence_kwargs) and self.kd_weight == 0,
+            "teacher_adapters_off (kd_weight is 0)": self.teacher_adapters_off and self.kd_weight == 0,
+            "teacher_load_in_8bit (teacher_load_in_4bit is chosen)": self.teacher_load_in_4bit
+            and self.teacher_load_in_8bit,
+            "loss_type (divergence, kd_weight and ce_weight say what is minimised)": self.loss_type != "nll",
+            "label_smoothing_factor (soft targets take its place)": self.label_smoothing_factor != 0,
+        }
+        if refused := [name for name, is_set in without_effect.items() if is_set]:
+            raise ValueError(f"without effect here, so refused: {'; '.join(refused)}.")
+
+
+def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:
+    """A mapping from what a YAML file, a command line or Python gives."""
+    parsed = yaml.safe_load(value) if isinstance(value, str) else value
+    if not isinstance(parsed or {}, dict):
+        raise ValueError(f"{name} must be a mapping such as '{{\"beta\": 0.5}}', got {value!r}.")
+    return parsed or {}

@@ -1,0 +1,68 @@
+"""What can be wrong with prepared data: found before the first step where that is possible, the batch named where not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.rows import IGNORED, Rows
+from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+
+
+def require_rows(dataset: Any, name: str) -> None:
+    """Raises ValueError if no token of a prepared dataset counts. Streams are not read."""
+    if not isinstance(dataset, Dataset) or "labels" not in (dataset.column_names or ["labels"]):
+        return
+    if not any(label != IGNORED for row in dataset for label in row["labels"][1:]):
+        raise ValueError(
+            f"the {name} dataset ({len(dataset)} rows after preparation) has no token to learn from: every label is "
+            "masked. Is max_length shorter than the prompts, or does the chat template mark no assistant turn?"
+        )
+
+
+def require_length(dataset: Any, name: str, max_length: int | None) -> None:
+    """Raises ValueError if a sequence of a prepared dataset is longer than the teacher's context."""
+    if max_length is None or not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    column = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"
+    longest = 0
+    for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
+        lengths = pc.list_flatten(table[column]) if column == "seq_lengths" else pc.list_value_length(table[column])
+        longest = max(longest, pc.max(lengths).as_py() or 0)
+    if longest > max_length:
+        raise ValueError(
+            f"the {name} dataset has a sequence of {longest:,} tokens, longer than the teacher's context of "
+            f"{max_length:,}. Set max_length={max_length} or less."
+        )
+
+
+def refuse_broken_signal(
+    signal: Signal | None,
+    batch: Mapping[str, Any],
+    rows: Rows,
+    step: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raises ValueError naming the batch if it is the teacher that is not finite. Called after a loss that is not."""
+    members: tuple[Any, ...] = ()
+    if isinstance(signal, SparseSignal):
+        values = signal.log_probs.isnan()
+        broken = values.any(-1)
+    elif isinstance(signal, HiddenSignal | MixtureSignal):
+        members = signal.signals if isinstance(signal, MixtureSignal) else (signal,)
+        broken = sum(~member.hidden.isfinite().all(-1) for member in members) > 0
+    else:
+        return
+    if not broken.any():
+        return
+    sample = int(rows.sample[broken][0])
+    text = tokenizer.decode(batch["input_ids"][sample][:48], skip_special_tokens=True)
+    raise ValueError(
+        f"the teacher gave NaN or infinity for {int(broken.sum())} of {len(broken)} positions in the batch after step "
+        f"{step}, first in its sequence {sample}, which begins {text!r}. A teacher in float16 often overflows: load it "
+        "in bfloat16 (teacher_model_init_kwargs='{\"dtype\": \"bfloat16\"}'). Nothing was learned from this batch."
+    )

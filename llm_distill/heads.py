@@ -1,0 +1,191 @@
+"""The map from hidden states to logits of any Hugging Face causal LM, without running the rest of the model.
+
+Families differ in what they do after the output projection: Gemma caps the logits softly, Cohere scales them, Granite
+divides them. `LMHead.of` does not look that up, it measures it: it lets the model's own code post-process numbers that
+we choose, reads the scale and the cap off the result, and checks that they explain all of it. So a family that nobody
+has heard of yet is either reproduced or refused by name, never approximated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LMHead:
+    """logits = soft_cap · tanh(scale · (W h + b) / soft_cap), over the first `vocab_size` rows of W."""
+
+    module: nn.Linear
+    """The owner of W and b. They are read at each use, because engines that shard a model swap its parameters."""
+    vocab_size: int
+    """Rows of W past it are padding: no mass, no gradient."""
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, vocab_size: int | None = None) -> LMHead:
+        """The head of `model` (a causal LM, with or without PEFT), over `vocab_size` tokens (default: every row).
+
+        Raises:
+            ValueError: the family's logits are not an (optionally scaled and softly capped) linear map of its hidden
+                states, or its matrix has fewer rows than `vocab_size`.
+        """
+        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        module = output_projection(model)
+        rows = module.out_features
+        if vocab_size is not None and vocab_size > rows:
+            raise ValueError(
+                f"{type(model).__name__} has an output matrix of {rows:,} rows, fewer than the {vocab_size:,} tokens of "
+                "the tokenizer. Resize it (model.resize_token_embeddings) or use the tokenizer that belongs to it."
+            )
+        head = _measure_post_processing(model, cls(module, rows))
+        return replace(head, vocab_size=vocab_size or rows)
+
+    def __call__(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
+        with self.weights() as (weight, bias):
+            return self.post_process(nn.functional.linear(hidden, weight, bias))
+
+    def post_process(self, raw: Float[Tensor, "*rows vocab"]) -> Float[Tensor, "*rows vocab"]:
+        """What the family does to W h + b."""
+        raw = raw if self.scale == 1.0 else raw * self.scale
+        return raw if self.soft_cap is None else self.soft_cap * torch.tanh(raw / self.soft_cap)
+
+    def post_process_slope(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"] | float:
+        """∂ logits / ∂(W h + b), from the logits."""
+        if self.soft_cap is None:
+            return self.scale
+        return self.scale * (1 - (logits / self.soft_cap) ** 2)
+
+    @contextmanager
+    def weights(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """W [vocab_size, hidden] and b [vocab_size], whole and unquantised, wherever the engine keeps them."""
+        with _gathered(self.module):
+            weight = _whole(self.module.weight)
+            bias = None if self.module.bias is None else _whole(self.module.bias)
+            if self.vocab_size < weight.shape[0]:
+                weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+            yield weight, bias
+
+
+def output_projection(model: PreTrainedModel) -> nn.Linear:
+    """The linear module that makes the logits (the trained copy, where PEFT keeps one).
+
+    Raises:
+        ValueError: the model has none, or a kind whose output is not W h + b.
+    """
+    module = model.get_output_embeddings()
+    if isinstance(module, ModulesToSaveWrapper):
+        module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapter]
+    if module is None:
+        raise ValueError(f"{type(model).__name__} has no output embeddings, so it has no next-token distribution.")
+    if not isinstance(module, nn.Linear) or type(module).__name__ == "Linear8bitLt":
+        raise ValueError(
+            f"the output projection of {type(model).__name__} is a {type(module).__name__}. It must be an nn.Linear "
+            "(4-bit is fine, 8-bit is not: leave it out with llm_int8_skip_modules, as bitsandbytes does by default)."
+        )
+    return module
+
+
+@contextmanager
+def intercepted(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, `module(x)` returns `function(x)`. The module's hooks still run, so an engine that shards the model
+    gathers the weights for `function` and synchronises their gradients as it would for the module itself."""
+    own = module.__dict__.get("forward")
+    module.forward = function
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _measure_post_processing(model: PreTrainedModel, head: LMHead) -> LMHead:
+    """Lets `model` post-process raw logits of our choice: its scale is the slope at 0, its cap the limit at infinity."""
+    tiny, huge = torch.tensor([1e-6]), torch.tensor([1e30])
+    raw = torch.cat([tiny, huge, torch.linspace(-30, 30, 61), torch.zeros(head.vocab_size)])[: head.vocab_size]
+    seen = _logits_from_raw(model, head.module, raw)
+    scale, limit = float(seen[0] / raw[0]), float(seen[1])
+    measured = replace(
+        head,
+        scale=1.0 if abs(scale - 1) < 1e-6 else scale,
+        soft_cap=limit if limit < 1e20 else None,
+    )
+    if seen.shape != raw.shape or not torch.allclose(measured.post_process(raw), seen, rtol=1e-5, atol=1e-6):
+        raise ValueError(
+            f"{type(model).__name__} does something to its logits besides a scale and a soft cap (measured: scale "
+            f"{scale:g}, limit {limit:g}, {seen.numel()} logits from {raw.numel()}), so its head cannot be reproduced. "
+            "Distil from its text instead (sequence-level distillation)."
+        )
+    return measured
+
+
+@torch.no_grad()
+def _logits_from_raw(model: PreTrainedModel, projection: nn.Linear, raw: Float[Tensor, " vocab"]) -> Tensor:
+    """What the model's own forward makes of `raw` as the output of its projection. The backbone does not run."""
+    device = projection.weight.device
+    called = False
+
+    def raw_logits(hidden: Tensor) -> Tensor:
+        nonlocal called
+        called = True
+        return raw.to(hidden.device).expand(*hidden.shape[:-1], -1)
+
+    hidden = torch.zeros(1, 2, projection.in_features, device=device, dtype=model.dtype)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
+    was_training, backbone = model.training, model.base_model
+    no_backbone = intercepted(backbone, lambda *args, **kwargs: _OnlyHidden(hidden))
+    model.eval()
+    try:
+        with intercepted(projection, raw_logits), no_backbone if backbone is not model else nullcontext():
+            logits = model(input_ids=tokens, use_cache=False, return_dict=True).logits
+    finally:
+        model.train(was_training)
+    if not called:
+        raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module: not supported.")
+    return logits[0, -1].float().cpu()
+
+
+class _OnlyHidden:
+    """A backbone's output that has hidden states and, asked for anything else, None."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.last_hidden_state if index == 0 else ()
+
+
+def _whole(parameter: Tensor) -> Tensor:
+    """The parameter as a plain floating-point tensor: gathered if it is sharded, dequantised if it is 4-bit."""
+    if isinstance(parameter, DTensor):
+        return parameter.full_tensor()
+    if type(parameter).__name__ == "Params4bit":
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(parameter.data, parameter.quant_state)
+    return parameter
+
+
+def _gathered(module: nn.Module) -> AbstractContextManager[None]:
+    """Under ZeRO-3, a module's parameters outside its own forward are empty: gather them for the while."""
+    if any(parameter.numel() == 0 and hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(module.parameters()))
+    return nullcontext()

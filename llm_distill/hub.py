@@ -1,0 +1,74 @@
+"""What goes to the Hub beside the weights."""
+
+from __future__ import annotations
+
+import os
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+from torch import nn
+
+TAGS = ["llm-distill", "knowledge-distillation"]
+LIBRARIES = ("llm-distill", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
+FIGURES = {
+    "eval_loss": "loss",
+    "eval_ce": "cross-entropy (nats a token)",
+    "eval_perplexity": "perplexity",
+    "eval_teacher_ce": "the teacher's cross-entropy",
+    "eval_kl": "KL(teacher‖student)",
+    "eval_top1_agreement": "top-1 agreement",
+    "eval_acceptance": "Σ min(p, q)",
+}
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    model: nn.Module,
+    name: str,
+    dataset_name: str | None,
+    tags: list[str],
+    record: dict[str, Any],
+    log_history: list[dict[str, float]],
+) -> None:
+    """Writes `folder/README.md`: what was distilled from what, how, and how well. Nothing local, nothing secret."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    student = model.config._name_or_path
+    base_models = [] if not student or os.path.isdir(student) else [student]
+    data = ModelCardData(
+        library_name="peft" if hasattr(model, "peft_config") else "transformers",
+        tags=sorted(set(tags)),
+        base_model=base_models or None,
+        datasets=[dataset_name] if dataset_name and not os.path.exists(dataset_name) else None,
+        pipeline_tag="text-generation",
+        model_name=name,
+    )
+    evaluations = [entry for entry in log_history if any(key in entry for key in FIGURES)]
+    figures = [(label, evaluations[-1][key]) for key, label in FIGURES.items() if evaluations and key in evaluations[-1]]
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n",
+        f"# {name}\n",
+        f"Distilled with llm-distill from {_teacher_sentence(record)}\n",
+        "## How\n",
+        _table(("setting", "value"), [(key, value) for key, value in record.items() if value is not None]),
+    ]
+    if figures:
+        sections += ["## How well, on held-out text\n", _table(("figure", "value"), [(k, f"{v:.4g}") for k, v in figures])]
+    sections += ["## Versions\n", _table(("library", "version"), [(lib, version(lib)) for lib in LIBRARIES])]
+    ModelCard("\n".join(sections)).save(Path(folder) / "README.md")
+
+
+def _teacher_sentence(record: dict[str, Any]) -> str:
+    if "teacher.ensemble" in record:
+        return f"an ensemble of {len(record['teacher.ensemble'])} teachers."
+    if not record.get("teacher.architecture"):
+        return "text alone (no teacher)."
+    size = f"{record['teacher.parameters'] / 1e6:,.1f} M parameters"
+    return f"`{record.get('teacher.model') or record['teacher.architecture']}` ({size})."
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, Any]]) -> str:
+    lines = [f"| {header[0]} | {header[1]} |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]
+    return "\n".join(lines) + "\n"

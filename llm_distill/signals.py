@@ -1,0 +1,116 @@
+"""What a teacher says about N rows (the positions of a batch that count), in one of three forms.
+
+| signal | holds | serves |
+|---|---|---|
+| `HiddenSignal` | the teacher's last hidden states and its head | every divergence, every temperature, exactly |
+| `MixtureSignal` | weighted `HiddenSignal`s (an ensemble) | the same, for the mixture Σ wᵢ pᵢ |
+| `SparseSignal` with a tail | the top k tokens and the mass outside | every divergence of the k + 1 cells (a lower bound) |
+| `SparseSignal` without | sampled tokens and their weights | forward KL's gradient, without bias |
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_distill.divergences import Divergence, ForwardKL
+from llm_distill.heads import LMHead
+
+
+@dataclass(frozen=True)
+class HiddenSignal:
+    """The teacher's hidden states; logits are made of them a chunk of rows at a time, and never all at once."""
+
+    hidden: Float[Tensor, "rows hidden"]
+    head: LMHead
+
+    def __len__(self) -> int:
+        return self.hidden.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.vocab_size
+
+    def check(self, divergence: Divergence, temperature: float) -> None:
+        """Everything can be served."""
+
+
+@dataclass(frozen=True)
+class MixtureSignal:
+    """An ensemble: p = Σ wᵢ pᵢ, a mixture of probabilities (not of logits)."""
+
+    signals: tuple[HiddenSignal, ...]
+    weights: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not self.signals or len(self.signals) != len(self.weights):
+            raise ValueError(f"{len(self.signals)} signals need as many weights, got {len(self.weights)}.")
+        if min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError(f"the weights of a mixture must be positive and sum to 1, got {self.weights}.")
+        if len({len(signal) for signal in self.signals}) > 1 or len({s.vocab_size for s in self.signals}) > 1:
+            shapes = [(len(signal), signal.vocab_size) for signal in self.signals]
+            raise ValueError(f"the signals of a mixture must share rows and vocabulary, got (rows, vocab) {shapes}.")
+
+    def __len__(self) -> int:
+        return len(self.signals[0])
+
+    @property
+    def vocab_size(self) -> int:
+        return self.signals[0].vocab_size
+
+    def check(self, divergence: Divergence, temperature: float) -> None:
+        """Everything can be served."""
+
+
+@dataclass(frozen=True)
+class SparseSignal:
+    """A few tokens of each row, padded to K with −inf where a row has fewer (the first must be there).
+
+    With `log_tail`, the tokens are distinct (top-k) and the tail is the exact log-mass of all others: the divergence is
+    that of the k + 1 cells, a lower bound of the full one, and equal to it when K is the vocabulary.
+    Without, they are samples (repetitions allowed) whose weights sum to 1 a row (RS-KD, arXiv:2503.16870): only the
+    cross-entropy Σ w (−log q) has an unbiased estimate, so `kd` is that, larger than the KL by the teacher's entropy.
+    """
+
+    ids: Int[Tensor, "rows k"]
+    log_probs: Float[Tensor, "rows k"]
+    """Log-probabilities of the teacher at `temperature`; log-weights for samples."""
+    log_tail: Float[Tensor, " rows"] | None
+    vocab_size: int
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        rows_k = tuple(self.ids.shape)
+        tail = None if self.log_tail is None else tuple(self.log_tail.shape)
+        if tuple(self.log_probs.shape) != rows_k or tail not in (None, rows_k[:1]):
+            raise ValueError(f"ids {rows_k}, log_probs {tuple(self.log_probs.shape)}, log_tail {tail}: shapes differ.")
+        if self.log_tail is not None and rows_k[1] > self.vocab_size:
+            raise ValueError(f"ids {rows_k}: k = {rows_k[1]} is larger than the vocabulary of {self.vocab_size}.")
+        if self.ids.numel() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < self.vocab_size:
+            raise ValueError(
+                f"ids {rows_k} run from {int(self.ids.min())} to {int(self.ids.max())}, outside the vocabulary of "
+                f"{self.vocab_size}."
+            )
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def check(self, divergence: Divergence, temperature: float) -> None:
+        """Raises:
+        ValueError: sampled tokens and another divergence than forward KL, or another temperature than was stored.
+        """
+        if self.log_tail is None and not isinstance(divergence, ForwardKL):
+            raise ValueError(
+                f"sampled teacher tokens give an unbiased gradient for forward_kl only, not for {divergence}. "
+                "Use divergence='forward_kl', or a teacher that gives its top k with the tail."
+            )
+        if temperature != self.temperature:
+            raise ValueError(
+                f"the teacher's sparse probabilities were taken at temperature {self.temperature}, so they cannot serve "
+                f"loss_temperature={temperature}: the tail's mass at another temperature is unknown."
+            )
+
+
+Signal = HiddenSignal | MixtureSignal | SparseSignal

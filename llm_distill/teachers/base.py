@@ -1,0 +1,44 @@
+"""The one thing a distillation needs of a teacher: what it says about the rows that count."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import Accelerator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.divergences import Divergence
+from llm_distill.signals import Signal
+
+Batch = Mapping[str, Any]
+"""What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`."""
+
+
+class Teacher(ABC):
+    """Subclass it with `score` and `describe` to distil from anything."""
+
+    @abstractmethod
+    def score(self, batch: Batch) -> Signal:
+        """What the teacher says about `counted_rows(batch["labels"])`, in that order."""
+
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Who it is, as JSON: what a cache, a report and a model card record. No path and no secret."""
+
+    def check(self, divergence: Divergence, temperature: float) -> None:
+        """Raises ValueError if its signals cannot serve this; called when a trainer is built."""
+
+    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ValueError if its tokens are not the student's; called when a trainer is built."""
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that it can read, in tokens; None if there is no limit."""
+        return None
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
+        """Moves to the device, shards over ranks: called once, before the first `score`."""
+

@@ -1,0 +1,245 @@
+"""Teachers that run beside the student: a model of their own, or the student without its adapters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from jaxtyping import Float
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from trl.models import prepare_deepspeed
+
+from llm_distill.heads import LMHead, intercepted
+from llm_distill.rows import counted_rows
+from llm_distill.signals import HiddenSignal
+from llm_distill.teachers.base import Batch, Teacher
+
+
+class LiveTeacher(Teacher):
+    """A causal LM in memory: dense, mixture of experts, quantised; on one device or sharded as the student is.
+
+    It is never trained and never in `train()`: no dropout, no router noise, no auxiliary loss, no gradients.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """`tokenizer` is compared with the student's; without one, the model's own folder or repository is asked."""
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer or _own_tokenizer(model)
+        self.head = LMHead.of(model)
+        self._wrapped: nn.Module = model
+        self._description = describe_model(model, self.tokenizer)
+        if hasattr(model.config.get_text_config(), "output_router_logits"):
+            model.config.get_text_config().output_router_logits = False
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str,
+        *,
+        revision: str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        trust_remote_code: bool = False,
+        **init_kwargs: Any,
+    ) -> LiveTeacher:
+        """From the Hub or a folder, in the checkpoint's own dtype unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: nothing loadable is there.
+        """
+        if load_in_4bit and load_in_8bit:
+            raise ValueError("a teacher is loaded in 4 bits or in 8 bits, not in both.")
+        init_kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, "revision": revision, **init_kwargs}
+        if load_in_4bit or load_in_8bit:
+            init_kwargs["quantization_config"] = BitsAndBytesConfig(
+                load_in_4bit=load_in_4bit,
+                load_in_8bit=load_in_8bit,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+            )
+        try:
+            AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"the teacher {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
+                f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
+            ) from error
+        return cls(AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs))
+
+    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        if self.tokenizer is not None:
+            _require_same_ids(self.tokenizer, tokenizer)
+        else:
+            warnings.warn(
+                "the teacher came without a tokenizer, so only the sizes of the vocabularies could be compared. Pass "
+                "LiveTeacher(model, tokenizer) to have the ids compared too.",
+                stacklevel=2,
+            )
+        self.head = LMHead.of(self.model, vocab_size=vocabulary_size(tokenizer))
+
+    @property
+    def max_length(self) -> int | None:
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
+        self._wrapped = _shard_as_the_student(self.model, accelerator)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> HiddenSignal:
+        return HiddenSignal(hidden_of_counted_rows(self._wrapped, self.head, batch), self.head)
+
+    def describe(self) -> dict[str, Any]:
+        return self._description
+
+
+class AdaptersOffTeacher(Teacher):
+    """The student's own base model, its LoRA adapters switched off: a second model for the memory of none.
+
+    What it teaches is to stay what it was: with `ce_weight` for the new data, the divergence is the price of forgetting.
+    """
+
+    def __init__(self) -> None:
+        self._student: PeftModel | None = None
+        self._head: LMHead | None = None
+        self._vocab_size: int | None = None
+
+    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self._vocab_size = vocabulary_size(tokenizer)
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
+        if not isinstance(student, PeftModel):
+            raise ValueError(
+                "teacher_adapters_off needs a student with adapters (peft_config=... or --use_peft): without them the "
+                "teacher would be the student itself, and there is nothing to learn from it."
+            )
+        self._student = student
+        with student.disable_adapter():
+            self._head = LMHead.of(student, self._vocab_size)
+
+    @torch.no_grad()
+    def score(self, batch: Batch) -> HiddenSignal:
+        assert self._student is not None and self._head is not None, "prepare() comes first"
+        was_training = self._student.training
+        self._student.eval()
+        try:
+            with self._student.disable_adapter():
+                return HiddenSignal(hidden_of_counted_rows(self._student, self._head, batch), self._head)
+        finally:
+            self._student.train(was_training)
+
+    def describe(self) -> dict[str, Any]:
+        assert self._student is not None, "prepare() comes first"
+        return describe_model(self._student.get_base_model(), None) | {"adapters": "off"}
+
+
+def hidden_of_counted_rows(model: nn.Module, head: LMHead, batch: Batch) -> Float[Tensor, "rows hidden"]:
+    """What goes into `head` at the rows that count, from one forward of `model` that makes no logits and no cache."""
+    rows = counted_rows(batch["labels"])
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    kept: Tensor | None = None
+
+    def keep(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
+        nonlocal kept
+        kept = hidden[rows.sample.to(hidden.device), rows.position.to(hidden.device)]
+        return hidden[..., :0]
+
+    with intercepted(head.module, keep):
+        model(**inputs, use_cache=False)
+    assert kept is not None, "LMHead.of has seen that the projection is called"
+    return kept.to(batch["labels"].device)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows of an output matrix a tokenizer can use. Matrices are often padded past it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """What identifies a model, without a local path."""
+    quantization = getattr(model.config, "quantization_config", None)
+    quantization = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+    return {
+        "model": os.path.basename(model.config._name_or_path.rstrip("/"))
+        if os.path.isdir(model.config._name_or_path)
+        else model.config._name_or_path or None,
+        "revision": getattr(model.config, "_commit_hash", None),
+        "architecture": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": quantization and quantization.get("quant_method"),
+        "bits": quantization and (4 if quantization.get("load_in_4bit") else 8),
+        "tokenizer": tokenizer and _vocabulary_hash(tokenizer),
+    }
+
+
+def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
+
+
+def _own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that lies beside the weights; None for a model made from a config."""
+    if not model.config._name_or_path:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(model.config._name_or_path, revision=model.config._commit_hash)
+    except (OSError, ValueError, KeyError):
+        return None
+
+
+def _require_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+    """Equal sizes prove nothing: every token of the student must have the same id in the teacher's vocabulary."""
+    theirs, ours = teacher.get_vocab(), student.get_vocab()
+    different = [token for token, token_id in ours.items() if theirs.get(token) != token_id]
+    if different:
+        examples = ", ".join(f"{token!r}: {ours[token]} against {theirs.get(token)}" for token in different[:3])
+        raise ValueError(
+            f"the teacher's tokenizer ({len(theirs):,} tokens, {type(teacher).__name__}) and the student's "
+            f"({len(ours):,}, {type(student).__name__}) give different ids for {len(different):,} tokens ({examples}), "
+            "so their distributions cannot be compared token by token. Distil from the teacher's text instead "
+            "(sequence-level distillation), or give both the same tokenizer."
+        )
+
+
+def _shard_as_the_student(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """The teacher under the engine that holds the student: FSDP2 and ZeRO-3 shard it, otherwise each rank has it."""
+    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
+        return prepare_deepspeed(model, accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in the accelerate configuration.")
+        plugin = accelerator.state.fsdp_plugin
+        mesh = accelerator.torch_device_mesh
+        fsdp_mesh = None if mesh is None else mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+        options = {"mesh": fsdp_mesh, "offload_policy": plugin.cpu_offload}
+        if plugin.mixed_precision_policy is not None:
+            options["mp_policy"] = plugin.mixed_precision_policy
+        return shard_layers(model, **{name: value for name, value in options.items() if value is not None})
+    if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
+        model.to(accelerator.device)
+    return model
+
+
+def shard_layers(model: PreTrainedModel, **options: Any) -> nn.Module:
+    """FSDP2 on each transformer layer and on what remains; the head stays whole after a forward, for the loss."""
+    for layer in model.modules():
+        if type(layer).__name__ in (model._no_split_modules or ()):
+            fully_shard(layer, **options)
+    return fully_shard(model, reshard_after_forward=False, **options)

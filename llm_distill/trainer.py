@@ -1,0 +1,273 @@
+"""`DistillationTrainer`: TRL's `SFTTrainer` with another loss. Wiring only; the method is in the modules it imports."""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from trl import SFTTrainer
+
+from llm_distill import data_checks, hub
+from llm_distill.config import DistillationConfig
+from llm_distill.heads import LMHead
+from llm_distill.objective import METRICS, Objective, sum_metrics
+from llm_distill.rows import count_rows, counted_rows
+from llm_distill.run_record import RecordRun, require_same_run, run_record
+from llm_distill.stopwatch import Stopwatch
+from llm_distill.students import Lesson, add_lesson_forward
+from llm_distill.teachers import AdaptersOffTeacher, LiveTeacher, Teacher
+from llm_distill.teachers.live import vocabulary_size
+
+
+class DistillationTrainer(SFTTrainer):
+    """Trains a student to say what its teacher says. Data, PEFT, quantisation and resumption are those of `SFTTrainer`.
+
+    Args:
+        model: the student: a model id, a folder, a `PreTrainedModel` or a `PeftModel`.
+        teacher: a model id, a folder, a `PreTrainedModel` or a `Teacher`; by default what `args` name. With
+            `kd_weight=0` it may be left out; if it is there, evaluation compares with it.
+        args: a `DistillationConfig`.
+        **sft: everything else that `SFTTrainer` takes: `train_dataset`, `eval_dataset`, `processing_class`,
+            `peft_config`, `quantization_config`, `callbacks`, …
+
+    Logs `loss`, its parts `kd` and `ce`, and of the student beside the teacher `kl`, `entropy`, `top1_agreement`,
+    `acceptance`, in nats (or shares) per token that counts, over all ranks and micro-batches since the last log;
+    `tokens_per_second` and `teacher_share`, the share of time spent in the teacher. Evaluation adds `perplexity` and
+    `teacher_ce`; its `loss` is kd_weight · kd + ce_weight · ce. Over several ranks, packed evaluation batches may count
+    the few samples twice that fill up the last batch.
+
+    Raises:
+        ValueError: teacher and student that do not fit together, data with nothing to learn from, options without effect.
+    """
+
+    # The loss is divided by the rows of the whole step, so `Trainer` has nothing left to scale.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        teacher: str | PreTrainedModel | Teacher | None = None,
+        args: DistillationConfig | None = None,
+        *,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **sft: Any,
+    ) -> None:
+        args = args if args is not None else DistillationConfig(output_dir="distilled")
+        if not isinstance(args, DistillationConfig):
+            raise TypeError(f"args must be a DistillationConfig, got {type(args).__name__}.")
+        if sft.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would have no effect: the loss is the distillation objective.")
+        self.objective = Objective.of(args)
+        self._checkpoint_found = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+
+        # Everything that can be refused is refused before TRL prepares data and creates the output folder.
+        tokenizer = processing_class or _load_tokenizer(model, args)
+        self.teacher = _make_teacher(teacher, args)
+        if self.teacher is not None:
+            self.teacher.check(self.objective.divergence, self.objective.temperature)
+            self.teacher.fit_to(tokenizer)
+        super().__init__(model=model, args=args, processing_class=tokenizer, **sft)
+
+        if args.chat_template_path is not None and self.teacher is not None:
+            self.teacher.fit_to(self.processing_class)  # cloning a template may have added tokens
+        self._head = LMHead.of(self.model, vocabulary_size(self.processing_class))
+        add_lesson_forward(self.model, self._head)
+        data_checks.require_rows(self.train_dataset, "train")
+        if self.teacher is not None:
+            self.teacher.prepare(self.accelerator, self.model)
+            for name, dataset in _named_datasets(self.train_dataset, self.eval_dataset):
+                data_checks.require_length(dataset, name, self.teacher.max_length)
+        self.model.add_model_tags(hub.TAGS)
+        self._record = run_record(self.objective, self.teacher)
+        self.add_callback(RecordRun(self._record))
+
+        self._sums = {"train": self._no_sums(), "eval": self._no_sums()}
+        self._tokens: Tensor | int = 0
+        self._in_teacher = Stopwatch(self.accelerator.device)
+        self._since = time.perf_counter()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
+        """As `Trainer.train`. Raises ValueError in a folder with another run's checkpoints, resumed or not."""
+        if not resume_from_checkpoint and self._checkpoint_found:
+            raise ValueError(
+                f"{self._checkpoint_found} is of an earlier run. Go on from it with resume_from_checkpoint=True "
+                "(--resume_from_checkpoint true), or choose another output_dir."
+            )
+        if resume_from_checkpoint:
+            checkpoint = self._checkpoint_found if resume_from_checkpoint is True else resume_from_checkpoint
+            if checkpoint is None:
+                raise ValueError(f"there is no checkpoint in {self.args.output_dir} to resume from.")
+            require_same_run(checkpoint, self._record)
+        self._checkpoint_found = None  # from here on, what lies there is ours
+        self._since = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
+    ) -> tuple[list[dict[str, Any]], Tensor | None]:
+        """The micro-batches of a step, and over how many rows their loss is a mean: those of every rank."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        if not batches:
+            return batches, None
+        rows = torch.stack([count_rows(batch["labels"]) for batch in batches]).sum().to(device)
+        if self._averages_over_ranks:
+            rows = self.accelerator.reduce(rows, "sum")
+        return batches, rows.clamp(min=1)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The objective over this micro-batch's share of `num_items_in_batch` rows (default: over its own rows)."""
+        mode = "train" if self.model.training else "eval"
+        rows = counted_rows(inputs["labels"])
+        signal = None
+        if self.teacher is not None and (mode == "eval" or self.objective.kd_weight > 0):
+            with self._in_teacher, self.accelerator.autocast():
+                signal = self.teacher.score(inputs)
+
+        forward_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        router = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        lesson = Lesson(self.objective, rows, inputs["labels"].shape[1], signal, num_items_in_batch)
+        outputs = model(**forward_inputs, **router, use_cache=False, lesson=lesson)
+        loss = outputs["loss"]
+        if not torch.isfinite(loss):
+            data_checks.refuse_broken_signal(signal, inputs, rows, self.state.global_step, self.processing_class)
+        if num_items_in_batch is not None and self._averages_over_ranks:
+            loss = loss * self.accelerator.num_processes  # the engine averages gradients over ranks
+        if self.aux_loss_enabled:  # a mean per micro-batch, unlike the rest
+            micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
+            loss = loss + self.router_aux_loss_coef * outputs["aux_loss"] / micro_batches
+
+        sums = sum_metrics(outputs["metrics"], rows.sample, len(inputs["labels"]))
+        if mode == "train":
+            self._sums[mode] += sums.sum(0)
+            self._tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+        elif "attention_mask" in inputs:
+            self._sums[mode] += self.accelerator.gather_for_metrics(sums).sum(0)
+        else:
+            self._sums[mode] += self.accelerator.reduce(sums.sum(0), "sum")
+        if not return_outputs:
+            return loss
+        with torch.no_grad():  # somebody wants logits (compute_metrics): they cost a forward of their own
+            return loss, model(**forward_inputs, use_cache=False)
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """As `Trainer.evaluation_loop`, with the objective's metrics, each a mean over all tokens that count."""
+        began = time.perf_counter()
+        self._sums["eval"] = self._no_sums()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        means = self._means(self._sums["eval"], self.teacher is not None)
+        if means:
+            means["perplexity"] = math.exp(min(means["ce"], 700))
+            kd = self.objective.kd_weight * means["kd"] if self.objective.kd_weight else 0.0
+            means["loss"] = kd + self.objective.ce_weight * means["ce"]
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        self._in_teacher.reset()
+        self._since += time.perf_counter() - began
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As `Trainer.log`, with the objective's metrics since the last one."""
+        if self.model.training and "loss" in logs:
+            elapsed = time.perf_counter() - self._since
+            tokens = torch.as_tensor(self._tokens).to(self._sums["train"]).reshape(1)
+            totals = self.accelerator.reduce(torch.cat([self._sums["train"], tokens]), "sum")
+            logs.update(self._means(totals[:-1], self.objective.kd_weight > 0))
+            logs["tokens_per_second"] = float(totals[-1]) / elapsed
+            logs["teacher_share"] = self._in_teacher.reset() / elapsed
+            self._sums["train"], self._tokens, self._since = self._no_sums(), 0, time.perf_counter()
+        super().log(logs, start_time)
+
+    def create_model_card(
+        self,
+        model_name: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+    ) -> None:
+        """Writes `README.md` into the output folder: what was distilled from what, how, and how well."""
+        if self.is_world_process_zero():
+            hub.write_model_card(
+                self.args.output_dir,
+                model=self.model,
+                name=model_name or "student",
+                dataset_name=dataset_name,
+                tags=[*hub.TAGS, *([tags] if isinstance(tags, str) else tags or [])],
+                record=self._record,
+                log_history=self.state.log_history,
+            )
+
+    @property
+    def _averages_over_ranks(self) -> bool:
+        return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
+
+    def _no_sums(self) -> Tensor:
+        return torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.accelerator.device)
+
+    @staticmethod
+    def _means(sums: Tensor, with_teacher: bool) -> dict[str, float]:
+        """Means per row; those that need a teacher only if one was asked."""
+        *values, rows = sums.tolist()
+        if not rows:
+            return {}
+        names = METRICS if with_teacher else ("ce", "entropy")
+        return {name: value / rows for name, value in zip(METRICS, values, strict=True) if name in names}
+
+
+def _make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: DistillationConfig) -> Teacher | None:
+    """The teacher that the argument or the configuration names; each of its options must have something to act on."""
+    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    options = {
+        "revision": args.teacher_model_revision,
+        "load_in_4bit": args.teacher_load_in_4bit,
+        "load_in_8bit": args.teacher_load_in_8bit,
+        **args.teacher_model_init_kwargs,
+    }
+    if name is None and (unused := [option for option, value in options.items() if value]):
+        raise ValueError(f"{', '.join(unused)}: these options load a teacher from a name or folder, and none is given.")
+    if args.teacher_adapters_off:
+        if teacher is not None or name is not None:
+            raise ValueError("teacher_adapters_off makes the student's base model the teacher: give no other one.")
+        return AdaptersOffTeacher()
+    if name is not None:
+        return LiveTeacher.load(name, trust_remote_code=args.trust_remote_code, **options)
+    if isinstance(teacher, PreTrainedModel):
+        return LiveTeacher(teacher)
+    if teacher is None and args.kd_weight > 0:
+        raise ValueError(
+            "there is no teacher: pass teacher=... or teacher_model_name_or_path, teacher_adapters_off for the "
+            "student's own base model, or kd_weight=0 with ce_weight=1 to train on the text alone."
+        )
+    if teacher is not None and not isinstance(teacher, Teacher):
+        raise TypeError(f"teacher must be a name, a PreTrainedModel or a Teacher, got {type(teacher).__name__}.")
+    return teacher
+
+
+def _load_tokenizer(model: str | nn.Module, args: DistillationConfig) -> PreTrainedTokenizerBase:
+    name = model if isinstance(model, str) else model.config._name_or_path
+    revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
+    try:
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer can be loaded for the student {name!r}: pass processing_class=..., or check the name, "
+            f"HF_TOKEN for a gated repository, HF_HUB_OFFLINE. ({error})"
+        ) from error
+
+
+def _named_datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
+    yield "train", train
+    if isinstance(evaluation, dict):
+        yield from evaluation.items()
+    elif evaluation is not None:
+        yield "eval", evaluation
