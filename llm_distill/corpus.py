@@ -12,7 +12,7 @@ from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 NAME = "stdlib"
 """What `--dataset_name` calls it."""
@@ -47,6 +47,16 @@ def train_tokenizer(dataset: Dataset, vocab_size: int) -> PreTrainedTokenizerFas
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END], initial_alphabet=alphabet)
     tokenizer.train_from_iterator((row["text"] for row in dataset), trainer, length=len(dataset))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, pad_token=END)
+
+
+def token_blocks(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """`input_ids` and `labels` of `length` tokens each: the files one after the other, an end token between them."""
+    stream: list[int] = []
+    for start in range(0, len(dataset), 100):  # a batch at a time is encoded in parallel
+        for ids in tokenizer(dataset[start : start + 100]["text"])["input_ids"]:
+            stream += [*ids, tokenizer.eos_token_id]
+    blocks = [stream[start : start + length] for start in range(0, len(stream) - length + 1, length)]
+    return Dataset.from_dict({"input_ids": blocks, "labels": blocks})
 
 
 def _source_files() -> Iterator[tuple[str, str]]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import difflib
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -32,6 +32,7 @@ class Terms(NamedTuple):
     """The slope: ψ = ∂φ/∂log q."""
 
 
+@runtime_checkable
 class Divergence(Protocol):
     def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
         """φ and ψ, element by element, from the teacher's and the student's log-probabilities."""
@@ -147,9 +148,15 @@ class AlphaBeta:
             )
 
     def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
+        # With the larger of p and q taken out of the brackets, p = q gives exactly 0 and nothing overflows.
         a, b, s = self.alpha, self.beta, self.alpha + self.beta
-        cross, p_s, q_s = (a * log_p + b * log_q).exp(), (s * log_p).exp(), (s * log_q).exp()
-        return Terms((a / s * (p_s - cross) + b / s * (q_s - cross)) / (a * b), (q_s - cross) / a)
+        difference = log_p - log_q
+        larger = (s * torch.maximum(log_p, log_q)).exp()
+        share = torch.where(difference > 0, difference.new_tensor(b), a)
+        smaller = torch.expm1(-s * difference.abs())
+        cross = torch.expm1(-share * difference.abs())
+        q_side = torch.where(difference > 0, smaller, 0.0)
+        return Terms(larger * (share / s * smaller - cross) / (a * b), larger * (q_side - cross) / a)
 
 
 DIVERGENCES: dict[str, type[Divergence]] = {
@@ -183,7 +190,7 @@ def make_divergence(name: str, **parameters: Any) -> Divergence:
 def _log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, share_of_p: float) -> tuple[Tensor, Tensor]:
     """(log p/m, log q/m) for m = share·p + (1−share)·q: exactly 0 where p = q, finite where one of them is tiny."""
     difference = log_p - log_q
-    share_of_smaller = torch.where(difference > 0, 1 - share_of_p, share_of_p)
+    share_of_smaller = torch.where(difference > 0, difference.new_tensor(1 - share_of_p), share_of_p)
     # log m = log max(p, q) + log(1 + share_of_smaller · (smaller/larger − 1))
     m_over_larger = torch.log1p(share_of_smaller * torch.expm1(-difference.abs()))
     return difference.clamp(max=0) - m_over_larger, (-difference).clamp(max=0) - m_over_larger

@@ -44,7 +44,7 @@ class Objective:
         head: LMHead,
         targets: Int[Tensor, " rows"],
         signal: Signal | None,
-        num_rows: Tensor | float | None,
+        num_rows: Tensor | int | None,
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]:
         """The loss over the rows that count, and its parts per row: see `fused_head_loss`."""
         return fused_head_loss(

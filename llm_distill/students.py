@@ -27,7 +27,7 @@ class Lesson:
     time: int
     """The length of the labels. Hidden states may be longer, by the virtual tokens of a learned prompt in front."""
     signal: Signal | None
-    num_rows: Tensor | float | None
+    num_rows: Tensor | int | None
 
 
 def add_lesson_forward(model: nn.Module, head: LMHead) -> None:

@@ -36,7 +36,7 @@ def fused_head_loss(
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     targets: Int[Tensor, " rows"] | None = None,
-    num_rows: Tensor | float | None = None,
+    num_rows: Tensor | int | None = None,
     squared_temperature: bool = True,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]:
     """Σ_rows (kd_weight · T² · D(p‖q at T) + ce_weight · CE at 1) / num_rows, and what it was made of.
@@ -93,7 +93,7 @@ class _Job:
     squared: float
     ce_factor: float
     targets: Tensor | None
-    num_rows: Tensor | float
+    num_rows: Tensor | int
     wants_gradients: bool
 
     def __post_init__(self) -> None:

@@ -1,0 +1,46 @@
+"""Launching scripts on one rank or several, as a user would."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+WORKER = Path(__file__).with_name("worker.py")
+CPU = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
+
+
+@dataclass(frozen=True)
+class Run:
+    folder: Path
+
+    def weights(self, rank: int = 0) -> dict[str, Tensor]:
+        return load_file(self.folder / f"weights-{rank}.safetensors")
+
+    @property
+    def log(self) -> dict[str, Any]:
+        return json.loads((self.folder / "log.json").read_text())
+
+    def logged(self, key: str) -> list[float]:
+        return [entry[key] for entry in self.log["history"] if key in entry]
+
+
+def start(script: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
+    """`accelerate launch` on CPU, as a user would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU), "--num_processes", str(ranks)]
+    command += ["--main_process_port", str(port), "--num_cpu_threads_per_process", "1", str(script), *arguments]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    return subprocess.Popen(
+        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    )

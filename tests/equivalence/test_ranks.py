@@ -1,0 +1,39 @@
+"""One rank or two: the same step, the same logs, the same evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from launch import Run
+
+# Rows 2 and 3 are all that the second rank has in the first step: nothing counts there. The other rows are uneven.
+MASKED = [2, 3, 9]
+LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"masked": MASKED, "config": {"ce_weight": 0.5, "loss_temperature": 2.0}}, id="full"),
+        pytest.param({"masked": MASKED, "lora": True}, id="lora"),
+    ],
+)
+def test_two_ranks_and_one_rank_take_the_same_steps(run_worker: Callable[..., Run], options: dict[str, Any]) -> None:
+    config = options.get("config", {})
+    one = run_worker("one", ranks=1, **(options | {"config": config | {"per_device_train_batch_size": 4}}))
+    two = run_worker("two", ranks=2, **(options | {"config": config | {"per_device_train_batch_size": 2}}))
+    for name, expected in one.weights().items():
+        assert torch.equal(two.weights(0)[name], two.weights(1)[name]), f"{name} drifted apart"
+        torch.testing.assert_close(two.weights()[name], expected, rtol=1e-9, atol=1e-12)
+    for key in LOGGED:
+        assert two.logged(key) == pytest.approx(one.logged(key), rel=1e-5), key
+        assert two.log["evaluation"][f"eval_{key}"] == pytest.approx(one.log["evaluation"][f"eval_{key}"], rel=1e-5)
+
+
+def test_ranks_of_a_mixture_of_experts_stay_together(run_worker: Callable[..., Run]) -> None:
+    two = run_worker("two", ranks=2, moe=True, config={"gradient_accumulation_steps": 2})
+    for name, weight in two.weights(0).items():
+        assert torch.equal(weight, two.weights(1)[name]), f"{name} drifted apart"

@@ -1,0 +1,47 @@
+"""Killed in mid-training and resumed: the run that was not interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from launch import WORKER, Run, start
+
+CONFIG = {
+    "max_steps": 12,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "optim": "adamw_torch",
+    "learning_rate": 1e-2,
+    "lr_scheduler_type": "cosine",
+    "train_sampling_strategy": "random",
+    "gradient_accumulation_steps": 2,
+}
+
+
+def test_a_killed_run_resumes_to_the_same_weights_and_losses(run_worker: Callable[..., Run], tmp_path: Path) -> None:
+    whole = run_worker("whole", config=CONFIG)
+
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    process = start(WORKER, str(folder), json.dumps({"config": CONFIG, "pause": 0.5}))
+    deadline = time.monotonic() + 120
+    while not (folder / "out" / "checkpoint-6" / "trainer_state.json").exists():
+        assert process.poll() is None, "the worker ended before it could be killed"
+        assert time.monotonic() < deadline, "no checkpoint in time"
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (folder / "log.json").exists()
+
+    resumed = run_worker("killed", config=CONFIG, resume=True)
+    assert resumed.logged("loss") == pytest.approx(whole.logged("loss"), rel=1e-12)
+    assert len(whole.logged("loss")) == CONFIG["max_steps"]
+    for name, expected in whole.weights().items():
+        assert torch.equal(resumed.weights()[name], expected), name

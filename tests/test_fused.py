@@ -1,0 +1,309 @@
+"""The fused head loss against autograd on the naive formula over full logits, in float64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jaxtyping
+import pytest
+import torch
+from test_divergences import CASES, from_the_paper
+from torch import Tensor, nn
+
+from llm_distill.divergences import make_divergence
+from llm_distill.fused import fused_head_loss, head_loss
+from llm_distill.heads import LMHead
+from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+
+ROWS, STUDENT, TEACHER, VOCAB, PADDED = 37, 8, 12, 29, 32
+POST = [(1.0, None), (0.3, None), (1.0, 2.0), (1.7, 3.0)]
+
+
+@pytest.fixture(autouse=True)
+def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 16 * VOCAB)  # 37 rows in chunks of 16, 16 and 5
+
+
+def make_head(width: int, seed: int, scale: float = 1.0, soft_cap: float | None = None, bias: bool = True) -> LMHead:
+    torch.manual_seed(seed)
+    return LMHead(nn.Linear(width, PADDED, bias=bias, dtype=torch.float64), VOCAB, scale, soft_cap)
+
+
+def hidden_states(width: int, seed: int) -> Tensor:
+    return 4 * torch.randn(ROWS, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def make_signal(kind: str, divergence: str = "forward_kl", temperature: float = 1.0) -> tuple[Signal, Tensor]:
+    """A signal, and the teacher distribution [rows, vocab] (for sparse ones: what it says, in full) it stands for."""
+    first = HiddenSignal(hidden_states(TEACHER, 1), make_head(TEACHER, 1, scale=0.5, soft_cap=4.0))
+    p = (first.head(first.hidden) / temperature).softmax(-1).detach()
+    if kind == "hidden":
+        return first, p
+    if kind == "mixture":
+        second = HiddenSignal(hidden_states(TEACHER, 2), make_head(TEACHER, 2))
+        p2 = (second.head(second.hidden) / temperature).softmax(-1).detach()
+        return MixtureSignal((first, second), (0.3, 0.7)), 0.3 * p + 0.7 * p2
+    if kind == "sampled":
+        ids = torch.multinomial(p, 50, replacement=True, generator=torch.Generator().manual_seed(0))
+        log_weights = torch.full(ids.shape, -torch.tensor(50.0).log().item(), dtype=torch.float64)
+        counts = torch.zeros_like(p).scatter_add(-1, ids, log_weights.exp())
+        return SparseSignal(ids, log_weights, None, VOCAB, temperature), counts
+    k = {"top 5": 5, "top 1": 1, "all": VOCAB}[kind]
+    top, ids = p.topk(k)
+    log_tail = (1 - top.sum(-1)).clamp(min=0).log() if k < VOCAB else torch.full((ROWS,), -torch.inf).double()
+    return SparseSignal(ids, top.log(), log_tail, VOCAB, temperature), p
+
+
+def naive_loss(
+    hidden: Tensor, head: LMHead, signal: Signal, p: Tensor, name: str, parameters: dict[str, float], **options: Any
+) -> Tensor:
+    logits = head(hidden)
+    T = options["temperature"]
+    q = (logits / T).softmax(-1)
+    if isinstance(signal, SparseSignal) and signal.log_tail is not None and signal.ids.shape[1] < VOCAB:
+        lumped = [torch.cat([x.gather(-1, signal.ids), 1 - x.gather(-1, signal.ids).sum(-1, True)], -1) for x in (p, q)]
+        kd = from_the_paper(name, *lumped, **parameters)
+    elif isinstance(signal, SparseSignal) and signal.log_tail is None:
+        kd = -(p * q.log()).sum(-1)
+    else:
+        kd = from_the_paper(name, p, q, **parameters)
+    ce = nn.functional.cross_entropy(logits, options["targets"], reduction="none")
+    return (options["kd_weight"] * T**2 * kd + options["ce_weight"] * ce).sum() / options["num_rows"]
+
+
+def compare(name: str, parameters: dict[str, float], kind: str, head: LMHead, **options: Any) -> None:
+    defaults = {"temperature": 1.0, "kd_weight": 0.7, "ce_weight": 0.3, "num_rows": 50}
+    options = defaults | options | {"targets": torch.randint(0, VOCAB, (ROWS,), generator=torch.Generator().manual_seed(3))}
+    signal, p = make_signal(kind, name, options["temperature"])
+    hidden = hidden_states(STUDENT, 5).requires_grad_()
+    parameters_of_head = list(head.module.parameters())
+
+    loss, _ = fused_head_loss(hidden, head, signal, make_divergence(name, **parameters), **options)
+    gradients = torch.autograd.grad(2 * loss, [hidden, *parameters_of_head])
+    expected = naive_loss(hidden, head, signal, p, name, parameters, **options)
+    expected_gradients = torch.autograd.grad(2 * expected, [hidden, *parameters_of_head])
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    for ours, theirs in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize(("name", "parameters"), CASES)
+@pytest.mark.parametrize("kind", ["hidden", "mixture", "top 5", "top 1", "all"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_value_and_gradients_equal_autograd(
+    name: str, parameters: dict[str, float], kind: str, temperature: float
+) -> None:
+    compare(name, parameters, kind, make_head(STUDENT, 0), temperature=temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_sampled_tokens_give_the_gradient_of_their_cross_entropy(temperature: float) -> None:
+    compare("forward_kl", {}, "sampled", make_head(STUDENT, 0), temperature=temperature)
+
+
+@pytest.mark.parametrize(("scale", "soft_cap"), POST)
+@pytest.mark.parametrize("bias", [True, False])
+def test_scale_soft_cap_and_bias_are_in_the_gradient(scale: float, soft_cap: float | None, bias: bool) -> None:
+    compare("forward_kl", {}, "hidden", make_head(STUDENT, 0, scale, soft_cap, bias), temperature=1.5)
+
+
+def test_a_sparse_row_with_fewer_tokens_is_padded_with_minus_infinity() -> None:
+    signal, _ = make_signal("top 5")
+    short = SparseSignal(signal.ids[:, :3], signal.log_probs[:, :3], log_tail_of(signal, 3), VOCAB)
+    padding = torch.zeros(ROWS, 2, dtype=torch.long)
+    padded = SparseSignal(
+        torch.cat([short.ids, padding], -1),
+        torch.cat([short.log_probs, torch.full((ROWS, 2), -torch.inf)], -1),
+        short.log_tail,
+        VOCAB,
+    )
+    results = []
+    for each in (short, padded):
+        hidden = hidden_states(STUDENT, 5).requires_grad_()
+        loss, _ = fused_head_loss(hidden, make_head(STUDENT, 0), each, make_divergence("reverse_kl"))
+        results.append((loss, torch.autograd.grad(loss, hidden)[0]))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def log_tail_of(signal: SparseSignal, k: int) -> Tensor:
+    return (1 - signal.log_probs[:, :k].exp().sum(-1)).log()
+
+
+def test_sampling_is_unbiased_over_many_draws() -> None:
+    p = torch.tensor([[0.5, 0.3, 0.15, 0.05] + [0.0] * (VOCAB - 4)], dtype=torch.float64)
+    hidden, head = hidden_states(STUDENT, 5)[:1].requires_grad_(), make_head(STUDENT, 0)
+    ids = torch.multinomial(p, 20_000, replacement=True, generator=torch.Generator().manual_seed(0))
+    signal = SparseSignal(ids, torch.full(ids.shape, -torch.tensor(20_000.0).log().item()).double(), None, VOCAB)
+    loss, _ = fused_head_loss(hidden, head, signal, make_divergence("forward_kl"))
+    (gradient,) = torch.autograd.grad(loss, hidden)
+    (expected,) = torch.autograd.grad(-(p * head(hidden).log_softmax(-1)).sum(), hidden)
+    assert torch.nn.functional.cosine_similarity(gradient, expected).item() > 0.999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("name", "parameters"), CASES)
+def test_identical_models_give_zero(name: str, parameters: dict[str, float], dtype: torch.dtype) -> None:
+    head = make_head(STUDENT, 0)
+    head.module.to(dtype)
+    hidden = hidden_states(STUDENT, 5).to(dtype).requires_grad_()
+    signal = HiddenSignal(hidden.detach(), head)
+    loss, metrics = fused_head_loss(hidden, head, signal, make_divergence(name, **parameters), temperature=2.0)
+    assert abs(loss.item()) < 1e-6
+    assert metrics["kl"].abs().max() < 1e-6
+    assert metrics["top1_agreement"].min() == 1
+    torch.testing.assert_close(metrics["acceptance"], torch.ones(ROWS), rtol=0, atol=1e-5)
+
+
+def test_rows_past_the_vocabulary_get_no_mass_and_no_gradient() -> None:
+    head = make_head(STUDENT, 0)
+    with torch.no_grad():
+        head.module.weight[VOCAB:] = 1e3  # would take all the mass
+    signal, _ = make_signal("hidden")
+    loss, _ = fused_head_loss(hidden_states(STUDENT, 5), head, signal, make_divergence("forward_kl"))
+    loss.backward()
+    assert loss.isfinite()
+    assert head.module.weight.grad[:VOCAB].abs().min() > 0
+    assert head.module.weight.grad[VOCAB:].abs().max() == 0
+    assert head.module.bias.grad[VOCAB:].abs().max() == 0
+
+
+def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None:
+    signal, _ = make_signal("hidden")
+    gradients = []
+    for frozen in (False, True):
+        head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).requires_grad_()
+        head.module.requires_grad_(not frozen)
+        loss, _ = fused_head_loss(hidden, head, signal, make_divergence("jsd"))
+        loss.backward()
+        gradients.append(hidden.grad)
+        assert (head.module.weight.grad is None) == frozen
+    assert torch.equal(*gradients)
+
+
+def test_no_grad_gives_the_value_alone() -> None:
+    signal, _ = make_signal("hidden")
+    head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).requires_grad_()
+    with torch.no_grad():
+        value, _ = fused_head_loss(hidden, head, signal, make_divergence("forward_kl"))
+    assert not value.requires_grad
+    assert torch.equal(value, fused_head_loss(hidden, head, signal, make_divergence("forward_kl"))[0].detach())
+
+
+def test_no_rows_give_a_differentiable_zero() -> None:
+    head, hidden = make_head(STUDENT, 0), torch.zeros(0, STUDENT, dtype=torch.float64, requires_grad=True)
+    signal = HiddenSignal(torch.zeros(0, TEACHER, dtype=torch.float64), make_head(TEACHER, 1))
+    loss, _ = fused_head_loss(hidden, head, signal, make_divergence("forward_kl"), num_rows=7)
+    loss.backward()
+    assert loss.item() == 0
+    assert head.module.weight.grad.abs().max() == 0
+
+
+def test_no_tensor_of_rows_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        elements = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, Tensor):
+                    self.elements = max(self.elements, tensor.numel())
+            return result
+
+    signal, _ = make_signal("hidden")
+    with Largest() as largest:
+        loss, _ = fused_head_loss(
+            hidden_states(STUDENT, 5).requires_grad_(), make_head(STUDENT, 0), signal, make_divergence("jsd")
+        )
+        loss.backward()
+    assert 16 * VOCAB <= largest.elements < ROWS * VOCAB
+
+
+def test_metrics_are_what_they_say() -> None:
+    signal, p = make_signal("hidden")
+    head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5)
+    targets = torch.arange(ROWS) % VOCAB
+    options = {"temperature": 2.0, "targets": targets, "ce_weight": 0.5}
+    _, metrics = fused_head_loss(hidden, head, signal, make_divergence("reverse_kl"), **options)
+    q = head(hidden).softmax(-1).detach()
+    p_T, q_T = ((head_(x) / 2).softmax(-1).detach() for head_, x in ((signal.head, signal.hidden), (head, hidden)))
+    expected = {
+        "kd": 4 * from_the_paper("reverse_kl", p_T, q_T),
+        "ce": -q.log().gather(-1, targets[:, None])[:, 0],
+        "teacher_ce": -p.log().gather(-1, targets[:, None])[:, 0],
+        "kl": from_the_paper("forward_kl", p, q),
+        "entropy": -(q * q.log()).sum(-1),
+        "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double(),
+        "acceptance": torch.minimum(p, q).sum(-1),
+    }
+    assert metrics.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(metrics[name], value, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_gradients_in_bfloat16_are_near_those_in_float64() -> None:
+    signal, _ = make_signal("hidden")
+    head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).requires_grad_()
+    fused_head_loss(hidden, head, signal, make_divergence("forward_kl"))[0].backward()
+    exact = head.module.weight.grad.clone(), hidden.grad.clone()
+    low = make_head(STUDENT, 0)
+    low.module.bfloat16()
+    signal_low = HiddenSignal(signal.hidden.bfloat16(), make_head(TEACHER, 1, 0.5, 4.0))
+    signal_low.head.module.bfloat16()
+    hidden_low = hidden.detach().bfloat16().requires_grad_()
+    fused_head_loss(hidden_low, low, signal_low, make_divergence("forward_kl"))[0].backward()
+    for ours, theirs in zip((low.module.weight.grad, hidden_low.grad), exact, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.flatten(), 0) > 0.999
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"temperature": 0.0}, "temperature must be positive"),
+        ({"signal": "short"}, r"\(37, 8\) and a signal of 3 rows"),
+        ({"targets": torch.zeros(3, dtype=torch.long)}, r"\(37, 8\) and targets \(3,\)"),
+        ({"ce_weight": 1.0}, "needs the targets"),
+        ({"signal": "vocabulary"}, "29 tokens and the signal 20"),
+        ({"signal": "sampled", "divergence": "reverse_kl"}, "forward_kl only"),
+        ({"signal": "sampled", "temperature": 2.0}, "taken at temperature 1.0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_shapes(
+    change: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change = dict(change)
+    signal, _ = make_signal("sampled" if change.get("signal") == "sampled" else "hidden")
+    if change.get("signal") == "short":
+        signal = HiddenSignal(signal.hidden[:3], signal.head)
+    if change.get("signal") == "vocabulary":
+        signal = HiddenSignal(signal.hidden, LMHead(signal.head.module, 20))
+    change.pop("signal", None)
+    divergence = make_divergence(change.pop("divergence", "forward_kl"))
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user sees, without the tests' own checks
+    with pytest.raises(ValueError, match=message):
+        fused_head_loss(hidden_states(STUDENT, 5), make_head(STUDENT, 0), signal, divergence, **change)
+
+
+@pytest.mark.parametrize(
+    ("ids", "log_probs", "log_tail", "message"),
+    [
+        (torch.tensor([[0, VOCAB]]), torch.zeros(1, 2), torch.zeros(1), "outside the vocabulary"),
+        (torch.tensor([[0, -1]]), torch.zeros(1, 2), torch.zeros(1), "from -1"),
+        (torch.zeros(1, VOCAB + 1, dtype=torch.long), torch.zeros(1, VOCAB + 1), torch.zeros(1), "larger than the voc"),
+        (torch.tensor([[0, 1]]), torch.zeros(1, 3), torch.zeros(1), "shapes differ"),
+        (torch.tensor([[0, 1]]), torch.zeros(1, 2), torch.zeros(2), "shapes differ"),
+    ],
+)
+def test_a_sparse_signal_checks_itself(ids: Tensor, log_probs: Tensor, log_tail: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SparseSignal(ids, log_probs, log_tail, VOCAB)
+
+
+def test_a_mixture_checks_itself() -> None:
+    signal, _ = make_signal("hidden")
+    with pytest.raises(ValueError, match="sum to 1"):
+        MixtureSignal((signal, signal), (0.5, 0.6))
+    with pytest.raises(ValueError, match="share rows"):
+        MixtureSignal((signal, HiddenSignal(signal.hidden[:3], signal.head)), (0.5, 0.5))
