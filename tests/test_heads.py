@@ -1,0 +1,42 @@
+"""`LMHead` against the logits of the model itself, for every family."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from families import ORDINARY, POST_PROCESSED, PRE_PROCESSED, tiny_model
+from peft import LoraConfig, get_peft_model
+from tiny import tiny_llama
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
+
+from llm_distill.heads import LMHead
+from llm_distill.rows import counted_rows
+from llm_distill.teachers.live import hidden_of_counted_rows
+
+FAMILIES = [*POST_PROCESSED, *PRE_PROCESSED, *ORDINARY]
+
+
+def logits_both_ways(model: PreTrainedModel, head: LMHead) -> tuple[Tensor, Tensor]:
+    """Our head on the hidden states, and what the model says, at every position but the last."""
+    ids = torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(0))
+    batch = {"input_ids": ids, "labels": ids}
+    with torch.no_grad():
+        rows = counted_rows(ids)
+        return head(hidden_of_counted_rows(model, head, batch)), model(**batch).logits[rows.sample, rows.position]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_head_reproduces_the_logits_of_the_family(family: str) -> None:
+    overrides = {**POST_PROCESSED, **PRE_PROCESSED}.get(family, {})
+    model = tiny_model(family, **overrides)
+    ours, theirs = logits_both_ways(model, LMHead.of(model))
+    torch.testing.assert_close(ours, theirs.to(ours.dtype), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", POST_PROCESSED)
+def test_the_post_processing_is_seen(family: str) -> None:
+    head = LMHead.of(tiny_model(family, **POST_PROCESSED[family]))
+    assert head.scale != 1.0 or head.soft_cap is not None
