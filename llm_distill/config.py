@@ -39,7 +39,7 @@ class DistillationConfig(SFTConfig):
     )
     squared_temperature: bool = field(
         default=True,
-        metadata={"help": "Multiply the divergence by T squared, so that its gradient keeps its size (Hinton et al.)."},
+        metadata={"help": "Multiply the divergence by T squared: its gradient keeps its size (Hinton)."},
     )
     kd_weight: float = field(
         default=1.0,

@@ -1,4 +1,4 @@
-"""What can be wrong with prepared data: found before the first step where that is possible, the batch named where not."""
+"""What can be wrong with prepared data: found before the first step where possible, the batch named where not."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -48,13 +49,11 @@ def refuse_broken_signal(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Raises ValueError naming the batch if it is the teacher that is not finite. Called after a loss that is not."""
-    members: tuple[Any, ...] = ()
     if isinstance(signal, SparseSignal):
-        values = signal.log_probs.isnan()
-        broken = values.any(-1)
+        broken = signal.log_probs.isnan().any(-1)
     elif isinstance(signal, HiddenSignal | MixtureSignal):
         members = signal.signals if isinstance(signal, MixtureSignal) else (signal,)
-        broken = sum(~member.hidden.isfinite().all(-1) for member in members) > 0
+        broken = ~torch.stack([member.hidden.isfinite().all(-1) for member in members]).all(0)
     else:
         return
     if not broken.any():
@@ -64,5 +63,5 @@ def refuse_broken_signal(
     raise ValueError(
         f"the teacher gave NaN or infinity for {int(broken.sum())} of {len(broken)} positions in the batch after step "
         f"{step}, first in its sequence {sample}, which begins {text!r}. A teacher in float16 often overflows: load it "
-        "in bfloat16 (teacher_model_init_kwargs='{\"dtype\": \"bfloat16\"}'). Nothing was learned from this batch."
+        'in bfloat16 (teacher_model_init_kwargs=\'{"dtype": "bfloat16"}\'). Nothing was learned from this batch.'
     )

@@ -92,7 +92,9 @@ class SkewKL:
     lam: float = 0.1
 
     def __post_init__(self) -> None:
-        _require_open_unit_interval("skew_kl", "lam", self.lam, "0 is forward_kl, and 1 compares the teacher with itself.")
+        _require_open_unit_interval(
+            "skew_kl", "lam", self.lam, "0 is forward_kl, and 1 compares the teacher with itself."
+        )
 
     def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
         p = log_p.exp()

@@ -38,19 +38,17 @@ class LMHead:
         """The head of `model` (a causal LM, with or without PEFT), over `vocab_size` tokens (default: every row).
 
         Raises:
-            ValueError: the family's logits are not an (optionally scaled and softly capped) linear map of its hidden
-                states, or its matrix has fewer rows than `vocab_size`.
+            ValueError: the family's logits are not an (optionally scaled and softly capped) linear map of its
+                hidden states, or it gives fewer logits than `vocab_size`.
         """
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        module = output_projection(model)
-        rows = module.out_features
-        if vocab_size is not None and vocab_size > rows:
+        head = _measure_post_processing(model, output_projection(model))
+        if vocab_size is not None and vocab_size > head.vocab_size:
             raise ValueError(
-                f"{type(model).__name__} has an output matrix of {rows:,} rows, fewer than the {vocab_size:,} tokens of "
-                "the tokenizer. Resize it (model.resize_token_embeddings) or use the tokenizer that belongs to it."
+                f"{type(model).__name__} gives {head.vocab_size:,} logits, fewer than the {vocab_size:,} tokens of the "
+                "tokenizer. Resize it (model.resize_token_embeddings) or use the tokenizer that belongs to it."
             )
-        head = _measure_post_processing(model, cls(module, rows))
-        return replace(head, vocab_size=vocab_size or rows)
+        return replace(head, vocab_size=vocab_size or head.vocab_size)
 
     def __call__(self, hidden: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows vocab"]:
         with self.weights() as (weight, bias):
@@ -98,9 +96,10 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
 
 
 @contextmanager
-def intercepted(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Inside, `module(x)` returns `function(x)`. The module's hooks still run, so an engine that shards the model
-    gathers the weights for `function` and synchronises their gradients as it would for the module itself."""
+def intercepted(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    """Inside, `module(x)` returns `function(x)`. The module's hooks still run, so an engine that shards it
+    gathers the weights for `function` and synchronises their gradients as it would for the module itself.
+    """
     own = module.__dict__.get("forward")
     module.forward = function
     try:
@@ -112,24 +111,26 @@ def intercepted(module: nn.Module, function: Callable[[Tensor], Tensor]) -> Iter
             module.forward = own
 
 
-def _measure_post_processing(model: PreTrainedModel, head: LMHead) -> LMHead:
-    """Lets `model` post-process raw logits of our choice: its scale is the slope at 0, its cap the limit at infinity."""
-    tiny, huge = torch.tensor([1e-6]), torch.tensor([1e30])
-    raw = torch.cat([tiny, huge, torch.linspace(-30, 30, 61), torch.zeros(head.vocab_size)])[: head.vocab_size]
-    seen = _logits_from_raw(model, head.module, raw)
+def _measure_post_processing(model: PreTrainedModel, projection: nn.Linear) -> LMHead:
+    """Lets `model` post-process raw logits of our choice: the scale is the slope at 0, the cap the limit at ∞."""
+    rows = projection.out_features
+    raw = torch.cat([torch.tensor([1e-6, 1e30]), torch.linspace(-30, 30, 61), torch.zeros(rows)])[:rows]
+    seen = _logits_from_raw(model, projection, raw)
+    kept = raw[: seen.numel()]  # some families drop the rows past the vocabulary themselves
     scale, limit = float(seen[0] / raw[0]), float(seen[1])
-    measured = replace(
-        head,
+    head = LMHead(
+        projection,
+        vocab_size=seen.numel(),
         scale=1.0 if abs(scale - 1) < 1e-6 else scale,
         soft_cap=limit if limit < 1e20 else None,
     )
-    if seen.shape != raw.shape or not torch.allclose(measured.post_process(raw), seen, rtol=1e-5, atol=1e-6):
+    if kept.shape != seen.shape or not torch.allclose(head.post_process(kept), seen, rtol=1e-5, atol=1e-6):
         raise ValueError(
             f"{type(model).__name__} does something to its logits besides a scale and a soft cap (measured: scale "
-            f"{scale:g}, limit {limit:g}, {seen.numel()} logits from {raw.numel()}), so its head cannot be reproduced. "
-            "Distil from its text instead (sequence-level distillation)."
+            f"{scale:g}, limit {limit:g}, {seen.numel()} logits from {rows}), so its head cannot be reproduced. Distil "
+            "from its text instead (sequence-level distillation)."
         )
-    return measured
+    return head
 
 
 @torch.no_grad()
@@ -143,7 +144,8 @@ def _logits_from_raw(model: PreTrainedModel, projection: nn.Linear, raw: Float[T
         called = True
         return raw.to(hidden.device).expand(*hidden.shape[:-1], -1)
 
-    hidden = torch.zeros(1, 2, projection.in_features, device=device, dtype=model.dtype)
+    width = getattr(model.config.get_text_config(), "hidden_size", projection.in_features)
+    hidden = torch.zeros(1, 2, width, device=device, dtype=model.dtype)
     tokens = torch.zeros(1, 2, dtype=torch.long, device=device)
     was_training, backbone = model.training, model.base_model
     no_backbone = intercepted(backbone, lambda *args, **kwargs: _OnlyHidden(hidden))
@@ -175,7 +177,7 @@ def _whole(parameter: Tensor) -> Tensor:
     """The parameter as a plain floating-point tensor: gathered if it is sharded, dequantised if it is 4-bit."""
     if isinstance(parameter, DTensor):
         return parameter.full_tensor()
-    if type(parameter).__name__ == "Params4bit":
+    if hasattr(parameter, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
         return dequantize_4bit(parameter.data, parameter.quant_state)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
-from torch import nn
 
 TAGS = ["llm-distill", "knowledge-distillation"]
 LIBRARIES = ("llm-distill", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
@@ -26,7 +25,7 @@ FIGURES = {
 def write_model_card(
     folder: str | Path,
     *,
-    model: nn.Module,
+    model: Any,
     name: str,
     dataset_name: str | None,
     tags: list[str],
@@ -46,7 +45,9 @@ def write_model_card(
         model_name=name,
     )
     evaluations = [entry for entry in log_history if any(key in entry for key in FIGURES)]
-    figures = [(label, evaluations[-1][key]) for key, label in FIGURES.items() if evaluations and key in evaluations[-1]]
+    figures = [
+        (label, evaluations[-1][key]) for key, label in FIGURES.items() if evaluations and key in evaluations[-1]
+    ]
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {name}\n",
@@ -55,7 +56,10 @@ def write_model_card(
         _table(("setting", "value"), [(key, value) for key, value in record.items() if value is not None]),
     ]
     if figures:
-        sections += ["## How well, on held-out text\n", _table(("figure", "value"), [(k, f"{v:.4g}") for k, v in figures])]
+        sections += [
+            "## How well, on held-out text\n",
+            _table(("figure", "value"), [(k, f"{v:.4g}") for k, v in figures]),
+        ]
     sections += ["## Versions\n", _table(("library", "version"), [(lib, version(lib)) for lib in LIBRARIES])]
     ModelCard("\n".join(sections)).save(Path(folder) / "README.md")
 

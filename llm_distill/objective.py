@@ -30,6 +30,7 @@ class Objective:
 
     @classmethod
     def of(cls, config: DistillationConfig) -> Objective:
+        assert isinstance(config.divergence_kwargs, dict), "DistillationConfig has parsed it"
         return cls(
             divergence=make_divergence(config.divergence, **config.divergence_kwargs),
             temperature=config.loss_temperature,

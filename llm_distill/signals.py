@@ -4,8 +4,8 @@
 |---|---|---|
 | `HiddenSignal` | the teacher's last hidden states and its head | every divergence, every temperature, exactly |
 | `MixtureSignal` | weighted `HiddenSignal`s (an ensemble) | the same, for the mixture Σ wᵢ pᵢ |
-| `SparseSignal` with a tail | the top k tokens and the mass outside | every divergence of the k + 1 cells (a lower bound) |
-| `SparseSignal` without | sampled tokens and their weights | forward KL's gradient, without bias |
+| `SparseSignal` with tail | the top k tokens, the mass outside | every divergence, of k + 1 cells (a lower bound) |
+| `SparseSignal` without | sampled tokens, their weights | forward KL's gradient, without bias |
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class SparseSignal:
             )
         if temperature != self.temperature:
             raise ValueError(
-                f"the teacher's sparse probabilities were taken at temperature {self.temperature}, so they cannot serve "
+                f"the teacher's sparse probabilities are those at temperature {self.temperature} and cannot serve "
                 f"loss_temperature={temperature}: the tail's mass at another temperature is unknown."
             )
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
@@ -44,7 +45,7 @@ class DistillationTrainer(SFTTrainer):
     the few samples twice that fill up the last batch.
 
     Raises:
-        ValueError: teacher and student that do not fit together, data with nothing to learn from, options without effect.
+        ValueError: teacher and student that do not fit, data with nothing to learn from, options without effect.
     """
 
     # The loss is divided by the rows of the whole step, so `Trainer` has nothing left to scale.
@@ -52,7 +53,7 @@ class DistillationTrainer(SFTTrainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: str | PreTrainedModel | PeftModel,
         teacher: str | PreTrainedModel | Teacher | None = None,
         args: DistillationConfig | None = None,
         *,
@@ -152,7 +153,9 @@ class DistillationTrainer(SFTTrainer):
         sums = sum_metrics(outputs["metrics"], rows.sample, len(inputs["labels"]))
         if mode == "train":
             self._sums[mode] += sums.sum(0)
-            self._tokens += inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            self._tokens += (
+                inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
+            )
         elif "attention_mask" in inputs:
             self._sums[mode] += self.accelerator.gather_for_metrics(sums).sum(0)
         else:
@@ -226,6 +229,7 @@ class DistillationTrainer(SFTTrainer):
 
 def _make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: DistillationConfig) -> Teacher | None:
     """The teacher that the argument or the configuration names; each of its options must have something to act on."""
+    assert isinstance(args.teacher_model_init_kwargs, dict), "DistillationConfig has parsed it"
     name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
     options = {
         "revision": args.teacher_model_revision,
@@ -253,7 +257,7 @@ def _make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distill
     return teacher
 
 
-def _load_tokenizer(model: str | nn.Module, args: DistillationConfig) -> PreTrainedTokenizerBase:
+def _load_tokenizer(model: Any, args: DistillationConfig) -> PreTrainedTokenizerBase:
     name = model if isinstance(model, str) else model.config._name_or_path
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
     try:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill import DistillationConfig
 from llm_distill.corpus import load_corpus, train_tokenizer
 
+
 @pytest.fixture(scope="session")
 def texts() -> Dataset:
     """A few hundred short passages of real code."""

@@ -24,7 +24,9 @@ CASES = [
 ]
 
 
-def from_the_paper(name: str, p: Tensor, q: Tensor, *, beta: float = 0.0, lam: float = 0.0, alpha: float = 0.0) -> Tensor:
+def from_the_paper(
+    name: str, p: Tensor, q: Tensor, *, beta: float = 0.0, lam: float = 0.0, alpha: float = 0.0
+) -> Tensor:
     """The textbook formula over probabilities, independent of ours."""
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
@@ -91,7 +93,8 @@ def test_identical_distributions_have_divergence_zero(name: str, parameters: dic
 def test_distributions_without_overlap_stay_finite(name: str, parameters: dict[str, float]) -> None:
     log_p = torch.tensor([[1e4, 0.0, -1e4]]).log_softmax(-1)
     phi, psi = make_divergence(name, **parameters).terms(log_p, log_p.flip(-1))
-    assert phi.isfinite().all() and psi.isfinite().all()
+    assert phi.isfinite().all()
+    assert psi.isfinite().all()
 
 
 def test_alpha_beta_ends_at_the_two_kls() -> None:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from families import ORDINARY, POST_PROCESSED, PRE_PROCESSED, tiny_model
-from peft import LoraConfig, get_peft_model
-from tiny import tiny_llama
-from torch import Tensor, nn
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from llm_distill.heads import LMHead
 from llm_distill.rows import counted_rows
@@ -22,10 +18,10 @@ FAMILIES = [*POST_PROCESSED, *PRE_PROCESSED, *ORDINARY]
 def logits_both_ways(model: PreTrainedModel, head: LMHead) -> tuple[Tensor, Tensor]:
     """Our head on the hidden states, and what the model says, at every position but the last."""
     ids = torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(0))
-    batch = {"input_ids": ids, "labels": ids}
+    rows = counted_rows(ids)
     with torch.no_grad():
-        rows = counted_rows(ids)
-        return head(hidden_of_counted_rows(model, head, batch)), model(**batch).logits[rows.sample, rows.position]
+        hidden = hidden_of_counted_rows(model, head, {"input_ids": ids, "labels": ids})
+        return head(hidden), model(input_ids=ids).logits[rows.sample, rows.position]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -1,7 +1,7 @@
 """The distillation loss and its gradients in one forward pass over chunks of rows.
 
 Per chunk: the student's and the teacher's logits, the divergence and the hard-label term on the same logits, the
-gradient on the student's logits, and from it at once the gradients on hidden states and head. So there are three student
+gradient on the student's logits, and from it at once those on hidden states and head. So there are three student
 products (logits, dX, dW), one teacher product, no `[rows, vocab]` tensor, and nothing is computed again in backward. A
 frozen head costs no dW; under `no_grad` only the value is computed.
 """
@@ -22,8 +22,10 @@ from llm_distill.fused.sparse import sparse_divergence
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
-CHUNK_ELEMENTS = 2**22
-"""Logits a chunk: 16 MiB of float32, small enough for a CPU's cache, large enough for its matrix products."""
+CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+"""Logits a chunk, where that is more than MIN_CHUNK_ROWS rows: on a CPU they should fit into its caches."""
+MIN_CHUNK_ROWS = 128
+"""With fewer rows, reading the head's weight costs more than the product."""
 
 
 def fused_head_loss(
@@ -114,14 +116,15 @@ class _FusedHeadLoss(torch.autograd.Function):
             needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
             d_hidden = torch.zeros_like(hidden) if needs_hidden else None
             d_weight = torch.zeros_like(weight, dtype=_statistics_dtype(weight.dtype)) if needs_weight else None
-            d_bias = torch.zeros_like(bias, dtype=_statistics_dtype(bias.dtype)) if needs_bias else None
+            if needs_bias and bias is not None:
+                d_bias = torch.zeros_like(bias, dtype=_statistics_dtype(bias.dtype))
         compute = _compute_dtype(hidden, weight)
         x_all, w = hidden.to(compute), weight.to(compute)
         b = None if bias is None else bias.to(_statistics_dtype(compute))
 
         loss = torch.zeros((), dtype=_statistics_dtype(compute), device=hidden.device)
         with torch.autocast(hidden.device.type, enabled=False):
-            for rows in _chunks(len(hidden), job.head.vocab_size):
+            for rows in _chunks(len(hidden), job.head.vocab_size, hidden.device):
                 x = x_all[rows]
                 logits = _matmul(x, w.T)
                 if b is not None:
@@ -144,7 +147,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         ctx.gradients = (
             d_hidden,
             None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
+            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
         )
         return loss / job.num_rows
 
@@ -237,15 +240,16 @@ def _teacher_logits(signal: Signal | None) -> Iterator[Callable[[slice], list[Te
 
 
 def _log_mixture(signal: HiddenSignal | MixtureSignal, parts: list[Tensor], temperature: float) -> Tensor:
-    """log p = log Σ wᵢ softmax(zᵢ / T)."""
+    """Log p = log Σ wᵢ softmax(zᵢ / T)."""
     if isinstance(signal, HiddenSignal):
         return (parts[0] / temperature if temperature != 1 else parts[0]).log_softmax(-1)
     log_weights = torch.tensor(signal.weights, dtype=parts[0].dtype, device=parts[0].device).log()
-    return torch.stack([(z / temperature).log_softmax(-1) + w for z, w in zip(parts, log_weights)]).logsumexp(0)
+    pairs = zip(parts, log_weights, strict=True)
+    return torch.stack([(z / temperature).log_softmax(-1) + log_w for z, log_w in pairs]).logsumexp(0)
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b with sums and result in float32 at least, whatever the inputs."""
+    """A @ b with sums and result in float32 at least, whatever the inputs."""
     if a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
     return a @ b
@@ -262,8 +266,8 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _chunks(num_rows: int, vocab_size: int) -> Iterator[slice]:
-    size = max(16, CHUNK_ELEMENTS // vocab_size)
+def _chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocab_size)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 

@@ -21,7 +21,7 @@ def sparse_divergence(
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows vocab"]]:
     """The divergence a row, and its gradient on the student's scaled logits.
 
-    With a tail, both distributions are lumped into k + 1 cells, the tokens and everything else. With ψ the slopes of the
+    With a tail, both distributions are lumped into k + 1 cells: the tokens, and all else. With ψ the slopes of the
     cells, the gradient is ψᵢ − qᵢ Σψ on token i, and ψ_tail · (qᵥ / q_tail) − qᵥ Σψ on every token v of the tail.
     Without a tail the value is the cross-entropy Σ w (−log q), and the gradient q Σw − w.
     """

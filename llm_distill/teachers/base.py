@@ -28,10 +28,10 @@ class Teacher(ABC):
     def describe(self) -> dict[str, Any]:
         """Who it is, as JSON: what a cache, a report and a model card record. No path and no secret."""
 
-    def check(self, divergence: Divergence, temperature: float) -> None:
+    def check(self, divergence: Divergence, temperature: float) -> None:  # noqa: B027
         """Raises ValueError if its signals cannot serve this; called when a trainer is built."""
 
-    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:  # noqa: B027
         """Raises ValueError if its tokens are not the student's; called when a trainer is built."""
 
     @property
@@ -39,6 +39,5 @@ class Teacher(ABC):
         """The longest sequence that it can read, in tokens; None if there is no limit."""
         return None
 
-    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
+    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:  # noqa: B027
         """Moves to the device, shards over ranks: called once, before the first `score`."""
-

@@ -112,7 +112,7 @@ class LiveTeacher(Teacher):
 class AdaptersOffTeacher(Teacher):
     """The student's own base model, its LoRA adapters switched off: a second model for the memory of none.
 
-    What it teaches is to stay what it was: with `ce_weight` for the new data, the divergence is the price of forgetting.
+    It teaches to stay what it was: with `ce_weight` for the new data, the divergence is the price of forgetting.
     """
 
     def __init__(self) -> None:
@@ -135,7 +135,8 @@ class AdaptersOffTeacher(Teacher):
 
     @torch.no_grad()
     def score(self, batch: Batch) -> HiddenSignal:
-        assert self._student is not None and self._head is not None, "prepare() comes first"
+        assert self._student is not None, "prepare() comes first"
+        assert self._head is not None, "prepare() comes first"
         was_training = self._student.training
         self._student.eval()
         try:
@@ -173,7 +174,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
 
 def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
     """What identifies a model, without a local path."""
-    quantization = getattr(model.config, "quantization_config", None)
+    quantization: Any = getattr(model.config, "quantization_config", None) or {}
     quantization = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
     return {
         "model": os.path.basename(model.config._name_or_path.rstrip("/"))
@@ -183,9 +184,9 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),
         "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": quantization and quantization.get("quant_method"),
-        "bits": quantization and (4 if quantization.get("load_in_4bit") else 8),
-        "tokenizer": tokenizer and _vocabulary_hash(tokenizer),
+        "quantization": quantization.get("quant_method"),
+        "bits": 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None,
+        "tokenizer": None if tokenizer is None else _vocabulary_hash(tokenizer),
     }
 
 

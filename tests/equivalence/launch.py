@@ -38,7 +38,15 @@ def start(script: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen[str
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(CPU), "--num_processes", str(ranks)]
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--config_file",
+        str(CPU),
+        "--num_processes",
+        str(ranks),
+    ]
     command += ["--main_process_port", str(port), "--num_cpu_threads_per_process", "1", str(script), *arguments]
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
     return subprocess.Popen(

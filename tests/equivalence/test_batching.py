@@ -9,8 +9,8 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from torch import Tensor
 from tiny import make_config, tiny_llama
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from worker import make_rows, train
 

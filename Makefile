@@ -1,0 +1,38 @@
+# The commands of this repository. Each makes the .venv that it needs, once, and again when the requirements change.
+PYTHON ?= python3
+PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
+RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check format test clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+
+setup: .venv/ready ## make the .venv with everything for development
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(PIP) torch
+	$(PIP) --editable '.[dev]'
+	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
+	touch $@
+
+demo: setup ## teacher, two students, one table: about five minutes on two cores
+	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/demo.py
+
+check: setup ## lint, types, import order
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+	$(RUN)/lint-imports
+
+format: setup ## mend what ruff can mend
+	$(RUN)/ruff check --fix .
+	$(RUN)/ruff format .
+
+test: setup ## the whole test suite
+	$(RUN)/pytest
+
+clean: ## remove the .venv and everything that was made
+	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

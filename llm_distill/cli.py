@@ -1,0 +1,191 @@
+"""`llm-distill COMMAND`: the command line. `llm-distill COMMAND --help` shows every option with its meaning.
+
+Options may come from a YAML file (`--config run.yaml`) and from the command line, which wins. Several ranks:
+`accelerate launch --config_file recipes/accelerate/ddp.yaml -m llm_distill.cli train --config run.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from llm_distill.config import DistillationConfig
+    from llm_distill.trainer import DistillationTrainer
+
+EXAMPLE = """example:
+  llm-distill train --model_name_or_path Qwen/Qwen2.5-0.5B --teacher_model_name_or_path Qwen/Qwen2.5-7B \\
+      --dataset_name trl-lib/Capybara --output_dir student --divergence forward_kl
+
+--dataset_name may be a Hub id, a folder, a .json, .jsonl, .csv, .parquet or .txt file, or `stdlib`, the sources of the
+Python standard library, which need no download."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `llm-distill`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="llm-distill",
+        description="Distil a large language model into a small one.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, help_text) in COMMANDS.items():
+        commands.add_parser(name, help=help_text, add_help=False)
+    COMMANDS[parser.parse_args(argv[:1]).command][0](argv[1:])
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What a person gave and cannot be needs no traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError) as error:
+        print(f"llm-distill: error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def train(argv: Sequence[str]) -> None:
+    """Trains a student on a teacher's distributions: `llm-distill train`, and `recipes/token_kl.py`."""
+    with errors_in_one_line():
+        script, args, model = parse_train(argv)
+        trainer = build_trainer(script, args, model)
+    trainer.train(resume_from_checkpoint=_resumption(args.resume_from_checkpoint))
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    trainer.save_model()
+    trainer.create_model_card(Path(args.output_dir).name, dataset_name=script.dataset_name)
+    trainer.accelerator.print(f"The student is in {args.output_dir}.")
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    trainer.end()
+
+
+def build_trainer(script: ScriptArguments, args: DistillationConfig, model: ModelConfig) -> DistillationTrainer:
+    """The trainer that the options describe.
+
+    Raises:
+        ValueError: something is missing, cannot be loaded or does not fit together.
+    """
+    if not model.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing: the student, a Hub id or a folder.")
+    if not script.dataset_name:
+        raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or `stdlib`.")
+    from trl import get_peft_config, get_quantization_config
+
+    from llm_distill.trainer import DistillationTrainer
+
+    dataset = load_data(script)
+    evaluation = dataset.get(script.dataset_test_split)
+    if evaluation is None and args.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy} needs the split {script.dataset_test_split!r} in "
+            f"{script.dataset_name!r}, which has only {', '.join(dataset)}. Name another with --dataset_test_split."
+        )
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return DistillationTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=evaluation,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
+    "train": (train, "train a student on a teacher's distributions (token-level distillation)"),
+}
+
+
+def parse_train(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig]:
+    """TRL's three groups of options: defaults < `--config` YAML < command line.
+
+    Raises:
+        ValueError: an unknown key or flag (with the nearest known one), or a value that cannot be.
+    """
+    from trl import ModelConfig, ScriptArguments, TrlParser
+
+    from llm_distill.config import DistillationConfig
+
+    parser = TrlParser((ScriptArguments, DistillationConfig, ModelConfig), prog="llm-distill train")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    refuse_unknown(parser, argv)
+    script, args, model, *_ = parser.parse_args_and_config(list(argv))
+    return script, args, model
+
+
+def refuse_unknown(parser: TrlParser, argv: Sequence[str]) -> None:
+    """Names the nearest known option for each one that does not exist, on the command line and in the YAML."""
+    import yaml
+
+    flags = {flag for action in parser._actions for flag in action.option_strings}
+    known = {flag.lstrip("-").replace("-", "_") for flag in flags}
+    given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
+    if "--config" in argv[:-1]:
+        path = Path(argv[argv.index("--config") + 1])
+        if not path.is_file():
+            raise FileNotFoundError(f"--config {path}: there is no such file.")
+        content = yaml.safe_load(path.read_text())
+        if not isinstance(content, dict):
+            raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
+        given += [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]
+    for where, name in given:
+        if name.replace("-", "_") not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown option {where}.{hint} `llm-distill train --help` lists all.")
+
+
+def load_data(script: ScriptArguments) -> DatasetDict:
+    """The dataset that `--dataset_name` means.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no training split of that name.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    from llm_distill import corpus
+
+    name = script.dataset_name
+    kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    try:
+        if name == corpus.NAME:
+            data = corpus.load_corpus()
+        elif Path(name).is_file() and Path(name).suffix in kinds:
+            data = load_dataset(kinds[Path(name).suffix], data_files=name)
+        else:
+            data = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise ValueError(
+            f"the dataset {name!r} cannot be loaded: it is no file, no folder with data, no repository that can be "
+            f"reached, and not `{corpus.NAME}`. ({error})"
+        ) from error
+    if script.dataset_train_split not in data:
+        raise ValueError(f"the dataset {name!r} has no split {script.dataset_train_split!r}, only {', '.join(data)}.")
+    return DatasetDict(data) if not script.dataset_streaming else data
+
+
+def _resumption(value: str | None) -> str | bool:
+    """`--resume_from_checkpoint true` means the last one; otherwise it is a folder."""
+    return {"none": False, "false": False, "true": True}.get(str(value).lower(), value or False)
+
+
+if __name__ == "__main__":
+    main()
