@@ -25,8 +25,8 @@ EXAMPLE = """example:
   llm-distill train --model_name_or_path Qwen/Qwen2.5-0.5B --teacher_model_name_or_path Qwen/Qwen2.5-7B \\
       --dataset_name trl-lib/Capybara --output_dir student --divergence forward_kl
 
---dataset_name may be a Hub id, a folder, a .json, .jsonl, .csv, .parquet or .txt file, or `stdlib`, the sources of the
-Python standard library, which need no download."""
+--dataset_name may be a Hub id, a folder, a .json, .jsonl, .csv, .parquet or .txt file, or `stdlib`, two
+megabytes of the sources of the Python standard library, which need no download."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,8 +49,8 @@ def errors_in_one_line() -> Iterator[None]:
     """What a person gave and cannot be needs no traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError) as error:
-        print(f"llm-distill: error: {error}", file=sys.stderr)
+    except (ValueError, TypeError, OSError, argparse.ArgumentError) as error:
+        print(f"llm-distill: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -59,16 +59,19 @@ def train(argv: Sequence[str]) -> None:
     with errors_in_one_line():
         script, args, model = parse_train(argv)
         trainer = build_trainer(script, args, model)
-    trainer.train(resume_from_checkpoint=_resumption(args.resume_from_checkpoint))
+        resumption = _resumption(args.resume_from_checkpoint)
+        trainer.require_resumable(resumption)
+    trainer.train(resume_from_checkpoint=resumption)
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    trainer.save_model()
-    trainer.create_model_card(Path(args.output_dir).name, dataset_name=script.dataset_name)
-    trainer.accelerator.print(f"The student is in {args.output_dir}.")
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
+        trainer.push_to_hub(dataset_name=script.dataset_name)  # saves both too
+    else:
+        trainer.save_model()
+        trainer.create_model_card(Path(args.output_dir).name, dataset_name=script.dataset_name)
+    trainer.accelerator.print(f"The student is in {args.output_dir}.")
     trainer.end()
 
 
@@ -124,10 +127,12 @@ def parse_train(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfi
 
     from llm_distill.config import DistillationConfig
 
-    parser = TrlParser((ScriptArguments, DistillationConfig, ModelConfig), prog="llm-distill train")
+    argv = [part for given in argv for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
+    groups = (ScriptArguments, DistillationConfig, ModelConfig)
+    parser = TrlParser(groups, prog="llm-distill train", exit_on_error=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     refuse_unknown(parser, argv)
-    script, args, model, *_ = parser.parse_args_and_config(list(argv))
+    script, args, model, *_ = parser.parse_args_and_config(argv)
     return script, args, model
 
 
@@ -142,7 +147,10 @@ def refuse_unknown(parser: TrlParser, argv: Sequence[str]) -> None:
         path = Path(argv[argv.index("--config") + 1])
         if not path.is_file():
             raise FileNotFoundError(f"--config {path}: there is no such file.")
-        content = yaml.safe_load(path.read_text())
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise ValueError(f"--config {path} is not YAML. ({error})") from error
         if not isinstance(content, dict):
             raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
         given += [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]
@@ -167,9 +175,9 @@ def load_data(script: ScriptArguments) -> DatasetDict:
     kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
     try:
         if name == corpus.NAME:
-            data = corpus.load_corpus()
+            data = corpus.load_corpus(max_characters=corpus.TRIAL_CHARACTERS)
         elif Path(name).is_file() and Path(name).suffix in kinds:
-            data = load_dataset(kinds[Path(name).suffix], data_files=name)
+            data = load_dataset(kinds[Path(name).suffix], data_files=name, streaming=script.dataset_streaming)
         else:
             data = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
     except (OSError, ValueError, ConnectionError) as error:

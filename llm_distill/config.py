@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from transformers.trainer_utils import HubStrategy
+from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
 
@@ -75,21 +78,37 @@ class DistillationConfig(SFTConfig):
     teacher_adapters_off: bool = field(
         default=False,
         metadata={
-            "help": "The teacher is the student's own base model with its LoRA adapters off: keeps a fine-tuned student "
-            "near what it was, at no extra memory. Use it with ce_weight."
+            "help": "The teacher is the student's own base model with its LoRA adapters off: keeps a fine-tuned "
+            "student near what it was, at no extra memory. Use it with ce_weight."
+        },
+    )
+
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 mixed precision. By default on where the accelerator has it, unless fp16 is set."},
+    )
+
+    hub_strategy: HubStrategy | str = field(
+        default=HubStrategy.END,
+        metadata={
+            "help": "When push_to_hub pushes: at the end, or as in transformers.TrainingArguments, where every other "
+            "choice uploads training_args.bin too, a pickle that tells local paths."
         },
     )
 
     def __post_init__(self) -> None:
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
         self.divergence_kwargs = _mapping("divergence_kwargs", self.divergence_kwargs)
         self.teacher_model_init_kwargs = _mapping("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
-        if not self.loss_temperature > 0:
-            raise ValueError(f"loss_temperature must be positive, got {self.loss_temperature}.")
-        if self.kd_weight < 0 or self.ce_weight < 0 or self.kd_weight == self.ce_weight == 0:
+        if not 0 < self.loss_temperature < math.inf:
+            raise ValueError(f"loss_temperature must be positive and finite, got {self.loss_temperature}.")
+        weights = (self.kd_weight, self.ce_weight)
+        if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
             raise ValueError(
-                f"kd_weight={self.kd_weight} and ce_weight={self.ce_weight}: neither may be negative, and one must be "
-                "positive."
+                f"kd_weight={self.kd_weight} and ce_weight={self.ce_weight}: both must be finite, neither may be "
+                "negative, and one must be positive."
             )
         without_effect = {
             "squared_temperature=False (at loss_temperature=1 it is 1 anyway)": not self.squared_temperature

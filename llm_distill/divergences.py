@@ -186,7 +186,11 @@ def make_divergence(name: str, **parameters: Any) -> Divergence:
     if unknown := sorted(set(parameters) - set(known)):
         takes = f"takes {', '.join(known)}" if known else "takes no parameter"
         raise ValueError(f"divergence {name!r} {takes}; got {', '.join(unknown)} in divergence_kwargs.")
-    return DIVERGENCES[name](**parameters)
+    try:
+        numbers = {parameter: float(value) for parameter, value in parameters.items()}  # to YAML, 1e-1 is a string
+    except (TypeError, ValueError):
+        raise ValueError(f"divergence_kwargs of {name!r} must be numbers, got {parameters}.") from None
+    return DIVERGENCES[name](**numbers)
 
 
 def _log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, share_of_p: float) -> tuple[Tensor, Tensor]:

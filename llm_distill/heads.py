@@ -42,7 +42,9 @@ class LMHead:
                 hidden states, or it gives fewer logits than `vocab_size`.
         """
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        head = _measure_post_processing(model, output_projection(model))
+        projection = output_projection(model)
+        keep_differentiable(projection)
+        head = _measure_post_processing(model, projection)
         if vocab_size is not None and vocab_size > head.vocab_size:
             raise ValueError(
                 f"{type(model).__name__} gives {head.vocab_size:,} logits, fewer than the {vocab_size:,} tokens of the "
@@ -93,6 +95,17 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
             "(4-bit is fine, 8-bit is not: leave it out with llm_int8_skip_modules, as bitsandbytes does by default)."
         )
     return module
+
+
+def keep_differentiable(module: nn.Module) -> None:
+    """Undoes and forbids the layout that bitsandbytes gives to 4-bit weights in `eval()` on CPUs with AVX512-BF16.
+
+    Its kernel has no backward, so one evaluation would silently cut the gradients of every later step, and
+    `dequantize_4bit` cannot read it.
+    """
+    if getattr(module, "support_avx512bf16_for_cpu", False):
+        module.state_dict()  # undoes it, in place
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 @contextmanager

@@ -51,7 +51,7 @@ def write_model_card(
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {name}\n",
-        f"Distilled with llm-distill from {_teacher_sentence(record)}\n",
+        f"{_origin(record)}\n",
         "## How\n",
         _table(("setting", "value"), [(key, value) for key, value in record.items() if value is not None]),
     ]
@@ -64,13 +64,15 @@ def write_model_card(
     ModelCard("\n".join(sections)).save(Path(folder) / "README.md")
 
 
-def _teacher_sentence(record: dict[str, Any]) -> str:
+def _origin(record: dict[str, Any]) -> str:
+    if not record["objective.kd_weight"]:
+        return "Trained with llm-distill on text alone."
     if "teacher.ensemble" in record:
-        return f"an ensemble of {len(record['teacher.ensemble'])} teachers."
-    if not record.get("teacher.architecture"):
-        return "text alone (no teacher)."
-    size = f"{record['teacher.parameters'] / 1e6:,.1f} M parameters"
-    return f"`{record.get('teacher.model') or record['teacher.architecture']}` ({size})."
+        return f"Distilled with llm-distill from an ensemble of {len(record['teacher.ensemble'])} teachers."
+    name = record.get("teacher.model") or record.get("teacher.architecture")
+    parameters = record.get("teacher.parameters")
+    size = f" ({parameters / 1e6:,.1f} M parameters)" if parameters else ""
+    return f"Distilled with llm-distill from `{name}`{size}." if name else "Distilled with llm-distill."
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, Any]]) -> str:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_distill.heads import LMHead, intercepted
+from llm_distill.heads import LMHead, intercepted, keep_differentiable
 from llm_distill.objective import Objective
 from llm_distill.rows import Rows
 from llm_distill.signals import Signal
@@ -40,6 +40,8 @@ def add_lesson_forward(model: nn.Module, head: LMHead) -> None:
     """
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
     original = getattr(base.forward, "without_lesson", base.forward)
+    for module in base.modules():
+        keep_differentiable(module)
 
     @functools.wraps(original)
     def forward(self: PreTrainedModel, *args: Any, lesson: Lesson | None = None, **kwargs: Any) -> Any:

@@ -6,12 +6,14 @@ import math
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
 
@@ -63,10 +65,12 @@ class DistillationTrainer(SFTTrainer):
         args = args if args is not None else DistillationConfig(output_dir="distilled")
         if not isinstance(args, DistillationConfig):
             raise TypeError(f"args must be a DistillationConfig, got {type(args).__name__}.")
+        if not isinstance(model, str | PreTrainedModel | PeftModel):
+            raise TypeError(f"model must be a name, a PreTrainedModel or a PeftModel, got {type(model).__name__}.")
         if sft.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would have no effect: the loss is the distillation objective.")
         self.objective = Objective.of(args)
-        self._checkpoint_found = get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
+        self._checkpoint_found = _last_checkpoint(args)
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
         tokenizer = processing_class or _load_tokenizer(model, args)
@@ -96,19 +100,29 @@ class DistillationTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`. Raises ValueError in a folder with another run's checkpoints, resumed or not."""
+        self.require_resumable(resume_from_checkpoint)
+        self._checkpoint_found = None  # from here on, what lies there is ours
+        self._since = time.perf_counter()
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def require_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Raises ValueError if training can neither start nor go on like this in this output folder."""
         if not resume_from_checkpoint and self._checkpoint_found:
             raise ValueError(
                 f"{self._checkpoint_found} is of an earlier run. Go on from it with resume_from_checkpoint=True "
                 "(--resume_from_checkpoint true), or choose another output_dir."
             )
         if resume_from_checkpoint:
-            checkpoint = self._checkpoint_found if resume_from_checkpoint is True else resume_from_checkpoint
-            if checkpoint is None:
-                raise ValueError(f"there is no checkpoint in {self.args.output_dir} to resume from.")
+            checkpoint = _last_checkpoint(self.args) if resume_from_checkpoint is True else resume_from_checkpoint
+            if checkpoint is None or not os.path.isdir(checkpoint):
+                where = f"in {self.args.output_dir}" if checkpoint is None else f"at {checkpoint}"
+                raise ValueError(f"there is no checkpoint {where} to resume from.")
             require_same_run(checkpoint, self._record)
-        self._checkpoint_found = None  # from here on, what lies there is ours
-        self._since = time.perf_counter()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`, without its pickle of `args`: it tells local paths, and to load one is to run it."""
+        super().save_model(output_dir, _internal_call)
+        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -231,6 +245,12 @@ def _make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distill
     """The teacher that the argument or the configuration names; each of its options must have something to act on."""
     assert isinstance(args.teacher_model_init_kwargs, dict), "DistillationConfig has parsed it"
     name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    if teacher is not None and args.teacher_model_name_or_path not in (None, teacher):
+        given = repr(teacher) if isinstance(teacher, str) else f"a {type(teacher).__name__}"
+        raise ValueError(
+            f"there are two teachers, teacher={given} and teacher_model_name_or_path="
+            f"{args.teacher_model_name_or_path!r}: give one. For several at once, EnsembleTeacher."
+        )
     options = {
         "revision": args.teacher_model_revision,
         "load_in_4bit": args.teacher_load_in_4bit,
@@ -253,8 +273,13 @@ def _make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distill
             "student's own base model, or kd_weight=0 with ce_weight=1 to train on the text alone."
         )
     if teacher is not None and not isinstance(teacher, Teacher):
-        raise TypeError(f"teacher must be a name, a PreTrainedModel or a Teacher, got {type(teacher).__name__}.")
+        hint = " Merge its adapters first: merge_and_unload()." if isinstance(teacher, PeftModel) else ""
+        raise TypeError(f"teacher must be a name, a PreTrainedModel or a Teacher, got {type(teacher).__name__}.{hint}")
     return teacher
+
+
+def _last_checkpoint(args: DistillationConfig) -> str | None:
+    return get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
 
 
 def _load_tokenizer(model: Any, args: DistillationConfig) -> PreTrainedTokenizerBase:

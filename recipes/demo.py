@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import time
 from dataclasses import asdict, dataclass
@@ -97,10 +98,9 @@ def make_config(folder: Path, recipe: Recipe, steps: int, seed: int, **options: 
         per_device_eval_batch_size=32,
         eval_strategy="steps",
         eval_steps=steps // 4,
-        logging_steps=steps // 4,
+        logging_strategy="no",  # the evaluations say enough
         save_strategy="no",
         report_to="none",
-        bf16=torch.cuda.is_available(),
         dataloader_pin_memory=torch.cuda.is_available(),
         gradient_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},  # blocks of tokens already
@@ -129,8 +129,7 @@ def train(
 def trained_teacher(folder: Path, recipe: Recipe, corpus: Corpus) -> tuple[PreTrainedModel, dict[str, float]]:
     """The teacher and its figures, from `folder` if it was trained there by the same recipe."""
     record = folder / "recipe.json"
-    wanted = {name: value for name, value in asdict(recipe).items() if not name.startswith("student")}
-    if record.is_file() and (found := json.loads(record.read_text()))["recipe"] == wanted:
+    if record.is_file() and (found := json.loads(record.read_text()))["recipe"] == teacher_settings(recipe):
         PartialState().print(f"The teacher of an earlier run is in {folder}.")
         return AutoModelForCausalLM.from_pretrained(folder), found["figures"]
     PartialState().print("Training the teacher")
@@ -140,9 +139,20 @@ def trained_teacher(folder: Path, recipe: Recipe, corpus: Corpus) -> tuple[PreTr
     figures = {"ce": trainer.evaluate()["eval_ce"], "seconds": seconds, "parameters": model.num_parameters()}
     trainer.save_model(str(folder))
     if PartialState().is_main_process:
-        record.write_text(json.dumps({"recipe": wanted, "figures": figures}, indent=2) + "\n")
+        record_teacher(folder, recipe, figures)
     PartialState().wait_for_everyone()
     return AutoModelForCausalLM.from_pretrained(folder), figures
+
+
+def record_teacher(folder: Path, recipe: Recipe, figures: dict[str, float]) -> None:
+    """Written last: a teacher whose training was cut short is not taken for a whole one."""
+    record = {"recipe": teacher_settings(recipe), "figures": figures}
+    (folder / "recipe.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def teacher_settings(recipe: Recipe) -> dict[str, Any]:
+    settings = {name: value for name, value in asdict(recipe).items() if not name.startswith("student")}
+    return settings | {"corpus": f"Python {platform.python_version()}"}
 
 
 METHODS = {"text alone": {"kd_weight": 0.0, "ce_weight": 1.0}, "distilled": {"kd_weight": 1.0, "ce_weight": 0.0}}
@@ -200,7 +210,7 @@ def as_markdown(summary: dict[str, Any], seeds: int) -> str:
     verdict = "more" if summary["wins"] else "NOT more"
     lines += [
         "",
-        f"Distillation closed {summary['gap_closed']:.0%} of the gap between the student on text alone and teacher: "
+        f"Distillation closed {summary['gap_closed']:.0%} of the gap between text alone and the teacher: "
         f"{summary['gain']:.3f} nats a token, {verdict} than the spread over {seeds} seed{'s' if seeds > 1 else ''}.",
     ]
     return "\n".join(lines)

@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads wait for each other
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 from jaxtyping import install_import_hook
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
-from tiny import VOCAB, make_config
+from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill import DistillationConfig
@@ -35,6 +36,16 @@ def texts() -> Dataset:
 @pytest.fixture(scope="session")
 def tokenizer(texts: Dataset) -> PreTrainedTokenizerBase:
     return train_tokenizer(texts, VOCAB)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> Path:
+    """A folder with a `student` and a `teacher`, each with the tokenizer, as a user has them."""
+    folder = tmp_path_factory.mktemp("saved")
+    for name, seed, hidden in (("student", 1, 16), ("teacher", 2, 32)):
+        tiny_llama(seed, hidden=hidden).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
 
 
 @pytest.fixture

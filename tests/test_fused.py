@@ -245,6 +245,34 @@ def test_metrics_are_what_they_say() -> None:
         torch.testing.assert_close(metrics[name], value, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def test_float16_gradients_survive_many_rows_under_a_loss_scale() -> None:
+    head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5)
+    head.module.half()
+    signal, _ = make_signal("hidden")
+    hidden16 = hidden.half().requires_grad_()
+    loss, _ = fused_head_loss(hidden16, head, signal, make_divergence("forward_kl"), num_rows=10**7)
+    (loss * 2.0**20).backward()
+    exact = make_head(STUDENT, 0)
+    loss, _ = fused_head_loss(hidden.requires_grad_(), exact, signal, make_divergence("forward_kl"), num_rows=10**7)
+    (loss * 2.0**20).backward()
+    for ours, theirs in ((hidden16.grad, hidden.grad), (head.module.weight.grad, exact.module.weight.grad)):
+        assert torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.flatten(), 0) > 0.999
+
+
+def test_under_autocast_products_run_in_its_precision_and_gradients_in_the_parameters() -> None:
+    signal, _ = make_signal("hidden")
+    found = []
+    for enabled in (False, True):
+        head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).float().requires_grad_()
+        head.module.float()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            fused_head_loss(hidden, head, signal, make_divergence("forward_kl"))[0].backward()
+        assert head.module.weight.grad.dtype == hidden.grad.dtype == torch.float32
+        found.append(head.module.weight.grad.flatten())
+    assert not torch.equal(*found)
+    assert torch.nn.functional.cosine_similarity(*found, 0) > 0.999
+
+
 def test_gradients_in_bfloat16_are_near_those_in_float64() -> None:
     signal, _ = make_signal("hidden")
     head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).requires_grad_()

@@ -32,7 +32,6 @@ def tiny_llama(seed: int, hidden: int = 32, vocab_size: int = VOCAB, **config: A
 def make_config(folder: Path | str, **options: Any) -> DistillationConfig:
     """A configuration for tests: CPU, float32, nothing saved, nothing reported."""
     defaults = {
-        "bf16": False,
         "gradient_checkpointing": False,
         "report_to": "none",
         "use_cpu": True,

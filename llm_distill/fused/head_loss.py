@@ -22,7 +22,7 @@ from llm_distill.fused.sparse import sparse_divergence
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
-CHUNK_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+CHUNK_ELEMENTS = {"cpu": 2**20, "accelerator": 2**25}
 """Logits a chunk, where that is more than MIN_CHUNK_ROWS rows: on a CPU they should fit into its caches."""
 MIN_CHUNK_ROWS = 128
 """With fewer rows, reading the head's weight costs more than the product."""
@@ -109,15 +109,14 @@ class _Job:
 
 
 class _FusedHeadLoss(torch.autograd.Function):
+    """Gradients are computed in forward, of the sum over rows; backward divides them, when float16's loss scale is in."""
+
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
-        d_hidden = d_weight = d_bias = None
-        if job.wants_gradients:
-            needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
-            d_hidden = torch.zeros_like(hidden) if needs_hidden else None
-            d_weight = torch.zeros_like(weight, dtype=_statistics_dtype(weight.dtype)) if needs_weight else None
-            if needs_bias and bias is not None:
-                d_bias = torch.zeros_like(bias, dtype=_statistics_dtype(bias.dtype))
+        needs_hidden, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        d_hidden = _accumulator(hidden) if job.wants_gradients and needs_hidden else None
+        d_weight = _accumulator(weight) if job.wants_gradients and needs_weight else None
+        d_bias = _accumulator(bias) if job.wants_gradients and needs_bias and bias is not None else None
         compute = _compute_dtype(hidden, weight)
         x_all, w = hidden.to(compute), weight.to(compute)
         b = None if bias is None else bias.to(_statistics_dtype(compute))
@@ -135,7 +134,6 @@ class _FusedHeadLoss(torch.autograd.Function):
                 if not job.wants_gradients:
                     continue
                 d_logits *= job.head.post_process_slope(logits)
-                d_logits /= job.num_rows
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(compute)
@@ -144,19 +142,22 @@ class _FusedHeadLoss(torch.autograd.Function):
                 if d_weight is not None:
                     d_weight += _matmul(d_logits.T, x)
 
-        ctx.gradients = (
-            d_hidden,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None or bias is None else d_bias.to(bias.dtype),
-        )
+        ctx.gradients = (d_hidden, d_weight, d_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.num_rows = job.num_rows
         return loss / job.num_rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = ctx.gradients
+        factor = grad / ctx.num_rows
+        result = [g if g is None else g.mul_(factor).to(d) for g, d in zip(ctx.gradients, ctx.dtypes, strict=True)]
         ctx.gradients = None  # free them with this call, not with the graph
-        return *(None if g is None else g.mul_(grad.to(g.dtype)) for g in gradients), None
+        return *result, None
+
+
+def _accumulator(like: Tensor) -> Tensor:
+    return torch.zeros_like(like, dtype=_statistics_dtype(like.dtype))
 
 
 def _rows_loss(job: _Job, logits: Tensor, rows: slice, total: int) -> tuple[Tensor, Tensor]:
@@ -267,7 +268,8 @@ def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _chunks(num_rows: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    size = max(MIN_CHUNK_ROWS, CHUNK_ELEMENTS.get(device.type, CHUNK_ELEMENTS["cuda"]) // vocab_size)
+    elements = CHUNK_ELEMENTS["cpu" if device.type == "cpu" else "accelerator"]
+    size = max(MIN_CHUNK_ROWS, elements // vocab_size)
     for start in range(0, num_rows, size):
         yield slice(start, min(start + size, num_rows))
 

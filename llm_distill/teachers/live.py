@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,19 +18,22 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import cached_file, extract_commit_hash
 from trl.models import prepare_deepspeed
 
 from llm_distill.heads import LMHead, intercepted
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Batch, Teacher
+
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+"""Those of `from_pretrained` that say where a model lies, and so its configuration and tokenizer too."""
 
 
 class LiveTeacher(Teacher):
@@ -63,8 +68,8 @@ class LiveTeacher(Teacher):
         Raises:
             ValueError: nothing loadable is there.
         """
-        if load_in_4bit and load_in_8bit:
-            raise ValueError("a teacher is loaded in 4 bits or in 8 bits, not in both.")
+        if load_in_4bit + load_in_8bit + ("quantization_config" in init_kwargs) > 1:
+            raise ValueError("a teacher is loaded in 4 bits, in 8 bits or with a quantization_config: choose one.")
         init_kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, "revision": revision, **init_kwargs}
         if load_in_4bit or load_in_8bit:
             init_kwargs["quantization_config"] = BitsAndBytesConfig(
@@ -73,14 +78,17 @@ class LiveTeacher(Teacher):
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
             )
+        hub = {name: init_kwargs[name] for name in HUB_OPTIONS if name in init_kwargs}
         try:
-            AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError) as error:
+            config_file = cached_file(name_or_path, "config.json", **hub)
+        except OSError as error:
             raise ValueError(
                 f"the teacher {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
                 f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
             ) from error
-        return cls(AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs))
+        model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+        model.config._commit_hash = extract_commit_hash(config_file, None)  # no longer kept by every transformers
+        return cls(model, _own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.tokenizer is not None:
@@ -130,7 +138,7 @@ class AdaptersOffTeacher(Teacher):
                 "teacher would be the student itself, and there is nothing to learn from it."
             )
         self._student = student
-        with student.disable_adapter():
+        with _adapters_off(student):
             self._head = LMHead.of(student, self._vocab_size)
 
     @torch.no_grad()
@@ -140,7 +148,7 @@ class AdaptersOffTeacher(Teacher):
         was_training = self._student.training
         self._student.eval()
         try:
-            with self._student.disable_adapter():
+            with _adapters_off(self._student):
                 return HiddenSignal(hidden_of_counted_rows(self._student, self._head, batch), self._head)
         finally:
             self._student.train(was_training)
@@ -148,6 +156,18 @@ class AdaptersOffTeacher(Teacher):
     def describe(self) -> dict[str, Any]:
         assert self._student is not None, "prepare() comes first"
         return describe_model(self._student.get_base_model(), None) | {"adapters": "off"}
+
+
+@contextmanager
+def _adapters_off(student: PeftModel) -> Iterator[None]:
+    """PEFT's own switch, which on the way back would make every active adapter trainable: frozen ones stay so."""
+    trained = [(weight, weight.requires_grad) for weight in student.parameters()]
+    try:
+        with student.disable_adapter():
+            yield
+    finally:
+        for weight, is_trained in trained:
+            weight.requires_grad_(is_trained)
 
 
 def hidden_of_counted_rows(model: nn.Module, head: LMHead, batch: Batch) -> Float[Tensor, "rows hidden"]:
@@ -195,12 +215,13 @@ def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 
-def _own_tokenizer(model: PreTrainedModel) -> PreTrainedTokenizerBase | None:
+def _own_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the weights; None for a model made from a config."""
     if not model.config._name_or_path:
         return None
     try:
-        return AutoTokenizer.from_pretrained(model.config._name_or_path, revision=model.config._commit_hash)
+        options["revision"] = getattr(model.config, "_commit_hash", None)  # a folder has none
+        return AutoTokenizer.from_pretrained(model.config._name_or_path, **options)
     except (OSError, ValueError, KeyError):
         return None
 

@@ -33,22 +33,26 @@ class Run:
         return [entry[key] for entry in self.log["history"] if key in entry]
 
 
-def start(script: Path, *arguments: str, ranks: int = 1) -> subprocess.Popen[str]:
+def start(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) -> subprocess.Popen[str]:
     """`accelerate launch` on CPU, as a user would."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--config_file",
-        str(CPU),
-        "--num_processes",
-        str(ranks),
-    ]
-    command += ["--main_process_port", str(port), "--num_cpu_threads_per_process", "1", str(script), *arguments]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    options = {
+        "config_file": launcher,
+        "num_processes": ranks,
+        "main_process_port": port,
+        "num_cpu_threads_per_process": 1,
+    }
+    command = [sys.executable, "-m", "accelerate.commands.launch"]
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    command += [str(script), *arguments]
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONWARNINGS": "ignore",
+    }
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )

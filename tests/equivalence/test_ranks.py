@@ -34,6 +34,6 @@ def test_two_ranks_and_one_rank_take_the_same_steps(run_worker: Callable[..., Ru
 
 
 def test_ranks_of_a_mixture_of_experts_stay_together(run_worker: Callable[..., Run]) -> None:
-    two = run_worker("two", ranks=2, moe=True, config={"gradient_accumulation_steps": 2})
+    two = run_worker("two", ranks=2, moe=True, dtype="float32", config={"gradient_accumulation_steps": 2})
     for name, weight in two.weights(0).items():
         assert torch.equal(weight, two.weights(1)[name]), f"{name} drifted apart"

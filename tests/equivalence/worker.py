@@ -1,8 +1,8 @@
-"""Trains a tiny student in float64, in a process of its own: what the tests of ranks and of resumption launch.
+"""Trains a tiny student in a process of its own: what the tests of ranks and of resumption launch.
 
 Usage: worker.py FOLDER OPTIONS, with OPTIONS as JSON: `config` for the DistillationConfig, `resume`, `pause` (seconds a
-step, so that a test can kill it in between), `masked` (rows of the data in which nothing counts), `lora`, `moe`.
-Writes FOLDER/weights-RANK.safetensors and FOLDER/log.json.
+step, so that a test can kill it in between), `masked` (rows of the data in which nothing counts), `lora`, `moe`,
+`dtype` (float64). Writes FOLDER/weights-RANK.safetensors and FOLDER/log.json.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from datasets import Dataset
+from families import tiny_model
 from peft import LoraConfig
 from safetensors.torch import save_file
 from tiny import VOCAB, make_config, tiny_llama
@@ -59,11 +60,12 @@ def train(folder: Path, options: dict[str, Any], tokenizer: Any) -> Distillation
         "max_length": None,
         "disable_tqdm": True,
     }
-    student = tiny_llama(1, hidden=16)
+    dtype = getattr(torch, options.get("dtype", "float64"))
+    student = tiny_model("mixtral", seed=1, vocab_size=VOCAB) if options.get("moe") else tiny_llama(1, hidden=16)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if options.get("lora") else None
     trainer = DistillationTrainer(
-        model=student.double(),
-        teacher=LiveTeacher(tiny_llama(2).double(), tokenizer),
+        model=student.to(dtype),
+        teacher=LiveTeacher(tiny_llama(2).to(dtype), tokenizer),
         args=make_config(folder / "out", **(config | options.get("config", {}))),
         train_dataset=make_rows(options.get("masked", [])),
         eval_dataset=make_rows([]).select(range(7)),  # does not divide into batches over two ranks
