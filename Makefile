@@ -32,7 +32,7 @@ format: setup ## mend what ruff can mend
 	$(RUN)/ruff format .
 
 test: setup ## the whole test suite
-	$(RUN)/pytest
+	$(RUN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
 clean: ## remove the .venv and everything that was made
 	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -109,7 +109,7 @@ class _Job:
 
 
 class _FusedHeadLoss(torch.autograd.Function):
-    """Gradients are computed in forward, of the sum over rows; backward divides them, when float16's loss scale is in."""
+    """Gradients of the sum over rows, made in forward; backward divides them, once float16's loss scale is in."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, job: _Job) -> Tensor:
