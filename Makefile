@@ -11,14 +11,18 @@ help: ## list the targets
 
 setup: .venv/ready ## make the .venv with everything for development
 
-.venv/ready: pyproject.toml constraints.txt
+.venv/runs: pyproject.toml constraints.txt # enough for the demo
 	$(PYTHON) -m venv .venv
 	$(PIP) torch
+	$(PIP) --editable '.[plots]'
+	touch $@
+
+.venv/ready: .venv/runs
 	$(PIP) --editable '.[dev]'
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	touch $@
 
-demo: setup ## teacher, two students, one table: about five minutes on two cores
+demo: .venv/runs ## teacher, two students, one table: about five minutes on two cores
 	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/demo.py
 
 check: setup ## lint, types, import order

@@ -40,10 +40,10 @@ class Recipe:
     block: int = 128
     teacher_width: int = 160
     teacher_layers: int = 3
-    teacher_steps: int = 1000
+    teacher_steps: int = 800
     student_width: int = 64
     student_layers: int = 2
-    student_steps: int = 400
+    student_steps: int = 300
     student_tokens: int = 100_000
     batch: int = 8
     learning_rate: float = 3e-3
@@ -97,7 +97,7 @@ def make_config(folder: Path, recipe: Recipe, steps: int, seed: int, **options: 
         per_device_train_batch_size=max(1, recipe.batch // PartialState().num_processes),
         per_device_eval_batch_size=32,
         eval_strategy="steps",
-        eval_steps=steps // 4,
+        eval_steps=steps // 3,
         logging_strategy="no",  # the evaluations say enough
         save_strategy="no",
         report_to="none",
