@@ -56,21 +56,24 @@ def errors_in_one_line() -> Iterator[None]:
 
 def train(argv: Sequence[str]) -> None:
     """Trains a student on a teacher's distributions: `llm-distill train`, and `recipes/token_kl.py`."""
+    from llm_distill import corpus
+
     with errors_in_one_line():
         script, args, model = parse_train(argv)
         trainer = build_trainer(script, args, model)
         resumption = _resumption(args.resume_from_checkpoint)
         trainer.require_resumable(resumption)
+    dataset = None if script.dataset_name == corpus.NAME else script.dataset_name
     trainer.train(resume_from_checkpoint=resumption)
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)  # saves both too
+        trainer.push_to_hub(dataset_name=dataset)  # saves both too
     else:
         trainer.save_model()
-        trainer.create_model_card(Path(args.output_dir).name, dataset_name=script.dataset_name)
+        trainer.create_model_card(Path(args.output_dir).name, dataset_name=dataset)
     trainer.accelerator.print(f"The student is in {args.output_dir}.")
     trainer.end()
 

@@ -92,7 +92,7 @@ class DistillationConfig(SFTConfig):
         default=HubStrategy.END,
         metadata={
             "help": "When push_to_hub pushes: at the end, or as in transformers.TrainingArguments, where every other "
-            "choice uploads training_args.bin too, a pickle that tells local paths."
+            "choice uploads training_args.bin too, a pickle with local paths and hub_token (refused with that)."
         },
     )
 
@@ -109,6 +109,11 @@ class DistillationConfig(SFTConfig):
             raise ValueError(
                 f"kd_weight={self.kd_weight} and ce_weight={self.ce_weight}: both must be finite, neither may be "
                 "negative, and one must be positive."
+            )
+        if self.push_to_hub and self.hub_token and self.hub_strategy != HubStrategy.END:
+            raise ValueError(
+                f"hub_strategy={self.hub_strategy} uploads training_args.bin, a pickle that holds hub_token. Give the "
+                "token as HF_TOKEN in the environment, or use hub_strategy=end."
             )
         without_effect = {
             "squared_temperature=False (at loss_temperature=1 it is 1 anyway)": not self.squared_temperature

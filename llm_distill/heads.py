@@ -91,8 +91,9 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
         raise ValueError(f"{type(model).__name__} has no output embeddings, so it has no next-token distribution.")
     if not isinstance(module, nn.Linear) or type(module).__name__ == "Linear8bitLt":
         raise ValueError(
-            f"the output projection of {type(model).__name__} is a {type(module).__name__}. It must be an nn.Linear "
-            "(4-bit is fine, 8-bit is not: leave it out with llm_int8_skip_modules, as bitsandbytes does by default)."
+            f"the output projection of {type(model).__name__} is a {type(module).__name__}, and must be an nn.Linear: "
+            "no adapter on it or on the embedding that it is tied to (modules_to_save is fine), and in 4 bits at "
+            "least, not in 8 (llm_int8_skip_modules leaves it out, as bitsandbytes does by default)."
         )
     return module
 

@@ -1,10 +1,9 @@
-"""What the student minimises: divergence and cross-entropy with their weights, and what is logged about them."""
+"""What the student minimises: divergence and cross-entropy with their weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -13,9 +12,6 @@ from llm_distill.divergences import Divergence, make_divergence
 from llm_distill.fused import fused_head_loss
 from llm_distill.heads import LMHead
 from llm_distill.signals import Signal
-
-METRICS = ("kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce")
-"""The values per row of `fused_head_loss`, in the order in which the trainer adds them up."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +56,3 @@ class Objective:
             num_rows=num_rows,
             squared_temperature=self.squared_temperature,
         )
-
-
-def sum_metrics(
-    metrics: dict[str, Float[Tensor, " rows"]], sample: Int[Tensor, " rows"], samples: int
-) -> Float[Tensor, "samples metrics+1"]:
-    """Sums of METRICS over the rows of each sample, and the number of its rows in the last column."""
-    sums = torch.zeros(samples, len(METRICS) + 1, dtype=torch.float64, device=sample.device)
-    for column, name in enumerate(METRICS):
-        if name in metrics:
-            sums[:, column].index_add_(0, sample, metrics[name].double())
-    sums[:, -1].index_add_(0, sample, torch.ones_like(sample, dtype=torch.float64))
-    return sums

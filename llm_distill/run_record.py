@@ -31,9 +31,9 @@ class RecordRun(TrainerCallback):
         self.record = record
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if state.is_world_process_zero:
-            path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / FILE
-            path.write_text(json.dumps(self.record, indent=2) + "\n")
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():  # a hyperparameter search keeps its own elsewhere
+            (folder / FILE).write_text(json.dumps(self.record, indent=2) + "\n")
 
 
 def require_same_run(checkpoint: str | Path, record: dict[str, Any]) -> None:

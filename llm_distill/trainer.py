@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from trl import SFTTrainer
 from llm_distill import data_checks, hub
 from llm_distill.config import DistillationConfig
 from llm_distill.heads import LMHead
-from llm_distill.objective import METRICS, Objective, sum_metrics
+from llm_distill.objective import Objective
+from llm_distill.progress import Stopwatch, empty_tally, means, tally_by_sample
 from llm_distill.rows import count_rows, counted_rows
 from llm_distill.run_record import RecordRun, require_same_run, run_record
-from llm_distill.stopwatch import Stopwatch
 from llm_distill.students import Lesson, add_lesson_forward
 from llm_distill.teachers import AdaptersOffTeacher, LiveTeacher, Teacher
 from llm_distill.teachers.live import vocabulary_size
@@ -42,7 +44,8 @@ class DistillationTrainer(SFTTrainer):
 
     Logs `loss`, its parts `kd` and `ce`, and of the student beside the teacher `kl`, `entropy`, `top1_agreement`,
     `acceptance`, in nats (or shares) per token that counts, over all ranks and micro-batches since the last log;
-    `tokens_per_second` and `teacher_share`, the share of time spent in the teacher. Evaluation adds `perplexity` and
+    `tokens_per_second` and `teacher_share`, the share of time in the teacher's forward (its head's product is part of
+    the loss); for a mixture of experts `aux_loss`, its router's. Evaluation adds `perplexity` and
     `teacher_ce`; its `loss` is kd_weight · kd + ce_weight · ce. Over several ranks, packed evaluation batches may count
     the few samples twice that fill up the last batch.
 
@@ -84,25 +87,36 @@ class DistillationTrainer(SFTTrainer):
             self.teacher.fit_to(self.processing_class)  # cloning a template may have added tokens
         self._head = LMHead.of(self.model, vocabulary_size(self.processing_class))
         add_lesson_forward(self.model, self._head)
-        data_checks.require_rows(self.train_dataset, "train")
+        self._refuse_what_would_be_wrong()
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator, self.model)
-            for name, dataset in _named_datasets(self.train_dataset, self.eval_dataset):
-                data_checks.require_length(dataset, name, self.teacher.max_length)
+        for name, dataset in _named_datasets(self.train_dataset, self.eval_dataset):
+            data_checks.require_rows(dataset, name)
+            data_checks.require_length(dataset, name, self.teacher.max_length if self.teacher else None)
         self.model.add_model_tags(hub.TAGS)
         self._record = run_record(self.objective, self.teacher)
         self.add_callback(RecordRun(self._record))
 
-        self._sums = {"train": self._no_sums(), "eval": self._no_sums()}
-        self._tokens: Tensor | int = 0
         self._in_teacher = Stopwatch(self.accelerator.device)
-        self._since = time.perf_counter()
+        self._eval_tally = empty_tally(self.accelerator.device)
+        self._start_counting()
+
+    def _refuse_what_would_be_wrong(self) -> None:
+        parallelism = self.accelerator.parallelism_config
+        if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
+            raise ValueError("context and sequence parallelism cut labels apart in time, which is not supported yet.")
+        peft = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
+        if self.padding_free and getattr(peft, "is_prompt_learning", False):
+            raise ValueError(
+                "a learned prompt (prompt or prefix tuning) does not go with packing or padding_free: PEFT drops the "
+                "positions, so that the student would read across documents. Use LoRA, or packing=False."
+            )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`. Raises ValueError in a folder with another run's checkpoints, resumed or not."""
         self.require_resumable(resume_from_checkpoint)
         self._checkpoint_found = None  # from here on, what lies there is ours
-        self._since = time.perf_counter()
+        self._start_counting()
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def require_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
@@ -128,7 +142,7 @@ class DistillationTrainer(SFTTrainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The micro-batches of a step, and over how many rows their loss is a mean: those of every rank."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         rows = torch.stack([count_rows(batch["labels"]) for batch in batches]).sum().to(device)
@@ -144,18 +158,18 @@ class DistillationTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective over this micro-batch's share of `num_items_in_batch` rows (default: over its own rows)."""
-        mode = "train" if self.model.training else "eval"
+        training = self.model.training
         rows = counted_rows(inputs["labels"])
         signal = None
-        if self.teacher is not None and (mode == "eval" or self.objective.kd_weight > 0):
-            with self._in_teacher, self.accelerator.autocast():
+        if self.teacher is not None and (self.objective.kd_weight > 0 or not training):
+            with self._in_teacher if training else nullcontext(), self.accelerator.autocast():
                 signal = self.teacher.score(inputs)
 
         forward_inputs = {name: value for name, value in inputs.items() if name != "labels"}
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         lesson = Lesson(self.objective, rows, inputs["labels"].shape[1], signal, num_items_in_batch)
         outputs = model(**forward_inputs, **router, use_cache=False, lesson=lesson)
-        loss = outputs["loss"]
+        loss = lesson.exact(outputs["loss"])
         if not torch.isfinite(loss):
             data_checks.refuse_broken_signal(signal, inputs, rows, self.state.global_step, self.processing_class)
         if num_items_in_batch is not None and self._averages_over_ranks:
@@ -164,16 +178,16 @@ class DistillationTrainer(SFTTrainer):
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs["aux_loss"] / micro_batches
 
-        sums = sum_metrics(outputs["metrics"], rows.sample, len(inputs["labels"]))
-        if mode == "train":
-            self._sums[mode] += sums.sum(0)
+        tallies = tally_by_sample(lesson.metrics, rows.sample, len(inputs["labels"]), outputs["aux_loss"])
+        if training:
+            self._tally += tallies.sum(0)
             self._tokens += (
                 inputs["attention_mask"].sum() if "attention_mask" in inputs else inputs["input_ids"].numel()
             )
         elif "attention_mask" in inputs:
-            self._sums[mode] += self.accelerator.gather_for_metrics(sums).sum(0)
+            self._eval_tally += self.accelerator.gather_for_metrics(tallies).sum(0)
         else:
-            self._sums[mode] += self.accelerator.reduce(sums.sum(0), "sum")
+            self._eval_tally += self.accelerator.reduce(tallies.sum(0), "sum")
         if not return_outputs:
             return loss
         with torch.no_grad():  # somebody wants logits (compute_metrics): they cost a forward of their own
@@ -182,28 +196,27 @@ class DistillationTrainer(SFTTrainer):
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`, with the objective's metrics, each a mean over all tokens that count."""
         began = time.perf_counter()
-        self._sums["eval"] = self._no_sums()
+        self._eval_tally = empty_tally(self.accelerator.device)
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        means = self._means(self._sums["eval"], self.teacher is not None)
-        if means:
-            means["perplexity"] = math.exp(min(means["ce"], 700))
-            kd = self.objective.kd_weight * means["kd"] if self.objective.kd_weight else 0.0
-            means["loss"] = kd + self.objective.ce_weight * means["ce"]
-        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
-        self._in_teacher.reset()
+        values = means(self._eval_tally)
+        if "ce" in values:
+            kd = self.objective.kd_weight * values["kd"] if self.objective.kd_weight else 0.0
+            values["loss"] = kd + self.objective.ce_weight * values["ce"]
+            values["perplexity"] = math.exp(min(values["ce"], 700))
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         self._since += time.perf_counter() - began
         return output
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As `Trainer.log`, with the objective's metrics since the last one."""
-        if self.model.training and "loss" in logs:
+        if "loss" in logs:  # of training: those of evaluation carry its name, and the last one is `train_loss`
             elapsed = time.perf_counter() - self._since
-            tokens = torch.as_tensor(self._tokens).to(self._sums["train"]).reshape(1)
-            totals = self.accelerator.reduce(torch.cat([self._sums["train"], tokens]), "sum")
-            logs.update(self._means(totals[:-1], self.objective.kd_weight > 0))
+            tokens = torch.as_tensor(self._tokens).to(self._tally).reshape(1)
+            totals = self.accelerator.reduce(torch.cat([self._tally.flatten(), tokens]), "sum")
+            logs.update(means(totals[:-1].view_as(self._tally)))
             logs["tokens_per_second"] = float(totals[-1]) / elapsed
             logs["teacher_share"] = self._in_teacher.reset() / elapsed
-            self._sums["train"], self._tokens, self._since = self._no_sums(), 0, time.perf_counter()
+            self._start_counting()
         super().log(logs, start_time)
 
     def create_model_card(
@@ -228,17 +241,11 @@ class DistillationTrainer(SFTTrainer):
     def _averages_over_ranks(self) -> bool:
         return self.args.average_tokens_across_devices and self.accelerator.num_processes > 1
 
-    def _no_sums(self) -> Tensor:
-        return torch.zeros(len(METRICS) + 1, dtype=torch.float64, device=self.accelerator.device)
-
-    @staticmethod
-    def _means(sums: Tensor, with_teacher: bool) -> dict[str, float]:
-        """Means per row; those that need a teacher only if one was asked."""
-        *values, rows = sums.tolist()
-        if not rows:
-            return {}
-        names = METRICS if with_teacher else ("ce", "entropy")
-        return {name: value / rows for name, value in zip(METRICS, values, strict=True) if name in names}
+    def _start_counting(self) -> None:
+        self._tally = empty_tally(self.accelerator.device)
+        self._tokens: Tensor | int = 0
+        self._in_teacher.reset()
+        self._since = time.perf_counter()
 
 
 def _make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: DistillationConfig) -> Teacher | None:
@@ -264,7 +271,7 @@ def _make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distill
             raise ValueError("teacher_adapters_off makes the student's base model the teacher: give no other one.")
         return AdaptersOffTeacher()
     if name is not None:
-        return LiveTeacher.load(name, trust_remote_code=args.trust_remote_code, **options)
+        return LiveTeacher.load(name, **{"trust_remote_code": args.trust_remote_code, **options})
     if isinstance(teacher, PreTrainedModel):
         return LiveTeacher(teacher)
     if teacher is None and args.kd_weight > 0:

@@ -6,7 +6,7 @@ On the embedded corpus (the sources of the Python standard library, no download)
 then two students that share start, data and steps and differ in what they minimise: cross-entropy with the text, or
 KL to the teacher on the same text. Students see little data, which is when people distil. Held-out files decide.
 
-Writes a table (results.json, README.md) and learning curves (learning_curves.png) into --output_dir. The teacher is
+Writes a table (results.json, results.md) and learning curves (learning_curves.png) into --output_dir. The teacher is
 trained once: a second run finds it there.
 """
 

@@ -28,6 +28,7 @@ MIN_CHUNK_ROWS = 128
 """With fewer rows, reading the head's weight costs more than the product."""
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_head_loss(
     student_hidden: Float[Tensor, "rows hidden"],
     student_head: LMHead,
@@ -65,6 +66,7 @@ def fused_head_loss(
     """
     _check(student_hidden, student_head, signal, divergence, temperature, ce_weight, targets)
     with student_head.weights() as (weight, bias), _teacher_logits(signal) as teacher_logits:
+        weight, bias = weight.to(student_hidden.device), None if bias is None else bias.to(student_hidden.device)
         job = _Job(
             head=student_head,
             signal=signal,
@@ -228,7 +230,9 @@ def _teacher_logits(signal: Signal | None) -> Iterator[Callable[[slice], list[Te
             for member in members:
                 weight, bias = stack.enter_context(member.head.weights())
                 compute = _compute_dtype(member.hidden, weight)
-                opened.append((member, member.hidden.to(compute), weight.to(compute), bias))
+                device = member.hidden.device  # a teacher spread over devices may have its head on another one
+                bias = None if bias is None else bias.to(device)
+                opened.append((member, member.hidden.to(compute), weight.to(device, compute), bias))
 
         def logits(rows: slice) -> list[Tensor]:
             result = []
@@ -250,7 +254,7 @@ def _log_mixture(signal: HiddenSignal | MixtureSignal, parts: list[Tensor], temp
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """A @ b with sums and result in float32 at least, whatever the inputs."""
+    """The product in float32 at least; of 16-bit inputs off CUDA, rounded to 16 bits on the way."""
     if a.dtype in (torch.float16, torch.bfloat16):
         return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda else (a @ b).float()
     return a @ b

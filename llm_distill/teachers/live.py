@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
 from jaxtyping import Float
 from peft import PeftModel
@@ -47,7 +47,7 @@ class LiveTeacher(Teacher):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer or _own_tokenizer(model)
         self.head = LMHead.of(model)
-        self._wrapped: nn.Module = model
+        self._wrapped: nn.Module | None = None
         self._description = describe_model(model, self.tokenizer)
         if hasattr(model.config.get_text_config(), "output_router_logits"):
             model.config.get_text_config().output_router_logits = False
@@ -78,6 +78,8 @@ class LiveTeacher(Teacher):
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
             )
+        if "quantization_config" in init_kwargs:
+            init_kwargs.setdefault("device_map", {"": PartialState().device})  # what is packed is not moved later
         hub = {name: init_kwargs[name] for name in HUB_OPTIONS if name in init_kwargs}
         try:
             config_file = cached_file(name_or_path, "config.json", **hub)
@@ -86,7 +88,8 @@ class LiveTeacher(Teacher):
                 f"the teacher {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
                 f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
             ) from error
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+        with _whole_on_every_rank():
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         model.config._commit_hash = extract_commit_hash(config_file, None)  # no longer kept by every transformers
         return cls(model, _own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
 
@@ -107,11 +110,25 @@ class LiveTeacher(Teacher):
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
-        self._wrapped = _shard_as_the_student(self.model, accelerator)
+        students = {id(parameter) for parameter in student.parameters()}
+        if any(id(parameter) in students for parameter in self.model.parameters()):
+            raise ValueError(
+                "teacher and student share their weights, so the teacher would change with the student. Load it a "
+                "second time, or set teacher_adapters_off for a student with adapters."
+            )
+        if self._wrapped is None:  # once, however many students it teaches
+            self._wrapped = _shard_as_the_student(self.model, accelerator)
 
     @torch.no_grad()
     def score(self, batch: Batch) -> HiddenSignal:
-        return HiddenSignal(hidden_of_counted_rows(self._wrapped, self.head, batch), self.head)
+        length = batch.get("max_length_q", batch["input_ids"].shape[1])  # of the longest document, if packed
+        if self.max_length and length > self.max_length:
+            raise ValueError(
+                f"a sequence of {length:,} tokens is longer than the teacher's context of {self.max_length:,}. Set "
+                f"max_length={self.max_length} or less."
+            )
+        model = self.model if self._wrapped is None else self._wrapped
+        return HiddenSignal(hidden_of_counted_rows(model, self.head, batch), self.head)
 
     def describe(self) -> dict[str, Any]:
         return self._description
@@ -138,6 +155,7 @@ class AdaptersOffTeacher(Teacher):
                 "teacher would be the student itself, and there is nothing to learn from it."
             )
         self._student = student
+        self._is_moe = hasattr(student.get_base_model().config.get_text_config(), "output_router_logits")
         with _adapters_off(student):
             self._head = LMHead.of(student, self._vocab_size)
 
@@ -148,14 +166,29 @@ class AdaptersOffTeacher(Teacher):
         was_training = self._student.training
         self._student.eval()
         try:
+            inputs = {**batch, "output_router_logits": False} if self._is_moe else batch
             with _adapters_off(self._student):
-                return HiddenSignal(hidden_of_counted_rows(self._student, self._head, batch), self._head)
+                return HiddenSignal(hidden_of_counted_rows(self._student, self._head, inputs), self._head)
         finally:
             self._student.train(was_training)
 
     def describe(self) -> dict[str, Any]:
         assert self._student is not None, "prepare() comes first"
         return describe_model(self._student.get_base_model(), None) | {"adapters": "off"}
+
+
+@contextmanager
+def _whole_on_every_rank() -> Iterator[None]:
+    """In some versions of transformers, FSDP's cpu_ram_efficient_loading leaves all ranks but the first empty, and
+    accelerate then fills up the student alone.
+    """
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    was = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if was is not None:
+            os.environ[name] = was
 
 
 @contextmanager
@@ -220,6 +253,7 @@ def _own_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenize
     if not model.config._name_or_path:
         return None
     try:
+        options.setdefault("trust_remote_code", False)
         options["revision"] = getattr(model.config, "_commit_hash", None)  # a folder has none
         return AutoTokenizer.from_pretrained(model.config._name_or_path, **options)
     except (OSError, ValueError, KeyError):
@@ -241,7 +275,12 @@ def _require_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
 
 
 def _shard_as_the_student(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
-    """The teacher under the engine that holds the student: FSDP2 and ZeRO-3 shard it, otherwise each rank has it."""
+    """The teacher under the engine that holds the student: FSDP2 and ZeRO-3 shard it, otherwise each rank has it.
+
+    Packed 4-bit and 8-bit weights cannot be sharded and stay whole on every rank, where they were loaded.
+    """
+    if getattr(model, "is_quantized", False):
+        return model
     if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.state.deepspeed_plugin.zero_stage == 3:
         return prepare_deepspeed(model, accelerator)
     if accelerator.distributed_type == DistributedType.FSDP:
@@ -254,14 +293,16 @@ def _shard_as_the_student(model: PreTrainedModel, accelerator: Accelerator) -> n
         if plugin.mixed_precision_policy is not None:
             options["mp_policy"] = plugin.mixed_precision_policy
         return shard_layers(model, **{name: value for name, value in options.items() if value is not None})
-    if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
+    if getattr(model, "hf_device_map", None) is None:
         model.to(accelerator.device)
     return model
 
 
 def shard_layers(model: PreTrainedModel, **options: Any) -> nn.Module:
     """FSDP2 on each transformer layer and on what remains; the head stays whole after a forward, for the loss."""
-    for layer in model.modules():
-        if type(layer).__name__ in (model._no_split_modules or ()):
-            fully_shard(layer, **options)
+    layers = [module for module in model.modules() if type(module).__name__ in (model._no_split_modules or ())]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} does not name its layers (_no_split_modules): FSDP cannot shard it.")
+    for layer in layers:
+        fully_shard(layer, **options)
     return fully_shard(model, reshard_after_forward=False, **options)
