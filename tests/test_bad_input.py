@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from runs import copied_state, logged
 from tiny import VOCAB, make_config, tiny_llama
 from tokenizers import Tokenizer
@@ -279,3 +279,30 @@ def test_a_trainer_goes_on_from_its_own_checkpoint(build: Build) -> None:
     trainer.args.max_steps = 3
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 3
+
+
+def test_a_teacher_that_is_the_student_is_refused(build: Build, tokenizer: Any) -> None:
+    model = tiny_llama(1)
+    with pytest.raises(ValueError, match="share their weights"):
+        build(model=model, teacher=LiveTeacher(model, tokenizer), peft_config=LoraConfig(target_modules="all-linear"))
+
+
+def test_a_stream_longer_than_the_teachers_context_is_refused(build: Build, tokenizer: Any) -> None:
+    stream = Dataset.from_dict({"text": ["x = 1\n" * 60]}).to_iterable_dataset()
+    teacher = LiveTeacher(tiny_llama(2, max_position_embeddings=32), tokenizer)
+    trainer = build({"max_length": 64}, teacher=teacher, train_dataset=stream)
+    with pytest.raises(ValueError, match="longer than the teacher's context of 32"):
+        trainer.train()
+
+
+def test_a_token_that_a_pickle_would_carry_to_the_hub_is_refused(tmp_path: Path) -> None:
+    options = {"push_to_hub": True, "hub_token": "hf_secret", "hub_strategy": "every_save"}
+    with pytest.raises(ValueError, match=r"HF_TOKEN.*hub_strategy=end") as caught:
+        make_config(tmp_path / "out", **options)
+    assert "hf_secret" not in str(caught.value)
+
+
+def test_a_learned_prompt_with_packing_is_refused(build: Build) -> None:
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    with pytest.raises(ValueError, match="packing=False"):
+        build({"packing": True}, peft_config=prompt)

@@ -350,3 +350,19 @@ def test_a_teacher_that_cannot_serve_the_objective_is_refused_before_anything_is
     with pytest.raises(ValueError, match="forward_kl only"):
         make_trainer(tmp_path, tokenizer, tiny_llama(1), Sampled(tiny_llama(2), 1), divergence="reverse_kl")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_a_sparse_teacher_cannot_give_is_absent(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = losses_with(TopK(tiny_llama(2).double(), 5), tmp_path, tokenizer)
+    metrics = trainer.evaluate(trainer.train_dataset)
+    assert metrics["eval_kd"] > 0
+    assert 0 <= metrics["eval_top1_agreement"] <= 1
+    assert {"eval_kl", "eval_acceptance", "eval_teacher_ce"}.isdisjoint(metrics)
+
+
+def test_one_teacher_serves_several_students(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = live(2, tokenizer)
+    losses = [logged(losses_with(teacher, tmp_path / name, tokenizer), "loss") for name in ("first", "second")]
+    assert losses[0] == losses[1]

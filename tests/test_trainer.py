@@ -198,6 +198,40 @@ def test_somebody_who_asks_for_logits_gets_them(build: Callable[..., Distillatio
     assert metrics["eval_kl"] > 0
 
 
+def test_compiled_and_eager_students_take_the_same_steps(build: Callable[..., DistillationTrainer]) -> None:
+    losses = []
+    for compiled in ({}, {"torch_compile": True, "torch_compile_backend": "eager"}):
+        trainer = build(DATA["text"], max_steps=3, ce_weight=0.5, **compiled)
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_evaluation_between_two_logs_neither_hides_nor_mixes_what_training_logs(
+    build: Callable[..., DistillationTrainer],
+) -> None:
+    options = {"max_steps": -1, "num_train_epochs": 2, "logging_strategy": "epoch", "per_device_train_batch_size": 4}
+    plain = build(DATA["text"], **options)
+    plain.train()
+    watched = build(DATA["text"], eval_dataset=DATA["text"], eval_strategy="steps", eval_steps=1, **options)
+    watched.train()
+    logs = [[e for e in trainer.state.log_history if "loss" in e] for trainer in (plain, watched)]
+    assert len(logs[0]) == len(logs[1]) == 2
+    for expected, found in zip(*logs, strict=True):
+        for name in ("loss", "kd", "ce", "kl", "entropy"):
+            assert found[name] == pytest.approx(expected[name], rel=1e-5)
+        assert found["teacher_share"] > 0
+
+
+def test_a_second_call_of_train_starts_its_own_count(build: Callable[..., DistillationTrainer]) -> None:
+    trainer = build(DATA["text"], max_steps=3, logging_steps=2, learning_rate=0.0)
+    logs = []
+    for _ in range(2):
+        trainer.train()
+        logs.append(next(entry["ce"] for entry in trainer.state.log_history if "ce" in entry))
+    assert logs[0] == pytest.approx(logs[1], rel=1e-6)
+
+
 def test_with_pad_equal_to_eos_the_student_learns_to_stop(
     build: Callable[..., DistillationTrainer], tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
@@ -28,7 +30,6 @@ from llm_distill.objective import Objective
 from llm_distill.rows import count_rows, counted_rows
 from llm_distill.students import Lesson, add_lesson_forward
 from llm_distill.teachers import LiveTeacher
-from llm_distill.teachers.live import shard_layers
 
 ROWS_OF_RANK = [3, 1]
 
@@ -62,7 +63,10 @@ def gradients(
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
         signal = teacher.score(batch)
         lesson = Lesson(objective, counted_rows(labels), labels.shape[1], signal, num_rows)
-        (student(input_ids=ids, use_cache=False, lesson=lesson)["loss"] * ranks).backward()
+        output = student(input_ids=ids, use_cache=False, lesson=lesson)["loss"]
+        loss = lesson.exact(output.to(torch.bfloat16))  # as FSDP2 casts it under mixed precision
+        assert torch.equal(loss.detach(), lesson.value)
+        (loss * ranks).backward()
     grads = {name: p.grad for name, p in student.named_parameters()}
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g) for name, g in grads.items()}
 
@@ -79,7 +83,11 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (ranks,))
     student, teacher = make_models(tied)
     shard_student(student, mesh, tied)
-    shard_layers(teacher.model, mesh=mesh)
+    # What a trainer's accelerator holds under FSDP2, which accelerate itself refuses to be on a CPU.
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    engine = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state, torch_device_mesh=None)
+    teacher.prepare(engine, student)
     assert all(isinstance(p, DTensor) for m in (student, teacher.model) for p in m.parameters())
 
     ids, labels = make_batch()
