@@ -12,14 +12,15 @@ from huggingface_hub import ModelCard, ModelCardData
 TAGS = ["llm-distill", "knowledge-distillation"]
 LIBRARIES = ("llm-distill", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
 FIGURES = {
-    "eval_loss": "loss",
-    "eval_ce": "cross-entropy (nats a token)",
-    "eval_perplexity": "perplexity",
-    "eval_teacher_ce": "the teacher's cross-entropy",
-    "eval_kl": "KL(teacher‖student)",
-    "eval_top1_agreement": "top-1 agreement",
-    "eval_acceptance": "Σ min(p, q)",
+    "loss": "loss",
+    "ce": "cross-entropy (nats a token)",
+    "perplexity": "perplexity",
+    "teacher_ce": "the teacher's cross-entropy",
+    "kl": "KL(teacher‖student)",
+    "top1_agreement": "top-1 agreement",
+    "acceptance": "Σ min(p, q)",
 }
+"""Of the evaluation, those that the card shows."""
 
 
 def write_model_card(
@@ -44,10 +45,7 @@ def write_model_card(
         pipeline_tag="text-generation",
         model_name=name,
     )
-    evaluations = [entry for entry in log_history if any(key in entry for key in FIGURES)]
-    figures = [
-        (label, evaluations[-1][key]) for key, label in FIGURES.items() if evaluations and key in evaluations[-1]
-    ]
+    figures = _latest_figures(log_history)
     sections = [
         f"---\n{data.to_yaml()}\n---\n",
         f"# {name}\n",
@@ -62,6 +60,20 @@ def write_model_card(
         ]
     sections += ["## Versions\n", _table(("library", "version"), [(lib, version(lib)) for lib in LIBRARIES])]
     ModelCard("\n".join(sections)).save(Path(folder) / "README.md")
+
+
+def _latest_figures(log_history: list[dict[str, float]]) -> list[tuple[str, float]]:
+    """(what, value) of the last evaluation, on each dataset if there are several: `eval_ce` or `eval_NAME_ce`."""
+    latest: dict[str, float] = {}
+    for entry in log_history:
+        latest |= {key: value for key, value in entry.items() if key.startswith("eval_")}
+    found = []
+    for key, value in latest.items():
+        figure = max((name for name in FIGURES if key.endswith(f"_{name}")), key=len, default=None)
+        if figure:
+            dataset = key.removeprefix("eval_").removesuffix(figure).rstrip("_")
+            found.append((f"{FIGURES[figure]} on {dataset}" if dataset else FIGURES[figure], value))
+    return found
 
 
 def _origin(record: dict[str, Any]) -> str:

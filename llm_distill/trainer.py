@@ -70,6 +70,8 @@ class DistillationTrainer(SFTTrainer):
             raise TypeError(f"args must be a DistillationConfig, got {type(args).__name__}.")
         if not isinstance(model, str | PreTrainedModel | PeftModel):
             raise TypeError(f"model must be a name, a PreTrainedModel or a PeftModel, got {type(model).__name__}.")
+        if not isinstance(model, str) and (args.model_init_kwargs or sft.get("quantization_config") is not None):
+            raise ValueError("model_init_kwargs and quantization_config would have no effect: the student is loaded.")
         if sft.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would have no effect: the loss is the distillation objective.")
         self.objective = Objective.of(args)

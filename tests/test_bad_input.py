@@ -112,6 +112,7 @@ def test_values_that_cannot_be_and_options_without_effect_are_refused(
         ({"teacher_adapters_off": True}, {}, ["teacher_adapters_off", "give no other"]),
         ({"teacher_adapters_off": True}, {"teacher": None}, ["teacher_adapters_off", "peft_config"]),
         ({}, {"compute_loss_func": print}, ["compute_loss_func", "no effect"]),
+        ({"model_init_kwargs": {"dtype": "bfloat16"}}, {}, ["model_init_kwargs", "no effect"]),
     ],
     ids=str,
 )

@@ -16,8 +16,11 @@ from threading import Thread
 import pytest
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from tiny import tiny_llama
 from torch import equal
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from llm_distill import hub
 
 TOKEN = "hf_dummy"
 PERSON = "somebodyprivate"
@@ -131,3 +134,15 @@ def test_push_uploads_what_a_user_needs_and_nothing_private(hub: Hub, saved: Pat
     assert (card.data.library_name, card.data.pipeline_tag) == ("transformers", "text-generation")
     AutoTokenizer.from_pretrained(hub.folder)
     AutoModelForCausalLM.from_pretrained(hub.folder)
+
+
+def test_the_card_shows_the_figures_of_each_dataset(tmp_path: Path) -> None:
+    history = [{"eval_code_ce": 2.0, "eval_code_teacher_ce": 1.5, "eval_prose_ce": 3.0}, {"eval_code_ce": 1.75}]
+    record = {"objective.kd_weight": 1.0, "teacher.model": "big", "teacher.parameters": 7_000_000}
+    card = {"name": "small", "dataset_name": None, "tags": [], "record": record, "log_history": history}
+    hub.write_model_card(tmp_path, model=tiny_llama(1), **card)
+    text = (tmp_path / "README.md").read_text()
+    assert "| cross-entropy (nats a token) on code | 1.75 |" in text
+    assert "| the teacher's cross-entropy on code | 1.5 |" in text
+    assert "| cross-entropy (nats a token) on prose | 3 |" in text
+    assert "from `big` (7.0 M parameters)" in text
