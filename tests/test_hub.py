@@ -20,7 +20,7 @@ from tiny import tiny_llama
 from torch import equal
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llm_distill import hub
+from llm_distill.hub import write_model_card
 
 TOKEN = "hf_dummy"
 PERSON = "somebodyprivate"
@@ -140,7 +140,7 @@ def test_the_card_shows_the_figures_of_each_dataset(tmp_path: Path) -> None:
     history = [{"eval_code_ce": 2.0, "eval_code_teacher_ce": 1.5, "eval_prose_ce": 3.0}, {"eval_code_ce": 1.75}]
     record = {"objective.kd_weight": 1.0, "teacher.model": "big", "teacher.parameters": 7_000_000}
     card = {"name": "small", "dataset_name": None, "tags": [], "record": record, "log_history": history}
-    hub.write_model_card(tmp_path, model=tiny_llama(1), **card)
+    write_model_card(tmp_path, model=tiny_llama(1), **card)
     text = (tmp_path / "README.md").read_text()
     assert "| cross-entropy (nats a token) on code | 1.75 |" in text
     assert "| the teacher's cross-entropy on code | 1.5 |" in text
