@@ -22,7 +22,7 @@ setup: .venv/ready ## make the .venv with everything for development
 	DS_BUILD_OPS=0 $(PIP) --no-build-isolation deepspeed
 	touch $@
 
-demo: .venv/runs ## teacher, two students, one table: about five minutes on two cores
+demo: .venv/runs ## teacher, two students, one table: about four minutes on two cores
 	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/demo.py
 
 check: setup ## lint, types, import order
