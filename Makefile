@@ -1,7 +1,7 @@
 # The commands of this repository. Each makes the .venv that it needs, once, and again when the requirements change.
 PYTHON ?= python3
 PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint constraints.txt
-RUN = HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
+RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check format test clean

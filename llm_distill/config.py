@@ -123,6 +123,8 @@ class DistillationConfig(SFTConfig):
             "teacher_adapters_off (kd_weight is 0)": self.teacher_adapters_off and self.kd_weight == 0,
             "teacher_load_in_8bit (teacher_load_in_4bit is chosen)": self.teacher_load_in_4bit
             and self.teacher_load_in_8bit,
+            "teacher_model_revision (teacher_model_init_kwargs has another)": self.teacher_model_revision is not None
+            and "revision" in self.teacher_model_init_kwargs,
             "loss_type (divergence, kd_weight and ce_weight say what is minimised)": self.loss_type != "nll",
             "label_smoothing_factor (soft targets take its place)": self.label_smoothing_factor != 0,
         }

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_distill.rows import IGNORED, Rows
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+from llm_distill.teachers.base import refuse_past_context
 
 
 def require_rows(dataset: Any, name: str) -> None:
@@ -34,11 +35,7 @@ def require_length(dataset: Any, name: str, max_length: int | None) -> None:
     for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
         lengths = pc.list_flatten(table[column]) if column == "seq_lengths" else pc.list_value_length(table[column])
         longest = max(longest, pc.max(lengths).as_py() or 0)
-    if longest > max_length:
-        raise ValueError(
-            f"the {name} dataset has a sequence of {longest:,} tokens, longer than the teacher's context of "
-            f"{max_length:,}. Set max_length={max_length} or less."
-        )
+    refuse_past_context(longest, max_length, f"the {name} dataset")
 
 
 def refuse_broken_signal(

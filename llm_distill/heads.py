@@ -61,6 +61,11 @@ class LMHead:
         raw = raw if self.scale == 1.0 else raw * self.scale
         return raw if self.soft_cap is None else self.soft_cap * torch.tanh(raw / self.soft_cap)
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether the logits are W h + b as they are, as in most families."""
+        return self.scale == 1.0 and self.soft_cap is None
+
     def post_process_slope(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"] | float:
         """∂ logits / ∂(W h + b), from the logits."""
         if self.soft_cap is None:

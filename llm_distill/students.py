@@ -48,7 +48,7 @@ def add_lesson_forward(model: nn.Module, head: LMHead) -> None:
     the original's weights: save and load it instead.
     """
     base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
-    original = getattr(base.forward, "without_lesson", base.forward)
+    original = base.forward
     for module in base.modules():
         keep_differentiable(module)
 
@@ -75,5 +75,4 @@ def add_lesson_forward(model: nn.Module, head: LMHead) -> None:
         loss = loss + outputs.logits.sum().to(loss)
         return {"loss": loss, "aux_loss": getattr(outputs, "aux_loss", None)}
 
-    forward.without_lesson = original  # type: ignore[attr-defined]
     base.forward = MethodType(forward, base)

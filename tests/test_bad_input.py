@@ -107,6 +107,11 @@ def test_values_that_cannot_be_and_options_without_effect_are_refused(
         ({}, {"teacher": None}, ["no teacher", "teacher_model_name_or_path", "kd_weight=0"]),
         ({"teacher_load_in_4bit": True}, {}, ["load_in_4bit", "from a name"]),
         ({"teacher_model_revision": "v1"}, {}, ["revision", "from a name"]),
+        (
+            {"teacher_model_revision": "v1", "teacher_model_init_kwargs": {"revision": "v2"}},
+            {},
+            ["teacher_model_revision", "without effect"],
+        ),
         ({"teacher_model_init_kwargs": {"dtype": "bfloat16"}}, {}, ["dtype", "from a name"]),
         ({"teacher_model_name_or_path": "no/such"}, {}, ["two teachers", "LiveTeacher", "'no/such'"]),
         ({"teacher_adapters_off": True}, {}, ["teacher_adapters_off", "give no other"]),

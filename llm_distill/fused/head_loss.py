@@ -135,7 +135,8 @@ class _FusedHeadLoss(torch.autograd.Function):
                 loss += row_loss.sum()
                 if not job.wants_gradients:
                     continue
-                d_logits *= job.head.post_process_slope(logits)
+                if not job.head.is_linear:
+                    d_logits *= job.head.post_process_slope(logits)
                 if d_bias is not None:
                     d_bias += d_logits.sum(0)
                 d_logits = d_logits.to(compute)
@@ -181,6 +182,7 @@ def _rows_loss(job: _Job, logits: Tensor, rows: slice, total: int) -> tuple[Tens
     if job.signal is not None:
         T = job.temperature
         log_q_T = log_q if T == 1 else (logits / T).log_softmax(-1)
+        q_T = q if T == 1 else log_q_T.exp()
         if isinstance(job.signal, SparseSignal):
             ids, log_p, log_tail = job.signal.ids[rows], job.signal.log_probs[rows], job.signal.log_tail
             log_tail = None if log_tail is None else log_tail[rows]
@@ -193,7 +195,7 @@ def _rows_loss(job: _Job, logits: Tensor, rows: slice, total: int) -> tuple[Tens
             log_p = _log_mixture(job.signal, parts, 1.0)
             log_p_T = log_p if T == 1 else _log_mixture(job.signal, parts, T)
             phi, psi = job.divergence.terms(log_p_T, log_q_T)
-            value, d_scaled = phi.sum(-1), psi - log_q_T.exp() * psi.sum(-1, keepdim=True)
+            value, d_scaled = phi.sum(-1), psi - q_T * psi.sum(-1, keepdim=True)
             _record_likeness(job, rows, total, log_p, log_q, q)
         value = job.squared * value
         job.record(rows, total, kd=value)
@@ -245,7 +247,7 @@ def _teacher_logits(signal: Signal | None) -> Iterator[Callable[[slice], list[Te
 
 
 def _log_mixture(signal: HiddenSignal | MixtureSignal, parts: list[Tensor], temperature: float) -> Tensor:
-    """Log p = log Σ wᵢ softmax(zᵢ / T)."""
+    """The mixture's log-probabilities: log p = log Σ wᵢ softmax(zᵢ / T)."""
     if isinstance(signal, HiddenSignal):
         return (parts[0] / temperature if temperature != 1 else parts[0]).log_softmax(-1)
     log_weights = torch.tensor(signal.weights, dtype=parts[0].dtype, device=parts[0].device).log()

@@ -17,6 +17,15 @@ Batch = Mapping[str, Any]
 """What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`."""
 
 
+def refuse_past_context(length: int, max_length: int | None, where: str) -> None:
+    """Raises ValueError if a sequence is longer than the teacher can read."""
+    if max_length is not None and length > max_length:
+        raise ValueError(
+            f"{where} has a sequence of {length:,} tokens, longer than the teacher's context of {max_length:,}. Set "
+            f"max_length={max_length} or less."
+        )
+
+
 class Teacher(ABC):
     """Subclass it with `score` and `describe` to distil from anything."""
 

@@ -30,7 +30,7 @@ from trl.models import prepare_deepspeed
 from llm_distill.heads import LMHead, intercepted
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
-from llm_distill.teachers.base import Batch, Teacher
+from llm_distill.teachers.base import Batch, Teacher, refuse_past_context
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 """Those of `from_pretrained` that say where a model lies, and so its configuration and tokenizer too."""
@@ -122,11 +122,7 @@ class LiveTeacher(Teacher):
     @torch.no_grad()
     def score(self, batch: Batch) -> HiddenSignal:
         length = batch.get("max_length_q", batch["input_ids"].shape[1])  # of the longest document, if packed
-        if self.max_length and length > self.max_length:
-            raise ValueError(
-                f"a sequence of {length:,} tokens is longer than the teacher's context of {self.max_length:,}. Set "
-                f"max_length={self.max_length} or less."
-            )
+        refuse_past_context(length, self.max_length, "the batch")
         model = self.model if self._wrapped is None else self._wrapped
         return HiddenSignal(hidden_of_counted_rows(model, self.head, batch), self.head)
 
@@ -144,6 +140,7 @@ class AdaptersOffTeacher(Teacher):
         self._student: PeftModel | None = None
         self._head: LMHead | None = None
         self._vocab_size: int | None = None
+        self._is_moe = False
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._vocab_size = vocabulary_size(tokenizer)
