@@ -1,26 +1,28 @@
 """Divergences between a teacher distribution p and a student distribution q over one vocabulary.
 
-Each one is a sum over the vocabulary of an element-wise function φ(log p, log q), so it is fully given by φ and its
-slope ψ = ∂φ/∂log q. With `u` the student's logits over the temperature and `q = softmax(u)`, its gradient is always
+Each one is a sum over the vocabulary of an element-wise function φ of (p, q), so it is fully given by φ and its slope
+ψ = ∂φ/∂log q. With `u` the student's logits over the temperature and `q = softmax(u)`, its gradient is always
 
     ∂D/∂u = ψ − q · Σψ
 
-which is all that the fused head loss needs: a new divergence is one class with one method, and gets the fused path.
+which is all that the fused head loss needs: a new divergence is one class with one formula, and gets the fused path. The
+formula is compiled for the GPU as it stands here (`fused/triton_backend.py`), so it may use arithmetic and `absolute`,
+`exp`, `expm1`, `log`, `log1p`, `maximum`, `sign`; one that uses more of torch runs in torch.
 
-Values are nats per row. Nothing here depends on the temperature: the caller passes log-probabilities at the temperature
-that it wants.
+Values are nats per row. Nothing here depends on the temperature: the caller passes probabilities at the one it wants.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from abc import ABC
+from collections.abc import Callable
+from dataclasses import astuple, dataclass
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, absolute, exp, expm1, log1p, maximum, sign
 
 
 class Terms(NamedTuple):
@@ -32,41 +34,56 @@ class Terms(NamedTuple):
     """The slope: ψ = ∂φ/∂log q."""
 
 
-@runtime_checkable
-class Divergence(Protocol):
-    def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
-        """φ and ψ, element by element, from the teacher's and the student's log-probabilities."""
-        ...
+class Divergence(ABC):
+    """A frozen dataclass whose fields are the parameters that its formula takes after (p, q, log p, log q)."""
+
+    formula: ClassVar[Callable[..., tuple[Any, Any]]]
+    """(φ, ψ) from the probabilities and their logarithms, element by element. Both are given, so that nobody computes
+    an exponential twice."""
+    slope_sum: ClassVar[float | None] = None
+    """Σψ, where it is the same for all distributions: it saves a pass over the vocabulary."""
+
+    def terms(
+        self,
+        p: Float[Tensor, "rows vocab"],
+        q: Float[Tensor, "rows vocab"],
+        log_p: Float[Tensor, "rows vocab"],
+        log_q: Float[Tensor, "rows vocab"],
+    ) -> Terms:
+        """φ and ψ of each element."""
+        return Terms(*self.formula(p, q, log_p, log_q, *astuple(self)))  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)
-class ForwardKL:
+class ForwardKL(Divergence):
     """KL(p‖q) = Σ p (log p − log q).
 
     Mean-seeking: the student must cover everything that the teacher finds likely (Hinton et al., 2015,
     arXiv:1503.02531).
     """
 
-    def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
-        p = log_p.exp()
-        return Terms(p * (log_p - log_q), -p)
+    slope_sum = -1.0
+
+    @staticmethod
+    def formula(p: Any, q: Any, log_p: Any, log_q: Any) -> tuple[Any, Any]:
+        return p * (log_p - log_q), -p
 
 
 @dataclass(frozen=True)
-class ReverseKL:
+class ReverseKL(Divergence):
     """KL(q‖p) = Σ q (log q − log p).
 
     Mode-seeking: the student must avoid everything that the teacher finds unlikely (MiniLLM, arXiv:2306.08543).
     """
 
-    def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
-        q = log_q.exp()
+    @staticmethod
+    def formula(p: Any, q: Any, log_p: Any, log_q: Any) -> tuple[Any, Any]:
         phi = q * (log_q - log_p)
-        return Terms(phi, phi + q)
+        return phi, phi + q
 
 
 @dataclass(frozen=True)
-class JSD:
+class JSD(Divergence):
     """Generalised Jensen-Shannon: β KL(p‖m) + (1−β) KL(q‖m) with m = βp + (1−β)q (GKD, arXiv:2306.13649, eq. 1).
 
     β is the share of the teacher in the mixture; 0.5 is the symmetric divergence.
@@ -78,15 +95,15 @@ class JSD:
         ends = "the raw divergence is 0 at both ends; use forward_kl for the end at 0, reverse_kl for the end at 1."
         _require_open_unit_interval("jsd", "beta", self.beta, ends)
 
-    def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
-        p, q = log_p.exp(), log_q.exp()
-        p_over_m, q_over_m = _log_ratios_to_mixture(log_p, log_q, self.beta)
-        psi = (1 - self.beta) * q * q_over_m
-        return Terms(self.beta * p * p_over_m + psi, psi)
+    @staticmethod
+    def formula(p: Any, q: Any, log_p: Any, log_q: Any, beta: float) -> tuple[Any, Any]:
+        p_over_m, q_over_m = log_ratios_to_mixture(log_p, log_q, beta)
+        psi = (1 - beta) * (q * q_over_m)
+        return beta * (p * p_over_m) + psi, psi
 
 
 @dataclass(frozen=True)
-class SkewKL:
+class SkewKL(Divergence):
     """KL(p‖m) with m = λp + (1−λ)q (DistiLLM, arXiv:2402.03898, eq. 5). λ is the share of the teacher."""
 
     lam: float = 0.1
@@ -96,14 +113,14 @@ class SkewKL:
             "skew_kl", "lam", self.lam, "0 is forward_kl, and 1 compares the teacher with itself."
         )
 
-    def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
-        p = log_p.exp()
-        p_over_m, q_over_m = _log_ratios_to_mixture(log_p, log_q, self.lam)
-        return Terms(p * p_over_m, -(1 - self.lam) * p * q_over_m.exp())
+    @staticmethod
+    def formula(p: Any, q: Any, log_p: Any, log_q: Any, lam: float) -> tuple[Any, Any]:
+        p_over_m, q_over_m = log_ratios_to_mixture(log_p, log_q, lam)
+        return p * p_over_m, (lam - 1) * (p * exp(q_over_m))
 
 
 @dataclass(frozen=True)
-class SkewReverseKL:
+class SkewReverseKL(Divergence):
     """KL(q‖m) with m = (1−λ)p + λq (DistiLLM, arXiv:2402.03898, eq. 6). λ is the share of the student."""
 
     lam: float = 0.1
@@ -112,25 +129,25 @@ class SkewReverseKL:
         ends = "0 is reverse_kl, and 1 compares the student with itself."
         _require_open_unit_interval("skew_reverse_kl", "lam", self.lam, ends)
 
-    def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
-        q = log_q.exp()
-        _, q_over_m = _log_ratios_to_mixture(log_p, log_q, 1 - self.lam)
+    @staticmethod
+    def formula(p: Any, q: Any, log_p: Any, log_q: Any, lam: float) -> tuple[Any, Any]:
+        p_over_m, q_over_m = log_ratios_to_mixture(log_p, log_q, 1 - lam)
         phi = q * q_over_m
-        return Terms(phi, phi + q - self.lam * q * q_over_m.exp())
+        return phi, phi + q - lam * (q * exp(q_over_m))
 
 
 @dataclass(frozen=True)
-class TotalVariation:
+class TotalVariation(Divergence):
     """½ Σ |p − q|, at most 1. Its gradient is the subgradient 0 where p = q (f-Distill, arXiv:2307.15190)."""
 
-    def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
-        q = log_q.exp()
-        difference = log_p.exp() - q
-        return Terms(0.5 * difference.abs(), -0.5 * difference.sign() * q)
+    @staticmethod
+    def formula(p: Any, q: Any, log_p: Any, log_q: Any) -> tuple[Any, Any]:
+        difference = p - q
+        return 0.5 * absolute(difference), -0.5 * (sign(difference) * q)
 
 
 @dataclass(frozen=True)
-class AlphaBeta:
+class AlphaBeta(Divergence):
     """The α-β divergence (ABKD, arXiv:2505.04560, eq. 8), for α, β > 0:
 
         −1/(αβ) Σ [ pᵅ qᵝ − α/(α+β) pᵅ⁺ᵝ − β/(α+β) qᵅ⁺ᵝ ],    ψ = (qᵅ⁺ᵝ − pᵅ qᵝ) / α
@@ -149,16 +166,18 @@ class AlphaBeta:
                 "The limit (1, 0) is divergence='forward_kl', the limit (0, 1) is divergence='reverse_kl'."
             )
 
-    def terms(self, log_p: Float[Tensor, "rows vocab"], log_q: Float[Tensor, "rows vocab"]) -> Terms:
+    @staticmethod
+    def formula(p: Any, q: Any, log_p: Any, log_q: Any, alpha: float, beta: float) -> tuple[Any, Any]:
         # With the larger of p and q taken out of the brackets, p = q gives exactly 0 and nothing overflows.
-        a, b, s = self.alpha, self.beta, self.alpha + self.beta
         difference = log_p - log_q
-        larger = (s * torch.maximum(log_p, log_q)).exp()
-        share = torch.where(difference > 0, difference.new_tensor(b), a)
-        smaller = torch.expm1(-s * difference.abs())
-        cross = torch.expm1(-share * difference.abs())
-        q_side = torch.where(difference > 0, smaller, 0.0)
-        return Terms(larger * (share / s * smaller - cross) / (a * b), larger * (q_side - cross) / a)
+        minus_magnitude = -absolute(difference)
+        p_is_larger = 0.5 + 0.5 * sign(difference)  # 0, 1, or ½ where it does not matter
+        larger = exp((alpha + beta) * maximum(log_p, log_q))
+        smaller = expm1((alpha + beta) * minus_magnitude)
+        cross = expm1((alpha + p_is_larger * (beta - alpha)) * minus_magnitude)
+        share = (alpha + p_is_larger * (beta - alpha)) / (alpha + beta)
+        phi = larger * (share * smaller - cross) / (alpha * beta)
+        return phi, larger * (p_is_larger * smaller - cross) / alpha
 
 
 DIVERGENCES: dict[str, type[Divergence]] = {
@@ -193,13 +212,14 @@ def make_divergence(name: str, **parameters: Any) -> Divergence:
     return DIVERGENCES[name](**numbers)
 
 
-def _log_ratios_to_mixture(log_p: Tensor, log_q: Tensor, share_of_p: float) -> tuple[Tensor, Tensor]:
+def log_ratios_to_mixture(log_p: Any, log_q: Any, share_of_p: float) -> tuple[Any, Any]:
     """(log p/m, log q/m) for m = share·p + (1−share)·q: exactly 0 where p = q, finite where one of them is tiny."""
     difference = log_p - log_q
-    share_of_smaller = torch.where(difference > 0, difference.new_tensor(1 - share_of_p), share_of_p)
+    magnitude = absolute(difference)
+    share_of_smaller = 0.5 + (0.5 - share_of_p) * sign(difference)
     # log m = log max(p, q) + log(1 + share_of_smaller · (smaller/larger − 1))
-    m_over_larger = torch.log1p(share_of_smaller * torch.expm1(-difference.abs()))
-    return difference.clamp(max=0) - m_over_larger, (-difference).clamp(max=0) - m_over_larger
+    m_over_larger = log1p(share_of_smaller * expm1(-magnitude))
+    return 0.5 * (difference - magnitude) - m_over_larger, -0.5 * (difference + magnitude) - m_over_larger
 
 
 def _require_open_unit_interval(name: str, parameter: str, value: float, ends: str) -> None:

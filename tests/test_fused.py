@@ -11,7 +11,7 @@ from test_divergences import CASES, from_the_paper
 from torch import Tensor, nn
 
 from llm_distill.divergences import make_divergence
-from llm_distill.fused import fused_head_loss, head_loss
+from llm_distill.fused import fused_head_loss, head_loss, torch_backend
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
@@ -21,8 +21,8 @@ POST = [(1.0, None), (0.3, None), (1.0, 2.0), (1.7, 3.0)]
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", {"cpu": 16 * VOCAB})  # 37 rows in chunks of 16, 16 and 5
-    monkeypatch.setattr(head_loss, "MIN_CHUNK_ROWS", 1)
+    monkeypatch.setattr(head_loss, "_chunk_rows", lambda *_: 16)  # 37 rows in chunks of 16, 16 and 5
+    monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", {"cpu": 5 * VOCAB})  # and those in blocks of 5
 
 
 def make_head(width: int, seed: int, scale: float = 1.0, soft_cap: float | None = None, bias: bool = True) -> LMHead:

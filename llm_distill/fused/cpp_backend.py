@@ -1,0 +1,202 @@
+"""Losses and gradients of a chunk of rows on a CPU: `row_kernels.cpp`, compiled in a fraction of a second at first use.
+
+The compiler is the machine's own (`CXX`, or g++). Where there is none, or it cannot do it, `torch_backend` does the same
+at two to four times the time. Nothing is kept on disk: the library lies in a private temporary folder until it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_distill.divergences import Divergence
+from llm_distill.fused.formula import Language, NotTranslatable, translate
+from llm_distill.fused.job import Job, Projection, RowStatistics
+
+logger = logging.getLogger(__name__)
+
+CPP = Language(
+    statement="const real {name} = {value};",
+    number="real({})",
+    functions={
+        "absolute": "abs_",
+        "exp": "exp_",
+        "expm1": "expm1_",
+        "log": "log_",
+        "log1p": "log1p_",
+        "maximum": "max_",
+        "minimum": "min_",
+        "sign": "sign_",
+    },
+)
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
+
+
+class Kernels:
+    """The compiled functions for one divergence and type of logits."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+        pointer, number = ctypes.c_void_p, ctypes.c_double
+        side = [("raw", pointer), ("bias", pointer), ("scale", number), ("cap", number)]
+        self.Side = type("Side", (ctypes.Structure,), {"_fields_": side})
+        self.Dense = self._structure(
+            "student teacher | gradient targets | temperature kd_slope ce_weight | "
+            "kd entropy kl acceptance agreement ce teacher_ce"
+        )
+        self.Statistics = self._structure("student | | temperature | log_sum log_sum_T mean maximum")
+        self.Gradient = self._structure("student | gradient | temperature | slope log_sum slope_T log_sum_T")
+
+    def _structure(self, fields: str) -> type[ctypes.Structure]:
+        kinds = (self.Side, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
+        listed = [(name, kind) for kind, names in zip(kinds, fields.split("|"), strict=True) for name in names.split()]
+        return type("Arguments", (ctypes.Structure,), {"_fields_": [*listed, ("vocab", ctypes.c_long)]})
+
+    def run(self, name: str, arguments: ctypes.Structure, rows: int) -> None:
+        """All rows, shared out over torch's number of threads. The interpreter is free meanwhile."""
+        function = getattr(self._library, name)
+        threads = min(torch.get_num_threads(), rows)
+        edges = [ctypes.c_long(rows * i // threads) for i in range(threads + 1)] if threads else []
+        parts = zip(edges[:-1], edges[1:], strict=True)
+        list(_pool(max(threads, 1)).map(lambda part: function(ctypes.byref(arguments), *part), parts))
+
+
+def dense(
+    job: Job,
+    rows: slice,
+    raw: Float[Tensor, "rows vocab"],
+    teacher_raw: list[Tensor],
+    gradient: Float[Tensor, "rows vocab"] | None,
+) -> None:
+    """As `torch_backend.dense`, of one teacher."""
+    kernels = compiled(job.divergence, raw.dtype, teacher_raw[0].dtype)
+    assert kernels is not None
+    values = {name: metric[rows] for name, metric in job.metrics.items()}
+    targets = None if job.targets is None else job.targets[rows].contiguous()
+    arguments = kernels.Dense(
+        student=_side(kernels, job.student, raw),
+        teacher=_side(kernels, job.teachers[0], teacher_raw[0]),
+        gradient=_pointer(gradient),
+        targets=_pointer(targets),
+        temperature=job.temperature,
+        kd_slope=job.kd_slope,
+        ce_weight=job.ce_weight,
+        kd=_pointer(values["kd"]),
+        entropy=_pointer(values["entropy"]),
+        kl=_pointer(values["kl"]),
+        acceptance=_pointer(values["acceptance"]),
+        agreement=_pointer(values["top1_agreement"]),
+        ce=_pointer(values.get("ce")),
+        teacher_ce=_pointer(values.get("teacher_ce")),
+        vocab=raw.shape[1],
+    )
+    kernels.run("dense", arguments, len(raw))
+    values["kd"] *= job.squared
+
+
+def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
+    """As `torch_backend.statistics`."""
+    kernels = compiled(job.divergence, raw.dtype)
+    assert kernels is not None
+    result = RowStatistics(*job.metrics["entropy"].new_empty(4, len(raw)))
+    pointers = {name: _pointer(value) for name, value in result._asdict().items()}
+    side = _side(kernels, job.student, raw)
+    kernels.run(
+        "statistics",
+        kernels.Statistics(student=side, temperature=job.temperature, vocab=raw.shape[1], **pointers),
+        len(raw),
+    )
+    return result
+
+
+def softmax_gradient(
+    job: Job,
+    raw: Float[Tensor, "rows vocab"],
+    gradient: Float[Tensor, "rows vocab"],
+    found: RowStatistics,
+    slope: Float[Tensor, " rows"],
+    slope_T: Float[Tensor, " rows"] | None,
+) -> None:
+    """As `torch_backend.softmax_gradient`."""
+    kernels = compiled(job.divergence, raw.dtype)
+    assert kernels is not None
+    slope, slope_T = slope.contiguous(), None if slope_T is None else slope_T.contiguous()
+    arguments = kernels.Gradient(
+        student=_side(kernels, job.student, raw),
+        gradient=_pointer(gradient),
+        temperature=job.temperature,
+        slope=_pointer(slope),
+        log_sum=_pointer(found.log_sum),
+        slope_T=_pointer(slope_T),
+        log_sum_T=_pointer(found.log_sum_T),
+        vocab=raw.shape[1],
+    )
+    kernels.run("gradient", arguments, len(raw))
+
+
+@functools.cache
+def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype | None = None) -> Kernels | None:
+    """The kernels for logits of these types, or None where the machine, a type or the formula does not allow them."""
+    teacher = teacher or student
+    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    if student not in TYPES or teacher not in TYPES or compiler is None:
+        return None
+    try:
+        statements, phi, psi = translate(divergence, CPP)
+    except NotTranslatable as reason:
+        logger.warning("%s runs in torch and not compiled: %s cannot be translated.", divergence, reason)
+        return None
+    formula = " ".join([*statements, f"const real phi = {phi}, psi = {psi};"])
+    defines = {
+        "REAL": "double" if student == torch.float64 else "float",
+        "STUDENT_LOGIT": TYPES[student],
+        "TEACHER_LOGIT": TYPES[teacher],
+        "FORMULA": formula,
+    }
+    source = Path(__file__).with_name("row_kernels.cpp")
+    with tempfile.TemporaryDirectory(prefix="llm_distill_") as folder:
+        library = Path(folder, "row_kernels.so")
+        flags = [*FLAGS, *(f"-D{name}={value}" for name, value in defines.items())]
+        command = [compiler, *flags, str(source), "-o", str(library), "-lmvec", "-lm"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            logger.warning("the loss runs in torch and not compiled: %s", done.stderr.strip()[:500])
+            return None
+        try:
+            return Kernels(ctypes.CDLL(str(library)))
+        except OSError as error:
+            logger.warning("the loss runs in torch and not compiled: %s", error)
+            return None
+
+
+def _side(kernels: Kernels, projection: Projection, raw: Tensor) -> ctypes.Structure:
+    head = projection.head
+    return kernels.Side(_pointer(raw), _pointer(projection.bias), head.scale, head.soft_cap or 0.0)
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    if tensor is None:
+        return None
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="fused_head_loss")
+
+
+os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

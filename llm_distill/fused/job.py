@@ -1,0 +1,115 @@
+"""One call of the fused head loss, as both back ends read it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from llm_distill.divergences import Divergence
+from llm_distill.heads import LMHead
+from llm_distill.signals import Signal, SparseSignal
+
+
+NOTHING = -1e30
+"""log 0 as a number: exp gives 0, and 0 times it is 0 where 0 times −inf would be NaN. A raw logit of this value takes no
+part, whatever the bias, the scale and the cap."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """An output projection, opened: logits = post_process(hidden · weightᵀ + bias)."""
+
+    head: LMHead
+    hidden: Tensor
+    """[rows, width], in the dtype that the product runs in, as `weight` is."""
+    weight: Tensor
+    """[vocab, width]."""
+    bias: Tensor | None
+    """[vocab], in `statistics_dtype` of the student's."""
+
+    def logits(self, raw: Tensor) -> Tensor:
+        """From a part of the product, in whichever dtype it came, to logits in float32 at least."""
+        raw = raw.to(statistics_dtype(raw.dtype))
+        return self.head.post_process(raw if self.bias is None else raw + self.bias)
+
+    def logits_of_included(self, raw: Tensor) -> Tensor:
+        """The same, where tokens may be marked as excluded."""
+        if self.bias is None and self.head.is_linear:
+            return self.logits(raw)
+        return self.logits(raw).masked_fill_(raw < NOTHING / 10, NOTHING)
+
+    def logits_at(self, raw: Tensor, ids: Tensor) -> Tensor:
+        """Of a few tokens a row: [rows, k]."""
+        few = raw.gather(-1, ids).to(statistics_dtype(raw.dtype))
+        return self.head.post_process(few if self.bias is None else few + self.bias[ids])
+
+
+class RowStatistics(NamedTuple):
+    """Of the student's logits z, over the vocabulary without the tokens that are marked as excluded."""
+
+    log_sum: Float[Tensor, " rows"]
+    """log Σ exp z."""
+    log_sum_T: Float[Tensor, " rows"]
+    """log Σ exp (z / T)."""
+    mean: Float[Tensor, " rows"]
+    """Σ z · softmax(z)."""
+    maximum: Float[Tensor, " rows"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is wanted of every row. `metrics` is filled on the way: name -> [rows]."""
+
+    student: Projection
+    signal: Signal | None
+    teachers: list[Projection]
+    """One, or the members of a mixture; none for a sparse signal."""
+    divergence: Divergence
+    temperature: float
+    kd_weight: float
+    squared: float
+    """What multiplies the divergence: T² or 1."""
+    ce_weight: float
+    targets: Tensor | None
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        names = ["entropy"]
+        if self.targets is not None:
+            names += ["ce"]
+        if self.signal is not None:
+            names += ["kd"]
+        if self.teachers:
+            names += ["kl", "acceptance", "top1_agreement"] + (["teacher_ce"] if self.targets is not None else [])
+        elif isinstance(self.signal, SparseSignal) and self.signal.log_tail is not None:
+            names += ["top1_agreement"]
+        hidden = self.student.hidden
+        for name in names:
+            self.metrics[name] = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
+
+    def targets_of(self, rows: slice) -> Int[Tensor, "rows 1"] | None:
+        """The targets of these rows, if there are any."""
+        return None if self.targets is None else self.targets[rows, None]
+
+    @property
+    def kd_slope(self) -> float:
+        """What multiplies ψ − qΣψ in the gradient on the logits."""
+        return self.kd_weight * self.squared / self.temperature
+
+    def loss(self) -> Tensor:
+        """Σ over rows, from the metrics."""
+        total = torch.zeros((), dtype=self.metrics["entropy"].dtype, device=self.metrics["entropy"].device)
+        if self.signal is not None:
+            total += self.kd_weight * self.metrics["kd"].sum()
+        if self.ce_weight:
+            total += self.ce_weight * self.metrics["ce"].sum()
+        return total
+
+
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Sums over the vocabulary and gradients over rows are taken in float32 at least."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,277 @@
+// Losses and gradients of rows of logits on a CPU, compiled at the first use for the machine and the divergence at hand.
+//
+// cpp_backend.py defines REAL (float or double), STUDENT_LOGIT and TEACHER_LOGIT (the types of the raw logits: REAL or
+// another, or bfloat16), and FORMULA, the divergence's φ and ψ as statements. A row goes through a few short passes; what
+// lies between them stays in the cache of the core.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+
+#define VECTORISED __attribute__((simd("notinbranch"), const, nothrow))
+extern "C" {
+VECTORISED float expf(float);
+VECTORISED float expm1f(float);
+VECTORISED float logf(float);
+VECTORISED float log1pf(float);
+VECTORISED float tanhf(float);
+VECTORISED double exp(double);
+VECTORISED double expm1(double);
+VECTORISED double log(double);
+VECTORISED double log1p(double);
+VECTORISED double tanh(double);
+}
+
+struct bfloat16 { uint16_t bits; };
+using real = REAL;
+using student_logit = STUDENT_LOGIT;
+using teacher_logit = TEACHER_LOGIT;
+
+namespace {
+
+const long BLOCK = 2048;  // what is summed in `real` before it is added in double
+const real EXCLUDED = -1e29;  // logits below are marks of tokens that do not take part
+const real NOTHING = -1e30;
+
+inline float exp_(float x) { return expf(x); }
+inline double exp_(double x) { return exp(x); }
+inline float expm1_(float x) { return expm1f(x); }
+inline double expm1_(double x) { return expm1(x); }
+inline float log_(float x) { return logf(x); }
+inline double log_(double x) { return log(x); }
+inline float log1p_(float x) { return log1pf(x); }
+inline double log1p_(double x) { return log1p(x); }
+inline float tanh_(float x) { return tanhf(x); }
+inline double tanh_(double x) { return tanh(x); }
+inline real abs_(real x) { return x < 0 ? -x : x; }
+inline real sign_(real x) { return (x > 0 ? real(1) : real(0)) - (x < 0 ? real(1) : real(0)); }
+inline real max_(real a, real b) { return a > b ? a : b; }
+inline real min_(real a, real b) { return a < b ? a : b; }
+
+inline real read(float x) { return x; }
+inline real read(double x) { return real(x); }
+inline real read(bfloat16 x) {
+    uint32_t bits = uint32_t(x.bits) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+inline void write(float* to, real x) { *to = float(x); }
+inline void write(double* to, real x) { *to = x; }
+inline void write(bfloat16* to, real x) {  // to the nearest, ties to even; NaN stays NaN
+    float value = float(x);
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    to->bits = uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+}  // namespace
+
+struct Side {  // logits = post_process(raw + bias)
+    void* raw;  // [rows, vocab]
+    const real* bias;  // [vocab] or null
+    double scale, cap;  // cap = 0: none
+};
+
+struct Dense {
+    Side student, teacher;
+    student_logit* gradient;  // [rows, vocab], may be the student's raw logits; null: not wanted
+    const int64_t* targets;  // [rows] or null
+    double temperature, kd_slope, ce_weight;
+    real *kd, *entropy, *kl, *acceptance, *agreement, *ce, *teacher_ce;  // [rows]
+    long vocab;
+};
+
+struct Statistics {
+    Side student;
+    double temperature;
+    real *log_sum, *log_sum_T, *mean, *maximum;  // [rows]
+    long vocab;
+};
+
+struct Gradient {
+    Side student;
+    student_logit* gradient;
+    double temperature;
+    const real *slope, *log_sum, *slope_T, *log_sum_T;  // [rows]; slope_T null: the first pair alone
+    long vocab;
+};
+
+namespace {
+
+#define BLOCKS for (long begin = 0, end = min_(BLOCK, V); begin < V; begin = end, end = end + BLOCK < V ? end + BLOCK : V)
+#define EACH for (long i = begin; i < end; i++)
+#define SIMD(...) _Pragma(#__VA_ARGS__)
+
+// The row's logits, and their maximum.
+template <class logit>
+const real* logits(const Side& side, long row, long V, real* scratch, real* maximum) {
+    const logit* raw = static_cast<const logit*>(side.raw) + row * V;
+    const real scale = side.scale, cap = side.cap;
+    real highest = 2 * NOTHING;
+    if (side.bias || scale != 1 || cap) {
+        const real* bias = side.bias;
+        SIMD(omp simd reduction(max : highest))
+        for (long i = 0; i < V; i++) {
+            real x = read(raw[i]);
+            real z = (bias ? x + bias[i] : x) * scale;
+            if (cap) z = cap * tanh_(z / cap);
+            scratch[i] = x < EXCLUDED ? NOTHING : z;
+            highest = scratch[i] > highest ? scratch[i] : highest;
+        }
+    } else {
+        SIMD(omp simd reduction(max : highest))
+        for (long i = 0; i < V; i++) {
+            scratch[i] = read(raw[i]);
+            highest = scratch[i] > highest ? scratch[i] : highest;
+        }
+    }
+    *maximum = highest;
+    return scratch;
+}
+
+// exps = e^((z − maximum) / T); returns log Σ e^(z / T).
+real exponentials(const real* z, long V, real maximum, real inverse_T, real* exps) {
+    double total = 0;
+    BLOCKS {
+        real sum = 0;
+        SIMD(omp simd reduction(+ : sum))
+        EACH { exps[i] = exp_((z[i] - maximum) * inverse_T); sum += exps[i]; }
+        total += sum;
+    }
+    return real(maximum * inverse_T + std::log(total));
+}
+
+// ∂ logits / ∂ (raw + bias), times the gradient on the logits, on its way out.
+void store(const Side& side, const real* z, const real* d, long V, student_logit* out) {
+    const real scale = side.scale, cap = side.cap;
+    if (cap) {
+        SIMD(omp simd)
+        for (long i = 0; i < V; i++) write(out + i, d[i] * scale * (1 - (z[i] / cap) * (z[i] / cap)));
+    } else {
+        SIMD(omp simd)
+        for (long i = 0; i < V; i++) write(out + i, d[i] * scale);
+    }
+}
+
+}  // namespace
+
+extern "C" void dense(const Dense* args, long first, long last) {
+    const Dense& a = *args;
+    const long V = a.vocab;
+    const bool tempered = a.temperature != 1;
+    const real inverse_T = 1 / a.temperature, kd_slope = a.kd_slope, ce_weight = a.ce_weight;
+    std::unique_ptr<real[]> memory(new real[5 * V]);
+    real *z_ = memory.get(), *y_ = z_ + V, *q_ = y_ + V, *p_ = q_ + V, *d = p_ + V;
+    for (long row = first; row < last; row++) {
+        real z_max, y_max;
+        const real *z = logits<student_logit>(a.student, row, V, z_, &z_max), *y = logits<teacher_logit>(a.teacher, row, V, y_, &y_max);
+        real log_z = exponentials(z, V, z_max, 1, q_), log_y = exponentials(y, V, y_max, 1, p_);
+        real q_scale = std::exp(z_max - log_z), p_scale = std::exp(y_max - log_y);
+
+        double entropy = 0, kl = 0, acceptance = 0;
+        real nearest = 2 * NOTHING;
+        BLOCKS {
+            real h = 0, k = 0, both = 0;
+            SIMD(omp simd reduction(+ : h, k, both) reduction(max : nearest))
+            EACH {
+                real q = q_[i] * q_scale, p = p_[i] * p_scale, log_q = z[i] - log_z, log_p = y[i] - log_y;
+                h += q * log_q;
+                k += p * (log_p - log_q);
+                both += min_(p, q);
+                real distance = (z[i] - z_max) + (y[i] - y_max);
+                nearest = distance > nearest ? distance : nearest;
+            }
+            entropy -= h, kl += k, acceptance += both;
+        }
+        a.entropy[row] = entropy, a.kl[row] = kl, a.acceptance[row] = acceptance, a.agreement[row] = nearest == 0;
+        if (a.targets) {
+            a.ce[row] = log_z - z[a.targets[row]];
+            a.teacher_ce[row] = log_y - y[a.targets[row]];
+        }
+        const bool keep_ce = tempered && a.gradient && ce_weight != 0;
+        if (keep_ce) {
+            SIMD(omp simd)
+            for (long i = 0; i < V; i++) d[i] = ce_weight * q_scale * q_[i];
+        }
+        if (tempered) {
+            log_z = exponentials(z, V, z_max, inverse_T, q_), log_y = exponentials(y, V, y_max, inverse_T, p_);
+            q_scale = std::exp(z_max * inverse_T - log_z), p_scale = std::exp(y_max * inverse_T - log_y);
+        }
+
+        // The value, and with ψ already in p_ what is left for the gradient is one pass without an exponential.
+        double value = 0, slopes = 0;
+        BLOCKS {
+            real v = 0, s = 0;
+            SIMD(omp simd reduction(+ : v, s))
+            EACH {
+                const real q = q_[i] * q_scale, p = p_[i] * p_scale;
+                const real log_q = z[i] * inverse_T - log_z, log_p = y[i] * inverse_T - log_y;
+                FORMULA
+                v += phi;
+                s += psi;
+                q_[i] = q;
+                p_[i] = psi;
+            }
+            value += v, slopes += s;
+        }
+        a.kd[row] = value;
+        if (!a.gradient) continue;
+        const real on_q = -kd_slope * real(slopes) + (tempered ? 0 : ce_weight);
+        if (keep_ce) {
+            SIMD(omp simd)
+            for (long i = 0; i < V; i++) d[i] += kd_slope * p_[i] + on_q * q_[i];
+        } else {
+            SIMD(omp simd)
+            for (long i = 0; i < V; i++) d[i] = kd_slope * p_[i] + on_q * q_[i];
+        }
+        if (ce_weight != 0) d[a.targets[row]] -= ce_weight;
+        store(a.student, z, d, V, a.gradient + row * V);
+    }
+}
+
+extern "C" void statistics(const Statistics* args, long first, long last) {
+    const Statistics& a = *args;
+    const long V = a.vocab;
+    std::unique_ptr<real[]> memory(new real[2 * V]);
+    real *z_ = memory.get(), *q_ = z_ + V;
+    for (long row = first; row < last; row++) {
+        const real* z = logits<student_logit>(a.student, row, V, z_, &a.maximum[row]);
+        const real log_sum = a.log_sum[row] = exponentials(z, V, a.maximum[row], 1, q_);
+        const real scale = std::exp(a.maximum[row] - log_sum);
+        double mean = 0;
+        BLOCKS {
+            real m = 0;
+            SIMD(omp simd reduction(+ : m))
+            EACH m += q_[i] * scale * z[i];
+            mean += m;
+        }
+        a.mean[row] = mean;
+        a.log_sum_T[row] =
+            a.temperature == 1 ? log_sum : exponentials(z, V, a.maximum[row], 1 / a.temperature, q_);
+    }
+}
+
+extern "C" void gradient(const Gradient* args, long first, long last) {
+    const Gradient& a = *args;
+    const long V = a.vocab;
+    const real inverse_T = 1 / a.temperature;
+    std::unique_ptr<real[]> memory(new real[2 * V]);
+    real *z_ = memory.get(), *d = z_ + V;
+    for (long row = first; row < last; row++) {
+        real maximum;
+        const real* z = logits<student_logit>(a.student, row, V, z_, &maximum);
+        const real slope = a.slope[row], log_sum = a.log_sum[row];
+        if (a.slope_T) {
+            const real slope_T = a.slope_T[row], log_sum_T = a.log_sum_T[row];
+            SIMD(omp simd)
+            for (long i = 0; i < V; i++)
+                d[i] = slope * exp_(z[i] - log_sum) + slope_T * exp_(z[i] * inverse_T - log_sum_T);
+        } else {
+            SIMD(omp simd)
+            for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum);
+        }
+        store(a.student, z, d, V, a.gradient + row * V);
+    }
+}
