@@ -8,6 +8,8 @@ computed again in backward. A frozen head costs no dW; under `no_grad` only the 
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack
 from types import ModuleType
@@ -20,14 +22,14 @@ from torch import Tensor
 from llm_distill.divergences import Divergence
 from llm_distill.fused import cpp_backend, torch_backend
 from llm_distill.fused.job import Job, Projection, statistics_dtype
-from llm_distill.fused.products import add_weight_gradient, logits_dtype, project
+from llm_distill.fused.products import add_weight_gradient, logits_dtype, new_buffer, project
 from llm_distill.fused.sparse import sparse
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
 CHUNK_BYTES = {"cpu": 2**28, "accelerator": 2**30}
 """What the logits of a chunk may take, student and teachers together, where that is more than MIN_CHUNK_ROWS rows."""
-MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, {"cpu": 512, "accelerator": 4096}
+MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, {"cpu": 1024, "accelerator": 4096}
 """The more rows, the more seldom the head's weight and its gradient are read. Beyond the maximum that saves nothing."""
 
 
@@ -103,8 +105,13 @@ class _FusedHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = (wants_gradients and needs for needs in ctx.needs_input_grad[:3])
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = _accumulator(weight) if needs_weight else None
-        d_bias = _accumulator(bias) if needs_bias else None
+        d_weight = d_bias = None
+        if needs_weight:
+            d_weight = new_buffer(tuple(weight.shape), statistics_dtype(weight.dtype), weight.device)
+            if not len(hidden):
+                d_weight.zero_()  # otherwise the first chunk writes it
+        if needs_bias:
+            d_bias = torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, d_logits in _chunks(job, needs_hidden or needs_weight or needs_bias):
                 if d_logits is None:
@@ -136,12 +143,10 @@ def _chunks(job: Job, wants_gradients: bool) -> Iterator[tuple[slice, Tensor | N
     dtype = logits_dtype(compute, device)
     total = len(student.hidden)
     size = min(total, _chunk_rows(vocab_size, dtype, 1 + len(job.teachers), device))
-    buffer = torch.empty(size, vocab_size, dtype=dtype, device=device)
-    teacher_buffers = [
-        torch.empty(size, vocab_size, dtype=logits_dtype(teacher.hidden.dtype, device), device=device)
-        for teacher in job.teachers
-    ]
-    gradient_buffer = buffer if dtype == compute else torch.empty_like(buffer, dtype=compute)
+    shape = (size, vocab_size)
+    buffer = new_buffer(shape, dtype, device)
+    teacher_buffers = [new_buffer(shape, logits_dtype(teacher.hidden.dtype, device), device) for teacher in job.teachers]
+    gradient_buffer = buffer if dtype == compute else new_buffer(shape, compute, device)
     backend = _backend(job, *(each.dtype for each in (gradient_buffer, buffer, *teacher_buffers)), device=device)
     for start in range(0, total, max(size, 1)):
         rows = slice(start, min(start + size, total))
@@ -161,19 +166,24 @@ def _backend(
     job: Job, gradient: torch.dtype, student: torch.dtype, *teachers: torch.dtype, device: torch.device
 ) -> ModuleType:
     """What the passes over rows run in: compiled where it can be, torch otherwise (and for mixtures)."""
+    if device.type == "cuda" and len(teachers) <= 1 and triton_is_available():
+        from llm_distill.fused import triton_backend
+
+        return triton_backend if triton_backend.can_run(job.divergence) else torch_backend
     if device.type == "cpu" and gradient == student and len(teachers) <= 1:
         return cpp_backend if cpp_backend.compiled(job.divergence, student, *teachers) else torch_backend
     return torch_backend
+
+
+@functools.cache
+def triton_is_available() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def _chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int, device: torch.device) -> int:
     kind = "cpu" if device.type == "cpu" else "accelerator"
     rows = CHUNK_BYTES[kind] // (vocab_size * dtype.itemsize * buffers)
     return max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS[kind], rows // 64 * 64))
-
-
-def _accumulator(like: Tensor) -> Tensor:
-    return torch.zeros_like(like, dtype=statistics_dtype(like.dtype))
 
 
 def _opened(

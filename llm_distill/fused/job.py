@@ -113,3 +113,11 @@ class Job:
 def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     """Sums over the vocabulary and gradients over rows are taken in float32 at least."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def put(
+    full: Float[Tensor, "rows vocab"], ids: Int[Tensor, "rows k"], values: Float[Tensor, "rows k"], accumulate: bool = False
+) -> None:
+    """`scatter_` and `scatter_add_` along the vocabulary, which copy all of a 16-bit tensor on a CPU."""
+    first = torch.arange(len(ids), device=ids.device)[:, None] * full.shape[1]
+    full.view(-1).index_put_(((first + ids).flatten(),), values.to(full.dtype).flatten(), accumulate)

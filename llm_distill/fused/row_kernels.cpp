@@ -104,55 +104,138 @@ namespace {
 #define EACH for (long i = begin; i < end; i++)
 #define SIMD(...) _Pragma(#__VA_ARGS__)
 
-// The row's logits, and their maximum.
+// A row's logits: read from the product as they are, where there is no bias and no post-processing, else from scratch.
 template <class logit>
-const real* logits(const Side& side, long row, long V, real* scratch, real* maximum) {
+struct Plain {
+    const logit* raw;
+    real operator[](long i) const { return read(raw[i]); }
+};
+struct Processed {
+    const real* z;
+    real operator[](long i) const { return z[i]; }
+};
+
+bool is_plain(const Side& side) { return !side.bias && side.scale == 1 && side.cap == 0; }
+
+template <class logit>
+Plain<logit> plain(const Side& side, long row, long V) {
+    return {static_cast<const logit*>(side.raw) + row * V};
+}
+
+template <class logit>
+Processed processed(const Side& side, long row, long V, real* scratch) {
     const logit* raw = static_cast<const logit*>(side.raw) + row * V;
-    const real scale = side.scale, cap = side.cap;
-    real highest = 2 * NOTHING;
-    if (side.bias || scale != 1 || cap) {
-        const real* bias = side.bias;
-        SIMD(omp simd reduction(max : highest))
-        for (long i = 0; i < V; i++) {
-            real x = read(raw[i]);
-            real z = (bias ? x + bias[i] : x) * scale;
-            if (cap) z = cap * tanh_(z / cap);
-            scratch[i] = x < EXCLUDED ? NOTHING : z;
-            highest = scratch[i] > highest ? scratch[i] : highest;
-        }
-    } else {
-        SIMD(omp simd reduction(max : highest))
-        for (long i = 0; i < V; i++) {
-            scratch[i] = read(raw[i]);
-            highest = scratch[i] > highest ? scratch[i] : highest;
-        }
+    const real *bias = side.bias, scale = side.scale, cap = side.cap;
+    SIMD(omp simd)
+    for (long i = 0; i < V; i++) {
+        real x = read(raw[i]), z = (bias ? x + bias[i] : x) * scale;
+        if (cap) z = cap * tanh_(z / cap);
+        scratch[i] = x < EXCLUDED ? NOTHING : z;
     }
-    *maximum = highest;
-    return scratch;
+    return {scratch};
+}
+
+template <class Row>
+real maximum_of(Row z, long V) {
+    real highest = 2 * NOTHING;
+    SIMD(omp simd reduction(max : highest))
+    for (long i = 0; i < V; i++) highest = max_(highest, z[i]);
+    return highest;
 }
 
 // exps = e^((z − maximum) / T); returns log Σ e^(z / T).
-real exponentials(const real* z, long V, real maximum, real inverse_T, real* exps) {
+template <class Row>
+real exponentials(Row z, long V, real maximum, real inverse_T, real* exps) {
     double total = 0;
     BLOCKS {
         real sum = 0;
         SIMD(omp simd reduction(+ : sum))
-        EACH { exps[i] = exp_((z[i] - maximum) * inverse_T); sum += exps[i]; }
+        EACH {
+            real e = exp_((z[i] - maximum) * inverse_T);
+            exps[i] = e;
+            sum += e;
+        }
         total += sum;
     }
     return real(maximum * inverse_T + std::log(total));
 }
 
 // ∂ logits / ∂ (raw + bias), times the gradient on the logits, on its way out.
-void store(const Side& side, const real* z, const real* d, long V, student_logit* out) {
+template <class Row>
+void store(const Side& side, Row z, const real* d, long V, student_logit* out) {
     const real scale = side.scale, cap = side.cap;
-    if (cap) {
-        SIMD(omp simd)
-        for (long i = 0; i < V; i++) write(out + i, d[i] * scale * (1 - (z[i] / cap) * (z[i] / cap)));
-    } else {
-        SIMD(omp simd)
-        for (long i = 0; i < V; i++) write(out + i, d[i] * scale);
+    SIMD(omp simd)
+    for (long i = 0; i < V; i++) write(out + i, d[i] * (cap ? scale * (1 - (z[i] / cap) * (z[i] / cap)) : scale));
+}
+
+// One row against the teacher's. q_ and p_ hold first exponentials, then q and ψ.
+template <class Student, class Teacher>
+void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p_, real* ce_) {
+    const long V = a.vocab;
+    const bool tempered = a.temperature != 1;
+    const real inverse_T = 1 / a.temperature, kd_slope = a.kd_slope, ce_weight = a.ce_weight;
+    const real z_max = maximum_of(z, V), y_max = maximum_of(y, V);
+    real log_z = exponentials(z, V, z_max, 1, q_), log_y = exponentials(y, V, y_max, 1, p_);
+    real q_scale = std::exp(z_max - log_z), p_scale = std::exp(y_max - log_y);
+
+    double entropy = 0, kl = 0, acceptance = 0;
+    real nearest = 2 * NOTHING;
+    BLOCKS {
+        real h = 0, k = 0, both = 0;
+        SIMD(omp simd reduction(+ : h, k, both) reduction(max : nearest))
+        EACH {
+            const real q = q_[i] * q_scale, p = p_[i] * p_scale, log_q = z[i] - log_z, log_p = y[i] - log_y;
+            h += q * log_q;
+            k += p * (log_p - log_q);
+            both += min_(p, q);
+            nearest = max_(nearest, (z[i] - z_max) + (y[i] - y_max));  // 0 where both have their maximum
+        }
+        entropy -= h, kl += k, acceptance += both;
     }
+    a.entropy[row] = entropy, a.kl[row] = kl, a.acceptance[row] = acceptance, a.agreement[row] = nearest == 0;
+    if (a.targets) {
+        a.ce[row] = log_z - z[a.targets[row]];
+        a.teacher_ce[row] = log_y - y[a.targets[row]];
+    }
+    const bool with_ce = a.gradient && ce_weight != 0;
+    if (tempered) {
+        if (with_ce) {
+            SIMD(omp simd)
+            for (long i = 0; i < V; i++) ce_[i] = ce_weight * q_scale * q_[i];
+        }
+        log_z = exponentials(z, V, z_max, inverse_T, q_), log_y = exponentials(y, V, y_max, inverse_T, p_);
+        q_scale = std::exp(z_max * inverse_T - log_z), p_scale = std::exp(y_max * inverse_T - log_y);
+    }
+
+    double value = 0, slopes = 0;
+    BLOCKS {
+        real v = 0, s = 0;
+        SIMD(omp simd reduction(+ : v, s))
+        EACH {
+            const real q = q_[i] * q_scale, p = p_[i] * p_scale;
+            const real log_q = z[i] * inverse_T - log_z, log_p = y[i] * inverse_T - log_y;
+            FORMULA
+            v += phi;
+            s += psi;
+            q_[i] = q;
+            p_[i] = psi;
+        }
+        value += v, slopes += s;
+    }
+    a.kd[row] = value;
+    if (!a.gradient) return;
+
+    const real on_q = -kd_slope * real(slopes) + (tempered ? 0 : ce_weight);
+    student_logit* out = a.gradient + row * V;
+    if (!with_ce && is_plain(a.student)) {
+        SIMD(omp simd)
+        for (long i = 0; i < V; i++) write(out + i, kd_slope * p_[i] + on_q * q_[i]);
+        return;
+    }
+    SIMD(omp simd)
+    for (long i = 0; i < V; i++) p_[i] = kd_slope * p_[i] + on_q * q_[i] + (tempered && with_ce ? ce_[i] : 0);
+    if (with_ce) p_[a.targets[row]] -= ce_weight;
+    store(a.student, z, p_, V, out);
 }
 
 }  // namespace
@@ -160,118 +243,74 @@ void store(const Side& side, const real* z, const real* d, long V, student_logit
 extern "C" void dense(const Dense* args, long first, long last) {
     const Dense& a = *args;
     const long V = a.vocab;
-    const bool tempered = a.temperature != 1;
-    const real inverse_T = 1 / a.temperature, kd_slope = a.kd_slope, ce_weight = a.ce_weight;
     std::unique_ptr<real[]> memory(new real[5 * V]);
-    real *z_ = memory.get(), *y_ = z_ + V, *q_ = y_ + V, *p_ = q_ + V, *d = p_ + V;
+    real *q_ = memory.get(), *p_ = q_ + V, *ce_ = p_ + V, *z_ = ce_ + V, *y_ = z_ + V;
     for (long row = first; row < last; row++) {
-        real z_max, y_max;
-        const real *z = logits<student_logit>(a.student, row, V, z_, &z_max), *y = logits<teacher_logit>(a.teacher, row, V, y_, &y_max);
-        real log_z = exponentials(z, V, z_max, 1, q_), log_y = exponentials(y, V, y_max, 1, p_);
-        real q_scale = std::exp(z_max - log_z), p_scale = std::exp(y_max - log_y);
-
-        double entropy = 0, kl = 0, acceptance = 0;
-        real nearest = 2 * NOTHING;
-        BLOCKS {
-            real h = 0, k = 0, both = 0;
-            SIMD(omp simd reduction(+ : h, k, both) reduction(max : nearest))
-            EACH {
-                real q = q_[i] * q_scale, p = p_[i] * p_scale, log_q = z[i] - log_z, log_p = y[i] - log_y;
-                h += q * log_q;
-                k += p * (log_p - log_q);
-                both += min_(p, q);
-                real distance = (z[i] - z_max) + (y[i] - y_max);
-                nearest = distance > nearest ? distance : nearest;
-            }
-            entropy -= h, kl += k, acceptance += both;
-        }
-        a.entropy[row] = entropy, a.kl[row] = kl, a.acceptance[row] = acceptance, a.agreement[row] = nearest == 0;
-        if (a.targets) {
-            a.ce[row] = log_z - z[a.targets[row]];
-            a.teacher_ce[row] = log_y - y[a.targets[row]];
-        }
-        const bool keep_ce = tempered && a.gradient && ce_weight != 0;
-        if (keep_ce) {
-            SIMD(omp simd)
-            for (long i = 0; i < V; i++) d[i] = ce_weight * q_scale * q_[i];
-        }
-        if (tempered) {
-            log_z = exponentials(z, V, z_max, inverse_T, q_), log_y = exponentials(y, V, y_max, inverse_T, p_);
-            q_scale = std::exp(z_max * inverse_T - log_z), p_scale = std::exp(y_max * inverse_T - log_y);
-        }
-
-        // The value, and with ψ already in p_ what is left for the gradient is one pass without an exponential.
-        double value = 0, slopes = 0;
-        BLOCKS {
-            real v = 0, s = 0;
-            SIMD(omp simd reduction(+ : v, s))
-            EACH {
-                const real q = q_[i] * q_scale, p = p_[i] * p_scale;
-                const real log_q = z[i] * inverse_T - log_z, log_p = y[i] * inverse_T - log_y;
-                FORMULA
-                v += phi;
-                s += psi;
-                q_[i] = q;
-                p_[i] = psi;
-            }
-            value += v, slopes += s;
-        }
-        a.kd[row] = value;
-        if (!a.gradient) continue;
-        const real on_q = -kd_slope * real(slopes) + (tempered ? 0 : ce_weight);
-        if (keep_ce) {
-            SIMD(omp simd)
-            for (long i = 0; i < V; i++) d[i] += kd_slope * p_[i] + on_q * q_[i];
-        } else {
-            SIMD(omp simd)
-            for (long i = 0; i < V; i++) d[i] = kd_slope * p_[i] + on_q * q_[i];
-        }
-        if (ce_weight != 0) d[a.targets[row]] -= ce_weight;
-        store(a.student, z, d, V, a.gradient + row * V);
+        if (is_plain(a.student) && is_plain(a.teacher))
+            dense_row(a, row, plain<student_logit>(a.student, row, V), plain<teacher_logit>(a.teacher, row, V), q_, p_, ce_);
+        else
+            dense_row(a, row, processed<student_logit>(a.student, row, V, z_),
+                      processed<teacher_logit>(a.teacher, row, V, y_), q_, p_, ce_);
     }
 }
+
+namespace {
+
+template <class Row>
+void statistics_row(const Statistics& a, long row, Row z, real* q_) {
+    const long V = a.vocab;
+    const real maximum = a.maximum[row] = maximum_of(z, V);
+    const real log_sum = a.log_sum[row] = exponentials(z, V, maximum, 1, q_), scale = std::exp(maximum - log_sum);
+    double mean = 0;
+    BLOCKS {
+        real m = 0;
+        SIMD(omp simd reduction(+ : m))
+        EACH m += q_[i] * scale * z[i];
+        mean += m;
+    }
+    a.mean[row] = mean;
+    a.log_sum_T[row] = a.temperature == 1 ? log_sum : exponentials(z, V, maximum, 1 / a.temperature, q_);
+}
+
+template <class Row>
+void gradient_row(const Gradient& a, long row, Row z, real* d) {
+    const long V = a.vocab;
+    const real inverse_T = 1 / a.temperature, slope = a.slope[row], log_sum = a.log_sum[row];
+    if (a.slope_T) {
+        const real slope_T = a.slope_T[row], log_sum_T = a.log_sum_T[row];
+        SIMD(omp simd)
+        for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum) + slope_T * exp_(z[i] * inverse_T - log_sum_T);
+    } else {
+        SIMD(omp simd)
+        for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum);
+    }
+    store(a.student, z, d, V, a.gradient + row * V);
+}
+
+}  // namespace
 
 extern "C" void statistics(const Statistics* args, long first, long last) {
     const Statistics& a = *args;
     const long V = a.vocab;
     std::unique_ptr<real[]> memory(new real[2 * V]);
-    real *z_ = memory.get(), *q_ = z_ + V;
+    real *q_ = memory.get(), *z_ = q_ + V;
     for (long row = first; row < last; row++) {
-        const real* z = logits<student_logit>(a.student, row, V, z_, &a.maximum[row]);
-        const real log_sum = a.log_sum[row] = exponentials(z, V, a.maximum[row], 1, q_);
-        const real scale = std::exp(a.maximum[row] - log_sum);
-        double mean = 0;
-        BLOCKS {
-            real m = 0;
-            SIMD(omp simd reduction(+ : m))
-            EACH m += q_[i] * scale * z[i];
-            mean += m;
-        }
-        a.mean[row] = mean;
-        a.log_sum_T[row] =
-            a.temperature == 1 ? log_sum : exponentials(z, V, a.maximum[row], 1 / a.temperature, q_);
+        if (is_plain(a.student))
+            statistics_row(a, row, plain<student_logit>(a.student, row, V), q_);
+        else
+            statistics_row(a, row, processed<student_logit>(a.student, row, V, z_), q_);
     }
 }
 
 extern "C" void gradient(const Gradient* args, long first, long last) {
     const Gradient& a = *args;
     const long V = a.vocab;
-    const real inverse_T = 1 / a.temperature;
     std::unique_ptr<real[]> memory(new real[2 * V]);
-    real *z_ = memory.get(), *d = z_ + V;
+    real *d = memory.get(), *z_ = d + V;
     for (long row = first; row < last; row++) {
-        real maximum;
-        const real* z = logits<student_logit>(a.student, row, V, z_, &maximum);
-        const real slope = a.slope[row], log_sum = a.log_sum[row];
-        if (a.slope_T) {
-            const real slope_T = a.slope_T[row], log_sum_T = a.log_sum_T[row];
-            SIMD(omp simd)
-            for (long i = 0; i < V; i++)
-                d[i] = slope * exp_(z[i] - log_sum) + slope_T * exp_(z[i] * inverse_T - log_sum_T);
-        } else {
-            SIMD(omp simd)
-            for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum);
-        }
-        store(a.student, z, d, V, a.gradient + row * V);
+        if (is_plain(a.student))
+            gradient_row(a, row, plain<student_logit>(a.student, row, V), d);
+        else
+            gradient_row(a, row, processed<student_logit>(a.student, row, V, z_), d);
     }
 }

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_distill.divergences import Divergence
-from llm_distill.fused.job import NOTHING, Job
+from llm_distill.fused.job import NOTHING, Job, put
 from llm_distill.signals import SparseSignal
 
 
@@ -82,7 +82,7 @@ def _with_tail(
     inside = torch.where(present, logits, NOTHING)
     log_p = torch.where(present, signal.log_probs[rows].to(inside.dtype), NOTHING)
     target_logits = None if targets is None else job.student.logits_at(raw, targets)
-    raw.scatter_(-1, ids, NOTHING)
+    put(raw, ids, torch.full_like(inside, NOTHING))
     outside = backend.statistics(job, raw)
 
     # At temperature 1: what is reported, and the cross-entropy.
@@ -104,7 +104,7 @@ def _with_tail(
     slopes = (d_outside + ce_outside, None) if T == 1 else (ce_outside, d_outside)
     backend.softmax_gradient(job, raw, gradient, outside, *slopes)
     d_inside = torch.where(present, d_inside, d_inside[:, :1]) * job.student.head.post_process_slope(logits)
-    gradient.scatter_(-1, ids, d_inside.to(gradient.dtype))
+    put(gradient, ids, d_inside)
     if targets is not None and job.ce_weight:
         _add(job, gradient, targets, target_logits, torch.full_like(target_logits, -job.ce_weight))
 
@@ -139,4 +139,4 @@ def _cells(
 def _add(job: Job, gradient: Tensor, ids: Tensor, logits: Tensor | None, values: Tensor) -> None:
     """Gradients on the logits of a few tokens, added to those on the raw product."""
     assert logits is not None
-    gradient.scatter_add_(-1, ids, (values * job.student.head.post_process_slope(logits)).to(gradient.dtype))
+    put(gradient, ids, values * job.student.head.post_process_slope(logits), accumulate=True)
