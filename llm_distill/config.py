@@ -52,6 +52,13 @@ class DistillationConfig(SFTConfig):
         default=0.0,
         metadata={"help": "Weight of the cross-entropy with the text (hard labels)."},
     )
+    loss_buffer_mib: int | None = field(
+        default=None,
+        metadata={
+            "help": "Memory for the logits of one chunk of rows, in MiB. By default 1024 on a GPU and 256 on a CPU, and "
+            "128 rows at least. Less is slower, because the head is read more often."
+        },
+    )
     teacher_model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "The teacher: a model id on the Hub or a folder. Its tokenizer must be the student's."},
@@ -104,6 +111,8 @@ class DistillationConfig(SFTConfig):
         self.teacher_model_init_kwargs = _mapping("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
         if not 0 < self.loss_temperature < math.inf:
             raise ValueError(f"loss_temperature must be positive and finite, got {self.loss_temperature}.")
+        if self.loss_buffer_mib is not None and self.loss_buffer_mib < 1:
+            raise ValueError(f"loss_buffer_mib must be at least 1, got {self.loss_buffer_mib}.")
         weights = (self.kd_weight, self.ce_weight)
         if not (all(0 <= weight < math.inf for weight in weights) and any(weights)):
             raise ValueError(

@@ -23,6 +23,8 @@ class Objective:
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     squared_temperature: bool = True
+    buffer_mib: int | None = None
+    """Memory for logits, which changes how fast it goes and not what comes out."""
 
     @classmethod
     def of(cls, config: DistillationConfig) -> Objective:
@@ -33,6 +35,7 @@ class Objective:
             kd_weight=config.kd_weight,
             ce_weight=config.ce_weight,
             squared_temperature=config.squared_temperature,
+            buffer_mib=config.loss_buffer_mib,
         )
 
     def __call__(
@@ -55,4 +58,5 @@ class Objective:
             targets=targets,
             num_rows=num_rows,
             squared_temperature=self.squared_temperature,
+            buffer_mib=self.buffer_mib,
         )

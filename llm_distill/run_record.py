@@ -19,6 +19,7 @@ def run_record(objective: Objective, teacher: Teacher | None) -> dict[str, Any]:
     """What makes two runs the same distillation, flat: `objective.divergence`, `teacher.model`, …"""
     record = {f"objective.{name}": value for name, value in asdict(objective).items()}
     record["objective.divergence"] = repr(objective.divergence)
+    del record["objective.buffer_mib"]  # how it is computed, not what
     for name, value in (teacher.describe() if teacher else {}).items():
         record[f"teacher.{name}"] = value
     return record

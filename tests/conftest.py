@@ -8,10 +8,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: more threads wait for each other
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from jaxtyping import install_import_hook
 
-install_import_hook(["llm_distill.divergences", "llm_distill.rows", "llm_distill.fused"], "beartype.beartype")
+FUSED = [f"llm_distill.fused.{name}" for name in ("cpp_backend", "head_loss", "job", "products", "sparse", "torch_backend")]
+install_import_hook(["llm_distill.divergences", "llm_distill.rows", *FUSED], "beartype.beartype")  # Triton reads its own
 
 from collections.abc import Callable
 from pathlib import Path

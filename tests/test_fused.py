@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import jaxtyping
@@ -10,8 +11,9 @@ import torch
 from test_divergences import CASES, from_the_paper
 from torch import Tensor, nn
 
-from llm_distill.divergences import make_divergence
-from llm_distill.fused import fused_head_loss, head_loss, torch_backend
+from llm_distill.divergences import Divergence, make_divergence
+from llm_distill.fused import cpp_backend, fused_head_loss, head_loss, products, torch_backend
+from llm_distill.fused.job import Job
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
@@ -19,10 +21,28 @@ ROWS, STUDENT, TEACHER, VOCAB, PADDED = 37, 8, 12, 29, 32
 POST = [(1.0, None), (0.3, None), (1.0, 2.0), (1.7, 3.0)]
 
 
+BACKENDS = {"compiled": cpp_backend, "torch": torch_backend}
+both_backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+
+
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(head_loss, "_chunk_rows", lambda *_: 16)  # 37 rows in chunks of 16, 16 and 5
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", {"cpu": 5 * VOCAB})  # and those in blocks of 5
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs the test in one back end; the compiled one must be there, and not be left for the other unawares."""
+
+    def choose(job: Job, gradient: torch.dtype, *logits: torch.dtype, device: torch.device) -> Any:
+        if request.param == "compiled" and len(logits) < 3:
+            assert cpp_backend.compiled(job.divergence, *logits), "no kernels: is g++ installed?"
+            return cpp_backend
+        return torch_backend
+
+    monkeypatch.setattr(head_loss, "_backend", choose)
+    return request.param
 
 
 def make_head(width: int, seed: int, scale: float = 1.0, soft_cap: float | None = None, bias: bool = True) -> LMHead:
@@ -90,27 +110,33 @@ def compare(name: str, parameters: dict[str, float], kind: str, head: LMHead, **
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-11)
 
 
+@both_backends
 @pytest.mark.parametrize(("name", "parameters"), CASES)
 @pytest.mark.parametrize("kind", ["hidden", "mixture", "top 5", "top 1", "all"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_value_and_gradients_equal_autograd(
+    backend: str,
     name: str, parameters: dict[str, float], kind: str, temperature: float
 ) -> None:
     compare(name, parameters, kind, make_head(STUDENT, 0), temperature=temperature)
 
 
+@both_backends
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_sampled_tokens_give_the_gradient_of_their_cross_entropy(temperature: float) -> None:
+def test_sampled_tokens_give_the_gradient_of_their_cross_entropy(backend: str, temperature: float) -> None:
     compare("forward_kl", {}, "sampled", make_head(STUDENT, 0), temperature=temperature)
 
 
+@both_backends
 @pytest.mark.parametrize(("scale", "soft_cap"), POST)
 @pytest.mark.parametrize("bias", [True, False])
-def test_scale_soft_cap_and_bias_are_in_the_gradient(scale: float, soft_cap: float | None, bias: bool) -> None:
-    compare("forward_kl", {}, "hidden", make_head(STUDENT, 0, scale, soft_cap, bias), temperature=1.5)
+def test_scale_soft_cap_and_bias_are_in_the_gradient(backend: str, scale: float, soft_cap: float | None, bias: bool) -> None:
+    for kind in ("hidden", "top 5", "sampled"):
+        compare("forward_kl", {}, kind, make_head(STUDENT, 0, scale, soft_cap, bias), temperature=1.5)
 
 
-def test_a_sparse_row_with_fewer_tokens_is_padded_with_minus_infinity() -> None:
+@both_backends
+def test_a_sparse_row_with_fewer_tokens_is_padded_with_minus_infinity(backend: str) -> None:
     signal, _ = make_signal("top 5")
     short = SparseSignal(signal.ids[:, :3], signal.log_probs[:, :3], log_tail_of(signal, 3), VOCAB)
     padding = torch.zeros(ROWS, 2, dtype=torch.long)
@@ -143,9 +169,10 @@ def test_sampling_is_unbiased_over_many_draws() -> None:
     assert torch.nn.functional.cosine_similarity(gradient, expected).item() > 0.999
 
 
+@both_backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("name", "parameters"), CASES)
-def test_identical_models_give_zero(name: str, parameters: dict[str, float], dtype: torch.dtype) -> None:
+def test_identical_models_give_zero(backend: str, name: str, parameters: dict[str, float], dtype: torch.dtype) -> None:
     head = make_head(STUDENT, 0)
     head.module.to(dtype)
     hidden = hidden_states(STUDENT, 5).to(dtype).requires_grad_()
@@ -157,7 +184,99 @@ def test_identical_models_give_zero(name: str, parameters: dict[str, float], dty
     torch.testing.assert_close(metrics["acceptance"], torch.ones(ROWS), rtol=0, atol=1e-5)
 
 
-def test_rows_past_the_vocabulary_get_no_mass_and_no_gradient() -> None:
+@both_backends
+@pytest.mark.parametrize("kind", ["hidden", "top 5", "sampled"])
+def test_large_logits_stay_finite(backend: str, kind: str) -> None:
+    head, hidden = make_head(STUDENT, 0), (1e4 * hidden_states(STUDENT, 5)).float().requires_grad_()
+    head.module.float()
+    signal, _ = make_signal(kind)
+    targets = torch.arange(ROWS) % VOCAB
+    loss, metrics = fused_head_loss(hidden, head, signal, make_divergence("forward_kl"), targets=targets, ce_weight=0.5)
+    loss.backward()
+    assert loss.isfinite()
+    assert hidden.grad.isfinite().all()
+    assert head.module.weight.grad.isfinite().all()
+    assert all(values.isfinite().all() for values in metrics.values())
+
+
+@both_backends
+def test_a_logit_that_is_not_a_number_is_seen_in_the_loss(backend: str) -> None:
+    signal, _ = make_signal("hidden")
+    hidden = hidden_states(STUDENT, 5)
+    hidden[3, 0] = torch.nan
+    loss, metrics = fused_head_loss(hidden, make_head(STUDENT, 0), signal, make_divergence("forward_kl"))
+    assert loss.isnan()
+    assert metrics["kd"].isnan().sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["hidden", "top 5", "sampled"])
+def test_the_same_call_gives_the_same_bits(kind: str) -> None:
+    signal, _ = make_signal(kind)
+    head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).float().requires_grad_()
+    head.module.float()
+    runs = []
+    for _ in range(2):
+        loss, metrics = fused_head_loss(hidden, head, signal, make_divergence("forward_kl"))
+        runs.append([loss, *torch.autograd.grad(loss, [hidden, head.module.weight]), *metrics.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize("buffer_mib", [1, 2])
+def test_the_size_of_the_buffers_changes_nothing(buffer_mib: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the real number of rows a chunk
+    torch.manual_seed(0)
+    head = LMHead(nn.Linear(STUDENT, 1500), 1500)
+    hidden, teacher = torch.randn(2, 300, STUDENT)
+    found = []
+    for size in (None, buffer_mib):
+        x = hidden.clone().requires_grad_()
+        loss, _ = fused_head_loss(x, head, HiddenSignal(teacher, head), make_divergence("jsd"), buffer_mib=size)
+        found.append([loss, *torch.autograd.grad(loss, [x, head.module.weight])])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@dataclass(frozen=True)
+class Squared(Divergence):
+    """A divergence of the user's own, with a function that the compiled back ends do not have."""
+
+    @staticmethod
+    def formula(p: Any, q: Any, log_p: Any, log_q: Any) -> tuple[Any, Any]:
+        return torch.square(p - q), -2 * (p - q) * q
+
+
+def test_a_formula_that_cannot_be_translated_runs_in_torch(caplog: pytest.LogCaptureFixture) -> None:
+    signal, p = make_signal("hidden")
+    head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).requires_grad_()
+    loss, _ = fused_head_loss(hidden, head, signal, Squared())
+    expected = (p - head(hidden).softmax(-1)).square().sum() / ROWS
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(each, hidden)[0] for each in (loss, expected)))
+    assert "torch.square cannot be translated" in caplog.text
+
+
+def test_without_a_compiler_it_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    cpp_backend.compiled.cache_clear()
+    try:
+        assert cpp_backend.compiled(make_divergence("jsd"), torch.float32) is None
+        compare("jsd", {"beta": 0.5}, "hidden", make_head(STUDENT, 0))
+    finally:
+        cpp_backend.compiled.cache_clear()
+
+
+def test_16_bit_products_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "VOCAB_TILE", {"cpu": 7})  # 29 rows in tiles of 7 and 1
+    d_logits, x = torch.randn(2, 64, VOCAB).bfloat16(), torch.randn(2, 64, STUDENT).bfloat16()
+    total = torch.full((VOCAB, STUDENT), torch.nan)
+    products.add_weight_gradient(total, d_logits[0], x[0], first=True)
+    products.add_weight_gradient(total, d_logits[1], x[1], first=False)
+    parts = [(d.T @ h).float() for d, h in zip(d_logits, x, strict=True)]
+    assert torch.equal(total, parts[0] + parts[1])
+
+
+@both_backends
+def test_rows_past_the_vocabulary_get_no_mass_and_no_gradient(backend: str) -> None:
     head = make_head(STUDENT, 0)
     with torch.no_grad():
         head.module.weight[VOCAB:] = 1e3  # would take all the mass
@@ -183,7 +302,8 @@ def test_a_frozen_head_gets_no_gradient_and_the_hidden_states_the_same() -> None
     assert torch.equal(*gradients)
 
 
-def test_no_grad_gives_the_value_alone() -> None:
+@both_backends
+def test_no_grad_gives_the_value_alone(backend: str) -> None:
     signal, _ = make_signal("hidden")
     head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).requires_grad_()
     with torch.no_grad():
@@ -192,7 +312,8 @@ def test_no_grad_gives_the_value_alone() -> None:
     assert torch.equal(value, fused_head_loss(hidden, head, signal, make_divergence("forward_kl"))[0].detach())
 
 
-def test_no_rows_give_a_differentiable_zero() -> None:
+@both_backends
+def test_no_rows_give_a_differentiable_zero(backend: str) -> None:
     head, hidden = make_head(STUDENT, 0), torch.zeros(0, STUDENT, dtype=torch.float64, requires_grad=True)
     signal = HiddenSignal(torch.zeros(0, TEACHER, dtype=torch.float64), make_head(TEACHER, 1))
     loss, _ = fused_head_loss(hidden, head, signal, make_divergence("forward_kl"), num_rows=7)
@@ -223,7 +344,8 @@ def test_no_tensor_of_rows_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch
     assert 16 * VOCAB <= largest.elements < ROWS * VOCAB
 
 
-def test_metrics_are_what_they_say() -> None:
+@both_backends
+def test_metrics_are_what_they_say(backend: str) -> None:
     signal, p = make_signal("hidden")
     head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5)
     targets = torch.arange(ROWS) % VOCAB
@@ -259,7 +381,8 @@ def test_float16_gradients_survive_many_rows_under_a_loss_scale() -> None:
         assert torch.nn.functional.cosine_similarity(ours.double().flatten(), theirs.flatten(), 0) > 0.999
 
 
-def test_under_autocast_products_run_in_its_precision_and_gradients_in_the_parameters() -> None:
+@both_backends
+def test_under_autocast_products_run_in_its_precision_and_gradients_in_the_parameters(backend: str) -> None:
     signal, _ = make_signal("hidden")
     found = []
     for enabled in (False, True):
@@ -273,7 +396,8 @@ def test_under_autocast_products_run_in_its_precision_and_gradients_in_the_param
     assert torch.nn.functional.cosine_similarity(*found, 0) > 0.999
 
 
-def test_gradients_in_bfloat16_are_near_those_in_float64() -> None:
+@both_backends
+def test_gradients_in_bfloat16_are_near_those_in_float64(backend: str) -> None:
     signal, _ = make_signal("hidden")
     head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).requires_grad_()
     fused_head_loss(hidden, head, signal, make_divergence("forward_kl"))[0].backward()
@@ -297,6 +421,7 @@ def test_gradients_in_bfloat16_are_near_those_in_float64() -> None:
         ({"targets": torch.zeros(3, dtype=torch.long)}, r"\(37, 8\) and targets \(3,\)"),
         ({"ce_weight": 1.0}, "needs the targets"),
         ({"signal": "vocabulary"}, "29 tokens and the signal 20"),
+        ({"signal": "device"}, r"student_hidden is on cpu, the signal on \['meta'\]"),
         ({"signal": "sampled", "divergence": "reverse_kl"}, "forward_kl only"),
         ({"signal": "sampled", "temperature": 2.0}, "those at temperature 1.0"),
     ],
@@ -310,6 +435,8 @@ def test_what_does_not_fit_is_refused_with_its_shapes(
         signal = HiddenSignal(signal.hidden[:3], signal.head)
     if change.get("signal") == "vocabulary":
         signal = HiddenSignal(signal.hidden, LMHead(signal.head.module, 20))
+    if change.get("signal") == "device":
+        signal = HiddenSignal(signal.hidden.to("meta"), signal.head)
     change.pop("signal", None)
     divergence = make_divergence(change.pop("divergence", "forward_kl"))
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # what a user sees, without the tests' own checks

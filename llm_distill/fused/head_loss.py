@@ -22,13 +22,13 @@ from torch import Tensor
 from llm_distill.divergences import Divergence
 from llm_distill.fused import cpp_backend, torch_backend
 from llm_distill.fused.job import Job, Projection, statistics_dtype
-from llm_distill.fused.products import add_weight_gradient, logits_dtype, new_buffer, project
+from llm_distill.fused.products import add_weight_gradient, logits_dtype, multiply, new_buffer
 from llm_distill.fused.sparse import sparse
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
-CHUNK_BYTES = {"cpu": 2**28, "accelerator": 2**30}
-"""What the logits of a chunk may take, student and teachers together, where that is more than MIN_CHUNK_ROWS rows."""
+BUFFER_MIB = {"cpu": 256, "accelerator": 1024}
+"""What the buffers of a chunk may take, where that is more than MIN_CHUNK_ROWS rows."""
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, {"cpu": 1024, "accelerator": 4096}
 """The more rows, the more seldom the head's weight and its gradient are read. Beyond the maximum that saves nothing."""
 
@@ -46,6 +46,7 @@ def fused_head_loss(
     targets: Int[Tensor, " rows"] | None = None,
     num_rows: Tensor | int | None = None,
     squared_temperature: bool = True,
+    buffer_mib: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]:
     """Σ_rows (kd_weight · T² · D(p‖q at T) + ce_weight · CE at 1) / num_rows, and what it was made of.
 
@@ -59,6 +60,7 @@ def fused_head_loss(
         num_rows: what the sum is divided by (default: the rows at hand). A trainer passes the rows of the whole step
             over micro-batches and ranks, so that the loss does not depend on how they are arranged.
         squared_temperature: multiply the divergence by T², which keeps its gradient's size (Hinton et al., 2015).
+        buffer_mib: the memory for logits, in MiB (default: BUFFER_MIB). Less is slower: the head is read more often.
 
     Returns:
         The loss, a scalar to call `backward` on, and detached values per row, in nats unless said otherwise:
@@ -84,6 +86,7 @@ def fused_head_loss(
             squared=temperature**2 if squared_temperature else 1.0,
             ce_weight=ce_weight,
             targets=targets,
+            buffer_mib=buffer_mib,
         )
         num_rows = max(len(student_hidden), 1) if num_rows is None else num_rows
         loss = _FusedHeadLoss.apply(student_hidden, weight, bias, job, num_rows, torch.is_grad_enabled())
@@ -140,20 +143,18 @@ def _chunks(job: Job, wants_gradients: bool) -> Iterator[tuple[slice, Tensor | N
     """Fills the job's metrics, chunk by chunk; gives the rows of each and the gradient on the student's raw logits."""
     student, vocab_size = job.student, job.student.head.vocab_size
     device, compute = student.hidden.device, student.hidden.dtype
-    dtype = logits_dtype(compute, device)
-    total = len(student.hidden)
-    size = min(total, _chunk_rows(vocab_size, dtype, 1 + len(job.teachers), device))
-    shape = (size, vocab_size)
-    buffer = new_buffer(shape, dtype, device)
-    teacher_buffers = [new_buffer(shape, logits_dtype(teacher.hidden.dtype, device), device) for teacher in job.teachers]
-    gradient_buffer = buffer if dtype == compute else new_buffer(shape, compute, device)
+    dtypes = [logits_dtype(side.hidden.dtype, device) for side in (student, *job.teachers)]
+    in_place = dtypes[0] == compute
+    size = min(len(student.hidden), _chunk_rows(vocab_size, dtypes if in_place else [*dtypes, compute], device, job.buffer_mib))
+    buffer, *teacher_buffers = (new_buffer((size, vocab_size), dtype, device) for dtype in dtypes)
+    gradient_buffer = buffer if in_place else new_buffer((size, vocab_size), compute, device)
     backend = _backend(job, *(each.dtype for each in (gradient_buffer, buffer, *teacher_buffers)), device=device)
-    for start in range(0, total, max(size, 1)):
-        rows = slice(start, min(start + size, total))
+    for start in range(0, len(student.hidden), max(size, 1)):
+        rows = slice(start, min(start + size, len(student.hidden)))
         n = rows.stop - rows.start
-        project(student.hidden[rows], student.weight, out=buffer[:n])
+        multiply(student.hidden[rows], student.weight.T, out=buffer[:n])
         for teacher, out in zip(job.teachers, teacher_buffers, strict=True):
-            project(teacher.hidden[rows], teacher.weight, out=out[:n])
+            multiply(teacher.hidden[rows], teacher.weight.T, out=out[:n])
         gradient = gradient_buffer[:n] if wants_gradients else None
         if job.teachers:
             backend.dense(job, rows, buffer[:n], [out[:n] for out in teacher_buffers], gradient)
@@ -180,9 +181,12 @@ def triton_is_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _chunk_rows(vocab_size: int, dtype: torch.dtype, buffers: int, device: torch.device) -> int:
+def _chunk_rows(vocab_size: int, dtypes: list[torch.dtype], device: torch.device, buffer_mib: int | None) -> int:
+    """How many rows of all buffers fit."""
     kind = "cpu" if device.type == "cpu" else "accelerator"
-    rows = CHUNK_BYTES[kind] // (vocab_size * dtype.itemsize * buffers)
+    rows = (buffer_mib or BUFFER_MIB[kind]) * 2**20 // (vocab_size * sum(dtype.itemsize for dtype in dtypes))
+    if buffer_mib is not None:
+        return max(1, min(MAX_CHUNK_ROWS[kind], rows))
     return max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS[kind], rows // 64 * 64))
 
 

@@ -75,6 +75,7 @@ class Job:
     """What multiplies the divergence: T² or 1."""
     ce_weight: float
     targets: Tensor | None
+    buffer_mib: int | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

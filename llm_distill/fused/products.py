@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import mmap
 
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-VOCAB_TILE = 2**11
+VOCAB_TILE = {"cpu": 2**11, "accelerator": 2**15}
 """Rows of dW that are added up at a time where the product cannot add in float32 by itself."""
 
 
@@ -25,16 +26,14 @@ def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-def project(
-    hidden: Float[Tensor, "rows width"], weight: Float[Tensor, "vocab width"], out: Float[Tensor, "rows vocab"]
-) -> None:
-    """out = hidden · weightᵀ, rounded to `out`'s dtype only."""
-    if out.dtype == hidden.dtype:
-        torch.mm(hidden, weight.T, out=out)
-    elif hidden.is_cuda:
-        torch.mm(hidden, weight.T, out_dtype=out.dtype, out=out)
+def multiply(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Float[Tensor, "n m"]) -> None:
+    """out = a · b, rounded to `out`'s dtype only where the device can do that."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
-        out.copy_(hidden @ weight.T)
+        out.copy_(a @ b)
 
 
 def add_weight_gradient(
@@ -45,18 +44,32 @@ def add_weight_gradient(
     first: bool,
 ) -> None:
     """total += d_logitsᵀ · hidden (the first time, total = …: what was in it is not read)."""
-    beta = 0 if first else 1
-    if total.dtype == hidden.dtype:
-        torch.addmm(total, d_logits.T, hidden, beta=beta, out=total)
-    elif hidden.is_cuda:
-        torch.addmm(total, d_logits.T, hidden, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # 16-bit products off CUDA give 16 bits: added up in float32, a tile that stays in the cache at a time
-        narrow, wide = (hidden.new_empty(VOCAB_TILE, hidden.shape[1], dtype=d) for d in (hidden.dtype, total.dtype))
-        for start in range(0, len(total), VOCAB_TILE):
-            tile = total[start : start + VOCAB_TILE]
+    if first and (total.dtype == hidden.dtype or hidden.is_cuda):
+        multiply(d_logits.T, hidden, out=total)
+    elif total.dtype == hidden.dtype:
+        torch.addmm(total, d_logits.T, hidden, out=total)
+    elif hidden.is_cuda and _adds_in_float32(hidden.dtype, hidden.device):
+        torch.addmm(total, d_logits.T, hidden, out_dtype=total.dtype, out=total)
+    else:  # added up in float32 a tile at a time, which on a CPU stays in the cache
+        size = VOCAB_TILE["cpu" if hidden.device.type == "cpu" else "accelerator"]
+        product_dtype = total.dtype if hidden.is_cuda else hidden.dtype
+        narrow, wide = (hidden.new_empty(size, hidden.shape[1], dtype=d) for d in (product_dtype, total.dtype))
+        for start in range(0, len(total), size):
+            tile = total[start : start + size]
             n = len(tile)
-            torch.mm(d_logits[:, start : start + n].T, hidden, out=narrow[:n])
+            multiply(d_logits[:, start : start + n].T, hidden, out=narrow[:n])
             tile.copy_(narrow[:n]) if first else tile.add_(wide[:n].copy_(narrow[:n]))
+
+
+@functools.cache
+def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether this torch's `addmm` of 16-bit matrices takes a float32 sum: not every version does."""
+    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+    try:
+        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+    except RuntimeError:
+        return False
+    return True
 
 
 def logits_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:

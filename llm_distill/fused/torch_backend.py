@@ -40,7 +40,7 @@ def dense(
         here = slice(rows.start + block.start, rows.start + block.stop)
         targets = job.targets_of(here)
         logits = job.student.logits(raw[block])
-        parts = [teacher.logits(y[block]) for teacher, y in zip(job.teachers, teacher_raw, strict=True)]
+        parts = [teacher.logits(y[block]).to(logits.dtype) for teacher, y in zip(job.teachers, teacher_raw, strict=True)]
         log_q, q = _log_softmax(logits)
         log_p, p = _log_mixture(job, parts, 1.0)
         _record(job, here, targets, log_p, p, log_q, q)

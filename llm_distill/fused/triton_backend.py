@@ -21,7 +21,7 @@ from llm_distill.divergences import Divergence
 from llm_distill.fused.formula import Language, NotTranslatable, translate
 from llm_distill.fused.job import Job, Projection, RowStatistics, put
 
-BLOCK, WARPS = 4096, 8
+BLOCK, WARPS = 2048, 8
 """Logits a program works on at a time, and by how many warps."""
 
 EXCLUDED = tl.constexpr(-1e29)
