@@ -117,8 +117,10 @@ def peer(problem: Problem, task: dict[str, Any]) -> Callable[[], Tensor]:
 
 def naive(student_logits: Tensor, teacher_logits: Tensor, divergence: str) -> Tensor:
     """What one writes first: full logits, and autograd."""
-    log_q, log_p = (z.float().log_softmax(-1) if z.dtype != torch.float64 else z.log_softmax(-1) for z in
-                    (student_logits, teacher_logits))
+    log_q, log_p = (
+        z.float().log_softmax(-1) if z.dtype != torch.float64 else z.log_softmax(-1)
+        for z in (student_logits, teacher_logits)
+    )
     kl = nn.functional.kl_div
     if divergence == "forward_kl":
         return kl(log_q, log_p, log_target=True, reduction="batchmean")
@@ -133,7 +135,9 @@ class Floor:
         self.problem, self.chunk = problem, min(chunk, problem.rows)
         self.teacher = "signal" not in task
         self.gradients = not task.get("no_grad")
-        self.d_weight = None if task.get("frozen") or not self.gradients else torch.zeros_like(problem.student_head.weight)
+        self.d_weight = (
+            None if task.get("frozen") or not self.gradients else torch.zeros_like(problem.student_head.weight)
+        )
         new = problem.student_hidden.new_empty
         self.logits, self.d_hidden = new(self.chunk, problem.vocab), new(self.chunk, problem.widths[0])
         self.teacher_logits = new(self.chunk, problem.vocab)
@@ -200,9 +204,12 @@ def gradient_error(task: dict[str, Any]) -> dict[str, Any]:
     gradients = torch.autograd.grad(loss(), leaves)
     hidden, weight = (leaf.detach().double().requires_grad_() for leaf in leaves)
     teacher_logits = problem.teacher_hidden.double() @ problem.teacher_head.weight.double().T
-    exact = torch.autograd.grad(naive(hidden @ weight.T, teacher_logits, task.get("divergence", "forward_kl")),
-                                [hidden, weight])
-    return {"gradient_error": max(float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, exact, strict=True))}
+    exact = torch.autograd.grad(
+        naive(hidden @ weight.T, teacher_logits, task.get("divergence", "forward_kl")), [hidden, weight]
+    )
+    return {
+        "gradient_error": max(float((g.double() - e).norm() / e.norm()) for g, e in zip(gradients, exact, strict=True))
+    }
 
 
 def table(cases: dict[str, dict[str, Any]]) -> str:
@@ -239,7 +246,9 @@ def plot(settings: dict[str, dict[str, Any]], path: Path) -> None:
         axis.set(title=title, xlabel="time ÷ time of the matrix products alone")
         for row, name in enumerate(names):
             case = cases[name]
-            axis.text(case["ratio_to_floor"], row, f" {case['ratio_to_floor']:.2f}, {case['extra_mib']:,.0f} MiB", va="center")
+            axis.text(
+                case["ratio_to_floor"], row, f" {case['ratio_to_floor']:.2f}, {case['extra_mib']:,.0f} MiB", va="center"
+            )
         axis.margins(x=0.3)
     figure.savefig(path, dpi=120)
 
@@ -255,7 +264,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=None, help=f"of {', '.join([*OURS, *PEERS])}")
     parser.add_argument("--rounds", type=int, default=2, help="how often every case gets a fresh process")
     parser.add_argument("--repeats", type=int, default=3, help="measurements a process, in turn with the floor")
-    parser.add_argument("--short", action="store_true", help="a few cases, a smaller problem, one round: about two minutes")
+    parser.add_argument(
+        "--short", action="store_true", help="a few cases, a smaller problem, one round: about two minutes"
+    )
     parser.add_argument("--output", type=Path, default=None, help="writes NAME.json, NAME.md and NAME.png")
     parser.add_argument("--task", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -275,8 +286,13 @@ def main() -> None:
         for rows in args.rows:
             for vocab in args.vocab:
                 common = {
-                    "device": args.device, "dtype": dtype, "rows": rows, "vocab": vocab, "student": args.student,
-                    "teacher": args.teacher, "repeats": args.repeats,
+                    "device": args.device,
+                    "dtype": dtype,
+                    "rows": rows,
+                    "vocab": vocab,
+                    "student": args.student,
+                    "teacher": args.teacher,
+                    "repeats": args.repeats,
                     "floor_chunks": [256, 512] if args.device == "cpu" else [1024, 2048, 4096],
                     "check_rows": 128 if args.device == "cpu" else 512,
                 }
@@ -286,7 +302,9 @@ def main() -> None:
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         about = machine(args.device)
-        args.output.with_suffix(".json").write_text(json.dumps({"machine": about, "settings": settings}, indent=1) + "\n")
+        args.output.with_suffix(".json").write_text(
+            json.dumps({"machine": about, "settings": settings}, indent=1) + "\n"
+        )
         where = f"{about['date']}, {about['device']}, {about['threads']} threads. `{about['command']}`"
         body = "\n\n".join(f"{title}:\n\n{table(setting['cases'])}" for title, setting in settings.items())
         args.output.with_suffix(".md").write_text(f"# The fused head loss\n\n{where}\n\n{body}\n")

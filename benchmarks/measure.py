@@ -59,7 +59,7 @@ def synchronize(device: str) -> None:
 
 @contextmanager
 def peak_memory(device: str) -> Iterator[dict[str, float]]:
-    """`with peak_memory(d) as m:` … m["mib"]: the highest resident (CPU) or allocated (CUDA) memory over that before."""
+    """Leaves in "mib" how far the resident (CPU) or allocated (CUDA) memory rose at most while inside."""
     result: dict[str, float] = {}
     gc.collect()
     synchronize(device)

@@ -55,7 +55,7 @@ class DistillationConfig(SFTConfig):
     loss_buffer_mib: int | None = field(
         default=None,
         metadata={
-            "help": "Memory for the logits of one chunk of rows, in MiB. By default 1024 on a GPU and 256 on a CPU, and "
+            "help": "Memory for the logits of one chunk of rows, in MiB. By default 1024 on a GPU, 256 on a CPU, and "
             "128 rows at least. Less is slower, because the head is read more often."
         },
     )

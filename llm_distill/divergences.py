@@ -5,9 +5,9 @@ Each one is a sum over the vocabulary of an element-wise function φ of (p, q), 
 
     ∂D/∂u = ψ − q · Σψ
 
-which is all that the fused head loss needs: a new divergence is one class with one formula, and gets the fused path. The
-formula is compiled for the GPU as it stands here (`fused/triton_backend.py`), so it may use arithmetic and `absolute`,
-`exp`, `expm1`, `log`, `log1p`, `maximum`, `sign`; one that uses more of torch runs in torch.
+which is all that the fused head loss needs: a new divergence is one class with one formula. The formula is written down
+once, here, and compiled for CPU and GPU (`fused/formula.py`), so it may use arithmetic and torch's `absolute`, `exp`,
+`expm1`, `log`, `log1p`, `maximum`, `minimum` and `sign`. One that uses more of torch runs in torch, more slowly.
 
 Values are nats per row. Nothing here depends on the temperature: the caller passes probabilities at the one it wants.
 """
@@ -131,7 +131,7 @@ class SkewReverseKL(Divergence):
 
     @staticmethod
     def formula(p: Any, q: Any, log_p: Any, log_q: Any, lam: float) -> tuple[Any, Any]:
-        p_over_m, q_over_m = log_ratios_to_mixture(log_p, log_q, 1 - lam)
+        _, q_over_m = log_ratios_to_mixture(log_p, log_q, 1 - lam)
         phi = q * q_over_m
         return phi, phi + q - lam * (q * exp(q_over_m))
 

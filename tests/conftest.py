@@ -12,8 +12,12 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from jaxtyping import install_import_hook
 
-FUSED = [f"llm_distill.fused.{name}" for name in ("cpp_backend", "head_loss", "job", "products", "sparse", "torch_backend")]
-install_import_hook(["llm_distill.divergences", "llm_distill.rows", *FUSED], "beartype.beartype")  # Triton reads its own
+FUSED = [
+    f"llm_distill.fused.{name}" for name in ("cpp_backend", "head_loss", "job", "products", "sparse", "torch_backend")
+]
+install_import_hook(
+    ["llm_distill.divergences", "llm_distill.rows", *FUSED], "beartype.beartype"
+)  # Triton reads its own
 
 from collections.abc import Callable
 from pathlib import Path

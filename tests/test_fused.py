@@ -115,8 +115,7 @@ def compare(name: str, parameters: dict[str, float], kind: str, head: LMHead, **
 @pytest.mark.parametrize("kind", ["hidden", "mixture", "top 5", "top 1", "all"])
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_value_and_gradients_equal_autograd(
-    backend: str,
-    name: str, parameters: dict[str, float], kind: str, temperature: float
+    backend: str, name: str, parameters: dict[str, float], kind: str, temperature: float
 ) -> None:
     compare(name, parameters, kind, make_head(STUDENT, 0), temperature=temperature)
 
@@ -130,7 +129,9 @@ def test_sampled_tokens_give_the_gradient_of_their_cross_entropy(backend: str, t
 @both_backends
 @pytest.mark.parametrize(("scale", "soft_cap"), POST)
 @pytest.mark.parametrize("bias", [True, False])
-def test_scale_soft_cap_and_bias_are_in_the_gradient(backend: str, scale: float, soft_cap: float | None, bias: bool) -> None:
+def test_scale_soft_cap_and_bias_are_in_the_gradient(
+    backend: str, scale: float, soft_cap: float | None, bias: bool
+) -> None:
     for kind in ("hidden", "top 5", "sampled"):
         compare("forward_kl", {}, kind, make_head(STUDENT, 0, scale, soft_cap, bias), temperature=1.5)
 

@@ -91,7 +91,7 @@ import triton, triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from llm_distill.divergences import make_divergence
-from llm_distill.fused import triton_backend as kernels
+from llm_distill.fused import triton_backend, triton_kernels as kernels
 
 def build(kernel, **constants):
     types = {"V": "i32", "GRADIENT": "*bf16"}
@@ -101,16 +101,16 @@ def build(kernel, **constants):
     }
     triton.compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
 
-common = {"REAL": tl.float32, "BLOCK": kernels.BLOCK}
+common = {"REAL": tl.float32, "BLOCK": triton_backend.BLOCK}
 one = {"HAS_BIAS": True, "PLAIN": False, "HAS_CAP": True}
 both = {f"{side}_{name}": value for side in "ZY" for name, value in one.items()}
 for name in ("forward_kl", "alpha_beta", "jsd"):
     divergence = make_divergence(name)
     known = divergence.slope_sum is not None
-    build(kernels._dense_kernel, FORMULA=kernels.formula(divergence), WANTS_GRADIENT=True, WITH_CE=True,
+    build(kernels.dense_kernel, FORMULA=triton_backend.formula(divergence), WANTS_GRADIENT=True, WITH_CE=True,
           SLOPE_SUM_KNOWN=known, **both, **common)
-build(kernels._statistics_kernel, TEMPERED=True, **one, **common)
-build(kernels._softmax_gradient_kernel, TEMPERED=True, **one, **common)
+build(kernels.statistics_kernel, TEMPERED=True, **one, **common)
+build(kernels.softmax_gradient_kernel, TEMPERED=True, **one, **common)
 print("compiled")
 """
 

@@ -1,19 +1,19 @@
 """Losses and gradients of a chunk of rows on a CPU: `row_kernels.cpp`, compiled in a fraction of a second at first use.
 
-The compiler is the machine's own (`CXX`, or g++). Where there is none, or it cannot do it, `torch_backend` does the same
-at two to four times the time. Nothing is kept on disk: the library lies in a private temporary folder until it is loaded.
+The compiler is the machine's own (`CXX`, or g++). Where there is none, or it cannot do it, `torch_backend` does the
+same in two to four times the time. Nothing is kept on disk: the library lies in a private folder until it is loaded.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import logging
 import os
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_distill.divergences import Divergence
-from llm_distill.fused.formula import Language, NotTranslatable, translate
+from llm_distill.fused.formula import Language, UntranslatableError, translate
 from llm_distill.fused.job import Job, Projection, RowStatistics
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,16 @@ CPP = Language(
         "sign": "sign_",
     },
 )
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-shared", "-fPIC")
+FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fopenmp-simd",
+    "-shared",
+    "-fPIC",
+)
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 
 
@@ -57,8 +66,8 @@ class Kernels:
             "student teacher | gradient targets | temperature kd_slope ce_weight | "
             "kd entropy kl acceptance agreement ce teacher_ce"
         )
-        self.Statistics = self._structure("student | | temperature | log_sum log_sum_T mean maximum")
-        self.Gradient = self._structure("student | gradient | temperature | slope log_sum slope_T log_sum_T")
+        self.Statistics = self._structure("student | | temperature | log_sum tempered_log_sum mean maximum")
+        self.Gradient = self._structure("student | gradient | temperature | slope log_sum slope_T tempered_log_sum")
 
     def _structure(self, fields: str) -> type[ctypes.Structure]:
         kinds = (self.Side, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
@@ -70,7 +79,7 @@ class Kernels:
         function = getattr(self._library, name)
         threads = min(torch.get_num_threads(), rows)
         edges = [ctypes.c_long(rows * i // threads) for i in range(threads + 1)] if threads else []
-        parts = zip(edges[:-1], edges[1:], strict=True)
+        parts = itertools.pairwise(edges)
         list(_pool(max(threads, 1)).map(lambda part: function(ctypes.byref(arguments), *part), parts))
 
 
@@ -141,7 +150,7 @@ def softmax_gradient(
         slope=_pointer(slope),
         log_sum=_pointer(found.log_sum),
         slope_T=_pointer(slope_T),
-        log_sum_T=_pointer(found.log_sum_T),
+        tempered_log_sum=_pointer(found.tempered_log_sum),
         vocab=raw.shape[1],
     )
     kernels.run("gradient", arguments, len(raw))
@@ -156,7 +165,7 @@ def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype 
         return None
     try:
         statements, phi, psi = translate(divergence, CPP)
-    except NotTranslatable as reason:
+    except UntranslatableError as reason:
         logger.warning("%s runs in torch and not compiled: %s cannot be translated.", divergence, reason)
         return None
     formula = " ".join([*statements, f"const real phi = {phi}, psi = {psi};"])

@@ -9,7 +9,7 @@ from typing import Any
 from llm_distill.divergences import Divergence
 
 
-class NotTranslatable(Exception):
+class UntranslatableError(Exception):
     """The formula uses what the compiled back ends do not have; torch can run it."""
 
 
@@ -34,7 +34,7 @@ class Symbol:
         symbol = next(each for each in args if isinstance(each, Symbol))
         name = getattr(function, "__name__", str(function))
         if kwargs or name not in symbol.language.functions:
-            raise NotTranslatable(f"torch.{name}")
+            raise UntranslatableError(f"torch.{name}")
         return symbol._new(f"{symbol.language.functions[name]}({', '.join(map(symbol._written, args))})")
 
     def _new(self, value: str) -> Symbol:
@@ -73,12 +73,12 @@ def translate(divergence: Divergence, language: Language) -> tuple[list[str], st
     """Statements over `p`, `q`, `log_p` and `log_q`, and the names that then hold φ and ψ.
 
     Raises:
-        NotTranslatable: the formula needs more than the language has.
+        UntranslatableError: the formula needs more than the language has.
     """
     statements: list[str] = []
     inputs = [Symbol(name, language, statements) for name in ("p", "q", "log_p", "log_q")]
     try:
         phi, psi = divergence.formula(*inputs, *astuple(divergence))  # type: ignore[call-overload]
     except (TypeError, AttributeError) as error:  # a method of tensors, an operator that is not above
-        raise NotTranslatable(str(error)) from error
+        raise UntranslatableError(str(error)) from error
     return statements, phi.name, psi.name

@@ -1,8 +1,8 @@
 """The distillation loss and its gradients in one forward pass over chunks of rows.
 
-Per chunk: the student's and the teacher's logits into two buffers that are used again, the divergence and the hard-label
-term on the same logits, the gradient written over the student's, and from it at once those on hidden states and head.
-So there are three student products (logits, dX, dW), one teacher product, no `[rows, vocab]` tensor, and nothing is
+Per chunk: the student's and the teacher's logits into two buffers that are used again, the divergence and the
+hard-label term on the same logits, the gradient over the student's, and at once those on hidden states and head. So
+there are three student products (logits, dX, dW), one teacher product, no `[rows, vocab]` tensor, and nothing is
 computed again in backward. A frozen head costs no dW; under `no_grad` only the value is computed.
 """
 
@@ -114,6 +114,7 @@ class _FusedHeadLoss(torch.autograd.Function):
             if not len(hidden):
                 d_weight.zero_()  # otherwise the first chunk writes it
         if needs_bias:
+            assert bias is not None
             d_bias = torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
         with torch.autocast(hidden.device.type, enabled=False):
             for rows, d_logits in _chunks(job, needs_hidden or needs_weight or needs_bias):
@@ -145,7 +146,9 @@ def _chunks(job: Job, wants_gradients: bool) -> Iterator[tuple[slice, Tensor | N
     device, compute = student.hidden.device, student.hidden.dtype
     dtypes = [logits_dtype(side.hidden.dtype, device) for side in (student, *job.teachers)]
     in_place = dtypes[0] == compute
-    size = min(len(student.hidden), _chunk_rows(vocab_size, dtypes if in_place else [*dtypes, compute], device, job.buffer_mib))
+    size = min(
+        len(student.hidden), _chunk_rows(vocab_size, dtypes if in_place else [*dtypes, compute], device, job.buffer_mib)
+    )
     buffer, *teacher_buffers = (new_buffer((size, vocab_size), dtype, device) for dtype in dtypes)
     gradient_buffer = buffer if in_place else new_buffer((size, vocab_size), compute, device)
     backend = _backend(job, *(each.dtype for each in (gradient_buffer, buffer, *teacher_buffers)), device=device)

@@ -13,10 +13,9 @@ from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
 from llm_distill.signals import Signal, SparseSignal
 
-
 NOTHING = -1e30
-"""log 0 as a number: exp gives 0, and 0 times it is 0 where 0 times −inf would be NaN. A raw logit of this value takes no
-part, whatever the bias, the scale and the cap."""
+"""log 0 as a number: exp gives 0, and 0 times it is 0 where 0 times −inf would be NaN. A raw logit of this value takes
+no part, whatever the bias, the scale and the cap."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class RowStatistics(NamedTuple):
 
     log_sum: Float[Tensor, " rows"]
     """log Σ exp z."""
-    log_sum_T: Float[Tensor, " rows"]
+    tempered_log_sum: Float[Tensor, " rows"]
     """log Σ exp (z / T)."""
     mean: Float[Tensor, " rows"]
     """Σ z · softmax(z)."""
@@ -117,7 +116,10 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def put(
-    full: Float[Tensor, "rows vocab"], ids: Int[Tensor, "rows k"], values: Float[Tensor, "rows k"], accumulate: bool = False
+    full: Float[Tensor, "rows vocab"],
+    ids: Int[Tensor, "rows k"],
+    values: Float[Tensor, "rows k"],
+    accumulate: bool = False,
 ) -> None:
     """`scatter_` and `scatter_add_` along the vocabulary, which copy all of a 16-bit tensor on a CPU."""
     first = torch.arange(len(ids), device=ids.device)[:, None] * full.shape[1]

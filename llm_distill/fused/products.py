@@ -27,7 +27,7 @@ def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 
 def multiply(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Float[Tensor, "n m"]) -> None:
-    """out = a · b, rounded to `out`'s dtype only where the device can do that."""
+    """Out = a · b, rounded to `out`'s dtype only where the device can do that."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     elif a.is_cuda:
@@ -43,7 +43,7 @@ def add_weight_gradient(
     *,
     first: bool,
 ) -> None:
-    """total += d_logitsᵀ · hidden (the first time, total = …: what was in it is not read)."""
+    """Total += d_logitsᵀ · hidden (the first time, total = …: what was in it is not read)."""
     if first and (total.dtype == hidden.dtype or hidden.is_cuda):
         multiply(d_logits.T, hidden, out=total)
     elif total.dtype == hidden.dtype:

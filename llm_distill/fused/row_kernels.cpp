@@ -86,7 +86,7 @@ struct Dense {
 struct Statistics {
     Side student;
     double temperature;
-    real *log_sum, *log_sum_T, *mean, *maximum;  // [rows]
+    real *log_sum, *tempered_log_sum, *mean, *maximum;  // [rows]
     long vocab;
 };
 
@@ -94,7 +94,7 @@ struct Gradient {
     Side student;
     student_logit* gradient;
     double temperature;
-    const real *slope, *log_sum, *slope_T, *log_sum_T;  // [rows]; slope_T null: the first pair alone
+    const real *slope, *log_sum, *slope_T, *tempered_log_sum;  // [rows]; slope_T null: the first pair alone
     long vocab;
 };
 
@@ -269,7 +269,7 @@ void statistics_row(const Statistics& a, long row, Row z, real* q_) {
         mean += m;
     }
     a.mean[row] = mean;
-    a.log_sum_T[row] = a.temperature == 1 ? log_sum : exponentials(z, V, maximum, 1 / a.temperature, q_);
+    a.tempered_log_sum[row] = a.temperature == 1 ? log_sum : exponentials(z, V, maximum, 1 / a.temperature, q_);
 }
 
 template <class Row>
@@ -277,9 +277,9 @@ void gradient_row(const Gradient& a, long row, Row z, real* d) {
     const long V = a.vocab;
     const real inverse_T = 1 / a.temperature, slope = a.slope[row], log_sum = a.log_sum[row];
     if (a.slope_T) {
-        const real slope_T = a.slope_T[row], log_sum_T = a.log_sum_T[row];
+        const real slope_T = a.slope_T[row], tempered_log_sum = a.tempered_log_sum[row];
         SIMD(omp simd)
-        for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum) + slope_T * exp_(z[i] * inverse_T - log_sum_T);
+        for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum) + slope_T * exp_(z[i] * inverse_T - tempered_log_sum);
     } else {
         SIMD(omp simd)
         for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum);

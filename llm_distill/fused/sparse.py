@@ -1,16 +1,17 @@
 """The loss of rows where the teacher says something about a few tokens, or nothing: no teacher product.
 
-Full rows are touched twice, for their statistics and for a gradient that is a multiple of the softmax; all else is about k
-tokens a row. The tokens that the teacher names are taken out of the full row, so that the mass of the others is exact
-however little it is.
+Full rows are touched twice, for their statistics and for a gradient that is a multiple of the softmax; all else is
+about k tokens a row. The tokens that the teacher names are taken out of the full row, so that the mass of the others is
+exact however little it is.
 """
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_distill.divergences import Divergence
@@ -39,30 +40,56 @@ def sparse(
         _without_tail(backend, job, job.signal, rows, raw, gradient)
 
 
+class _Few(NamedTuple):
+    """A few tokens a row."""
+
+    ids: Int[Tensor, "rows k"]
+    logits: Float[Tensor, "rows k"]
+    slope: Float[Tensor, "rows k"] | float
+    """∂ logits / ∂ raw."""
+
+    @classmethod
+    def of(cls, job: Job, raw: Tensor, ids: Tensor) -> _Few:
+        logits = job.student.logits_at(raw, ids)
+        return cls(ids, logits, job.student.head.post_process_slope(logits))
+
+    def add_to(self, gradient: Tensor, d_logits: Tensor) -> None:
+        put(gradient, self.ids, d_logits * self.slope, accumulate=True)
+
+
+def _targets(job: Job, raw: Tensor, rows: slice) -> _Few | None:
+    return None if job.targets is None else _Few.of(job, raw, job.targets[rows, None])
+
+
+def _add_cross_entropy(job: Job, target: _Few | None, gradient: Tensor) -> None:
+    """The target's own cell; the rest of its gradient is a multiple of the softmax."""
+    if target is not None and job.ce_weight:
+        target.add_to(gradient, torch.full_like(target.logits, -job.ce_weight))
+
+
 def _without_tail(
     backend: ModuleType, job: Job, signal: object, rows: slice, raw: Tensor, gradient: Tensor | None
 ) -> None:
     """Samples, whose loss is the cross-entropy with their weights, or nothing but the targets."""
-    T, metrics, targets = job.temperature, job.metrics, job.targets_of(rows)
+    T, metrics, target = job.temperature, job.metrics, _targets(job, raw, rows)
     found = backend.statistics(job, raw)
     metrics["entropy"][rows] = found.log_sum - found.mean
-    target_logits = None if targets is None else job.student.logits_at(raw, targets)
-    if target_logits is not None:
-        metrics["ce"][rows] = found.log_sum - target_logits[:, 0]
-    on_q, on_q_T = torch.full_like(found.mean, job.ce_weight), torch.zeros_like(found.mean)
-    ids = w = logits = None
+    if target is not None:
+        metrics["ce"][rows] = found.log_sum - target.logits[:, 0]
+    slope, slope_T = torch.full_like(found.mean, job.ce_weight), torch.zeros_like(found.mean)
+    samples, weights = None, slope
     if isinstance(signal, SparseSignal):
-        ids, w = signal.ids[rows], signal.log_probs[rows].to(found.mean.dtype).exp()  # padding has weight 0
-        logits = job.student.logits_at(raw, ids)
-        metrics["kd"][rows] = job.squared * (w * (found.log_sum_T[:, None] - logits / T)).sum(-1)
-        on_q_T = job.kd_slope * w.sum(-1)
+        samples = _Few.of(job, raw, signal.ids[rows])
+        weights = signal.log_probs[rows].to(found.mean.dtype).exp()  # padding has weight 0
+        metrics["kd"][rows] = job.squared * (weights * (found.tempered_log_sum[:, None] - samples.logits / T)).sum(-1)
+        slope_T = job.kd_slope * weights.sum(-1)
     if gradient is None:
         return
-    backend.softmax_gradient(job, raw, gradient, found, *((on_q + on_q_T, None) if T == 1 else (on_q, on_q_T)))
-    if ids is not None:
-        _add(job, gradient, ids, logits, -job.kd_slope * w)
-    if targets is not None and job.ce_weight:
-        _add(job, gradient, targets, target_logits, torch.full_like(target_logits, -job.ce_weight))
+    slopes = (slope + slope_T, None) if T == 1 else (slope, slope_T)
+    backend.softmax_gradient(job, raw, gradient, found, *slopes)
+    if samples is not None:
+        samples.add_to(gradient, -job.kd_slope * weights)
+    _add_cross_entropy(job, target, gradient)
 
 
 def _with_tail(
@@ -75,27 +102,29 @@ def _with_tail(
     gradient: Tensor | None,
 ) -> None:
     """The teacher's top tokens and the mass of all others."""
-    T, metrics, targets = job.temperature, job.metrics, job.targets_of(rows)
+    T, metrics, target = job.temperature, job.metrics, _targets(job, raw, rows)
     present = signal.log_probs[rows] > NOTHING
-    ids = torch.where(present, signal.ids[rows], signal.ids[rows, :1])  # padding repeats the first: marks no other
-    logits = job.student.logits_at(raw, ids)
-    inside = torch.where(present, logits, NOTHING)
+    # Padding repeats the first token, so that it marks no other as taken.
+    top = _Few.of(job, raw, torch.where(present, signal.ids[rows], signal.ids[rows, :1]))
+    inside = torch.where(present, top.logits, NOTHING)
     log_p = torch.where(present, signal.log_probs[rows].to(inside.dtype), NOTHING)
-    target_logits = None if targets is None else job.student.logits_at(raw, targets)
-    put(raw, ids, torch.full_like(inside, NOTHING))
+    put(raw, top.ids, torch.full_like(inside, NOTHING))
     outside = backend.statistics(job, raw)
 
     # At temperature 1: what is reported, and the cross-entropy.
     log_sum = torch.logaddexp(outside.log_sum, inside.logsumexp(-1))
     q_outside, q_inside = (outside.log_sum - log_sum).exp(), (inside - log_sum[:, None]).exp()
     metrics["entropy"][rows] = log_sum - q_outside * outside.mean - (q_inside * inside).sum(-1)
-    if target_logits is not None:
-        metrics["ce"][rows] = log_sum - target_logits[:, 0]
-    top = inside.gather(-1, log_p.argmax(-1, keepdim=True))[:, 0]
-    metrics["top1_agreement"][rows] = (top >= torch.maximum(outside.maximum, inside.amax(-1))).to(top.dtype)
+    if target is not None:
+        metrics["ce"][rows] = log_sum - target.logits[:, 0]
+    teachers_first = inside.gather(-1, log_p.argmax(-1, keepdim=True))[:, 0]
+    students_highest = torch.maximum(outside.maximum, inside.amax(-1))
+    metrics["top1_agreement"][rows] = (teachers_first == students_highest).to(inside.dtype)
 
     # At temperature T: the divergence of the k + 1 cells.
-    kd, d_inside, d_outside = _cells(job.divergence, log_p, log_tail.to(log_p.dtype), inside / T, outside.log_sum_T)
+    kd, d_inside, d_outside = _cells(
+        job.divergence, log_p, log_tail.to(log_p.dtype), inside / T, outside.tempered_log_sum
+    )
     metrics["kd"][rows] = job.squared * kd
     if gradient is None:
         return
@@ -103,10 +132,8 @@ def _with_tail(
     ce_outside = job.ce_weight * q_outside
     slopes = (d_outside + ce_outside, None) if T == 1 else (ce_outside, d_outside)
     backend.softmax_gradient(job, raw, gradient, outside, *slopes)
-    d_inside = torch.where(present, d_inside, d_inside[:, :1]) * job.student.head.post_process_slope(logits)
-    put(gradient, ids, d_inside)
-    if targets is not None and job.ce_weight:
-        _add(job, gradient, targets, target_logits, torch.full_like(target_logits, -job.ce_weight))
+    put(gradient, top.ids, torch.where(present, d_inside, d_inside[:, :1]) * top.slope)
+    _add_cross_entropy(job, target, gradient)
 
 
 def _cells(
@@ -134,9 +161,3 @@ def _cells(
     phi, psi = divergence.terms(log_p.exp(), q, log_p, log_q)
     gradient = psi - q * psi.sum(-1, keepdim=True)
     return phi.sum(-1), gradient[:, :-1], gradient[:, -1]
-
-
-def _add(job: Job, gradient: Tensor, ids: Tensor, logits: Tensor | None, values: Tensor) -> None:
-    """Gradients on the logits of a few tokens, added to those on the raw product."""
-    assert logits is not None
-    put(gradient, ids, values * job.student.head.post_process_slope(logits), accumulate=True)

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_distill.fused.job import NOTHING, Job, RowStatistics
+from llm_distill.fused.job import Job, RowStatistics
 from llm_distill.signals import MixtureSignal
 
 BLOCK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**26}
@@ -40,7 +40,9 @@ def dense(
         here = slice(rows.start + block.start, rows.start + block.stop)
         targets = job.targets_of(here)
         logits = job.student.logits(raw[block])
-        parts = [teacher.logits(y[block]).to(logits.dtype) for teacher, y in zip(job.teachers, teacher_raw, strict=True)]
+        parts = [
+            teacher.logits(y[block]).to(logits.dtype) for teacher, y in zip(job.teachers, teacher_raw, strict=True)
+        ]
         log_q, q = _log_softmax(logits)
         log_p, p = _log_mixture(job, parts, 1.0)
         _record(job, here, targets, log_p, p, log_q, q)
@@ -65,8 +67,8 @@ def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
         logits = job.student.logits_of_included(raw[block])
         q, log_sum, maximum = _softmax(logits)
         mean = torch.linalg.vecdot(q, logits)
-        log_sum_T = log_sum if job.temperature == 1 else _softmax(logits / job.temperature)[1]
-        found.append(torch.stack([log_sum, log_sum_T, mean, maximum]))
+        tempered_log_sum = log_sum if job.temperature == 1 else _softmax(logits / job.temperature)[1]
+        found.append(torch.stack([log_sum, tempered_log_sum, mean, maximum]))
     return RowStatistics(*torch.cat(found, -1))
 
 
@@ -78,20 +80,18 @@ def softmax_gradient(
     slope: Float[Tensor, " rows"],
     slope_T: Float[Tensor, " rows"] | None,
 ) -> None:
-    """gradient = (slope · softmax(z) + slope_T · softmax(z / T)) · ∂z/∂raw, both over the tokens not excluded."""
+    """Gradient = (slope · softmax(z) + slope_T · softmax(z / T)) · ∂z/∂raw, both over the tokens not excluded."""
     head = job.student.head
     for block in _blocks(raw):
         logits = job.student.logits_of_included(raw[block])
         d_logits = _exp(logits - found.log_sum[block, None]).mul_(slope[block, None])
         if slope_T is not None:
-            q_T = _exp(logits / job.temperature - found.log_sum_T[block, None])
+            q_T = _exp(logits / job.temperature - found.tempered_log_sum[block, None])
             d_logits.addcmul_(q_T, slope_T[block, None])
         gradient[block] = d_logits if head.is_linear else d_logits.mul_(head.post_process_slope(logits))
 
 
-def _record(
-    job: Job, rows: slice, targets: Tensor | None, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor
-) -> None:
+def _record(job: Job, rows: slice, targets: Tensor | None, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> None:
     """How alike the two distributions are at temperature 1, whatever is being minimised."""
     metrics = job.metrics
     metrics["entropy"][rows] = -torch.linalg.vecdot(q, log_q)

@@ -18,177 +18,27 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_distill.divergences import Divergence
-from llm_distill.fused.formula import Language, NotTranslatable, translate
+from llm_distill.fused import triton_kernels as kernels
+from llm_distill.fused.formula import Language, UntranslatableError, translate
 from llm_distill.fused.job import Job, Projection, RowStatistics, put
 
 BLOCK, WARPS = 2048, 8
 """Logits a program works on at a time, and by how many warps."""
 
-EXCLUDED = tl.constexpr(-1e29)
-NOTHING = tl.constexpr(-1e30)
-
-
-@triton.jit
-def _absolute(x):
-    return tl.abs(x)
-
-
-@triton.jit
-def _sign(x):
-    return tl.where(x > 0, 1.0, 0.0).to(x.dtype) - tl.where(x < 0, 1.0, 0.0).to(x.dtype)
-
-
-@triton.jit
-def _expm1(x):
-    near = 1.0 + x / 10
-    for i in tl.static_range(8):
-        near = 1.0 + x / (9 - i) * near
-    return tl.where(tl.abs(x) < 0.3, x * near, tl.exp(x) - 1)
-
-
-@triton.jit
-def _log1p(x):
-    w = 1.0 + x
-    exact = w == 1
-    return tl.where(exact, x, tl.log(w) * x / tl.where(exact, 1.0, w - 1).to(x.dtype))
-
-
-@triton.jit
-def _tanh(x):
-    t = _expm1(-2 * tl.abs(x))
-    return -_sign(x) * t / (2 + t)
-
-
 TRITON = Language(
     statement="{name} = {value}",
     number="{}",
     functions={
-        "absolute": "_absolute",
+        "absolute": "kernels.absolute",
         "exp": "tl.exp",
-        "expm1": "_expm1",
+        "expm1": "kernels.expm1",
         "log": "tl.log",
-        "log1p": "_log1p",
+        "log1p": "kernels.log1p",
         "maximum": "tl.maximum",
         "minimum": "tl.minimum",
-        "sign": "_sign",
+        "sign": "kernels.sign",
     },
 )
-
-
-@triton.jit
-def _logits(RAW, BIAS, columns, V, scale, cap, HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, REAL: tl.constexpr):
-    """A block of a row, post-processed; NOTHING where it is past the vocabulary or excluded."""
-    inside = columns < V
-    raw = tl.load(RAW + columns, mask=inside, other=NOTHING).to(REAL)
-    z = raw
-    if HAS_BIAS:
-        z += tl.load(BIAS + columns, mask=inside, other=0.0).to(REAL)
-    if not PLAIN:
-        z = z * scale
-        if HAS_CAP:
-            z = cap * _tanh(z / cap)
-    return tl.where(raw < EXCLUDED, NOTHING, z).to(REAL)
-
-
-@triton.jit
-def _statistics_kernel(
-    RAW, BIAS, LOG_SUM, LOG_SUM_T, MEAN, MAXIMUM, V, scale, cap, inverse_T,
-    HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr,
-    REAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    RAW += row * V
-    maximum = tl.full((), 2 * NOTHING, REAL)
-    total, total_T, weighted = tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL)
-    for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = _logits(RAW, BIAS, columns, V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
-        higher = tl.maximum(maximum, tl.max(z, 0))
-        e = tl.where(columns < V, tl.exp(z - higher), 0.0).to(REAL)
-        rescale = tl.exp(maximum - higher)
-        total = total * rescale + tl.sum(e, 0)
-        weighted = weighted * rescale + tl.sum(e * z, 0)
-        if TEMPERED:
-            e_T = tl.where(columns < V, tl.exp((z - higher) * inverse_T), 0.0).to(REAL)
-            total_T = total_T * tl.exp((maximum - higher) * inverse_T) + tl.sum(e_T, 0)
-        maximum = higher
-    log_sum = maximum + tl.log(total)
-    tl.store(LOG_SUM + row, log_sum)
-    tl.store(LOG_SUM_T + row, maximum * inverse_T + tl.log(total_T) if TEMPERED else log_sum)
-    tl.store(MEAN + row, weighted / total)
-    tl.store(MAXIMUM + row, maximum)
-
-
-@triton.jit
-def _dense_kernel(
-    Z, Y, Z_BIAS, Y_BIAS, GRADIENT, LOG_Z, LOG_Z_T, Z_MAX, LOG_Y, LOG_Y_T, Y_MAX, KD, KL, ACCEPTANCE, AGREEMENT,
-    V, z_scale, z_cap, y_scale, y_cap, inverse_T, kd_slope, ce_weight, slope_sum,
-    Z_HAS_BIAS: tl.constexpr, Z_PLAIN: tl.constexpr, Z_HAS_CAP: tl.constexpr,
-    Y_HAS_BIAS: tl.constexpr, Y_PLAIN: tl.constexpr, Y_HAS_CAP: tl.constexpr,
-    FORMULA: tl.constexpr, WANTS_GRADIENT: tl.constexpr, WITH_CE: tl.constexpr, SLOPE_SUM_KNOWN: tl.constexpr,
-    REAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    Z += row * V
-    Y += row * V
-    GRADIENT += row * V
-    log_z, log_z_T, z_max = tl.load(LOG_Z + row), tl.load(LOG_Z_T + row), tl.load(Z_MAX + row)
-    log_y, log_y_T, y_max = tl.load(LOG_Y + row), tl.load(LOG_Y_T + row), tl.load(Y_MAX + row)
-    value, slopes, kl, both = tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL)
-    nearest = tl.full((), 2 * NOTHING, REAL)
-    # Passes over the row: the values, with the gradient where Σψ is known before; otherwise the gradient after them.
-    PASSES: tl.constexpr = 2 if WANTS_GRADIENT and not SLOPE_SUM_KNOWN else 1
-    for number in tl.static_range(PASSES):
-        for start in range(0, V, BLOCK):
-            columns = start + tl.arange(0, BLOCK)
-            inside = columns < V
-            z = _logits(Z, Z_BIAS, columns, V, z_scale, z_cap, Z_HAS_BIAS, Z_PLAIN, Z_HAS_CAP, REAL)
-            y = _logits(Y, Y_BIAS, columns, V, y_scale, y_cap, Y_HAS_BIAS, Y_PLAIN, Y_HAS_CAP, REAL)
-            log_q, log_p = z * inverse_T - log_z_T, y * inverse_T - log_y_T
-            q, p = tl.exp(log_q), tl.exp(log_p)
-            phi, psi = FORMULA(p, q, log_p, log_q)
-            if number == 0:
-                value += tl.sum(tl.where(inside, phi, 0.0).to(REAL), 0)
-                slopes += tl.sum(tl.where(inside, psi, 0.0).to(REAL), 0)
-                log_q_1, log_p_1 = z - log_z, y - log_y
-                p_1 = tl.exp(log_p_1)
-                kl += tl.sum(tl.where(inside, p_1 * (log_p_1 - log_q_1), 0.0).to(REAL), 0)
-                both += tl.sum(tl.where(inside, tl.minimum(p_1, tl.exp(log_q_1)), 0.0).to(REAL), 0)
-                distance = tl.where(inside, (z - z_max) + (y - y_max), NOTHING).to(REAL)
-                nearest = tl.maximum(nearest, tl.max(distance, 0))
-            if WANTS_GRADIENT and number == PASSES - 1:
-                sum_of_slopes = slope_sum if SLOPE_SUM_KNOWN else slopes
-                d = kd_slope * (psi - q * sum_of_slopes)
-                if WITH_CE:
-                    d += ce_weight * tl.exp(z - log_z)
-                if not Z_PLAIN:
-                    d *= z_scale
-                    if Z_HAS_CAP:
-                        d *= 1 - (z / z_cap) * (z / z_cap)
-                tl.store(GRADIENT + columns, d, mask=inside)
-    tl.store(KD + row, value)
-    tl.store(KL + row, kl)
-    tl.store(ACCEPTANCE + row, both)
-    tl.store(AGREEMENT + row, tl.where(nearest == 0, 1.0, 0.0))
-
-
-@triton.jit
-def _softmax_gradient_kernel(
-    RAW, BIAS, GRADIENT, LOG_SUM, LOG_SUM_T, SLOPE, SLOPE_T, V, scale, cap, inverse_T,
-    HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr,
-    REAL: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z = _logits(RAW + row * V, BIAS, columns, V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
-    d = tl.load(SLOPE + row) * tl.exp(z - tl.load(LOG_SUM + row))
-    if TEMPERED:
-        d += tl.load(SLOPE_T + row) * tl.exp(z * inverse_T - tl.load(LOG_SUM_T + row))
-    if not PLAIN:
-        d *= scale
-        if HAS_CAP:
-            d *= 1 - (z / cap) * (z / cap)
-    tl.store(GRADIENT + row * V + columns, d, mask=columns < V)
 
 
 def dense(
@@ -208,13 +58,13 @@ def dense(
         values["ce"].copy_(z.log_sum - target_logits[:, 0])
         values["teacher_ce"].copy_(y.log_sum - teacher.logits_at(teacher_raw[0], targets)[:, 0])
     (z_numbers, z_kinds), (y_numbers, y_kinds) = _side(job.student), _side(teacher)
-    _dense_kernel[(len(raw),)](
+    kernels.dense_kernel[(len(raw),)](
         raw,
         teacher_raw[0],
         _or(job.student.bias, raw),
         _or(teacher.bias, raw),
         _or(gradient, raw),
-        *(z.log_sum, z.log_sum_T, z.maximum, y.log_sum, y.log_sum_T, y.maximum),
+        *(z.log_sum, z.tempered_log_sum, z.maximum, y.log_sum, y.tempered_log_sum, y.maximum),
         *(values["kd"], values["kl"], values["acceptance"], values["top1_agreement"]),
         *(raw.shape[1], *z_numbers, *y_numbers, 1 / job.temperature, job.kd_slope, job.ce_weight),
         job.divergence.slope_sum or 0.0,
@@ -248,11 +98,11 @@ def softmax_gradient(
     """As `torch_backend.softmax_gradient`."""
     numbers, kinds = _side(job.student)
     common = _common(slope)
-    _softmax_gradient_kernel[(len(raw), triton.cdiv(raw.shape[1], common["BLOCK"]))](
+    kernels.softmax_gradient_kernel[(len(raw), triton.cdiv(raw.shape[1], common["BLOCK"]))](
         raw,
         _or(job.student.bias, raw),
         gradient,
-        *(found.log_sum, found.log_sum_T, slope, _or(slope_T, slope)),
+        *(found.log_sum, found.tempered_log_sum, slope, _or(slope_T, slope)),
         *(raw.shape[1], *numbers, 1 / job.temperature),
         *(*kinds, slope_T is not None),
         **common,
@@ -264,14 +114,19 @@ def formula(divergence: Divergence) -> Any:
     """The divergence's formula as a Triton function.
 
     Raises:
-        NotTranslatable: it needs more than Triton has.
+        UntranslatableError: it needs more than Triton has.
     """
     statements, phi, psi = translate(divergence, TRITON)
-    lines = ["def formula(p, q, log_p, log_q):", *(f"    {line}" for line in statements), f"    return {phi}, {psi}", ""]
+    lines = [
+        "def formula(p, q, log_p, log_q):",
+        *(f"    {line}" for line in statements),
+        f"    return {phi}, {psi}",
+        "",
+    ]
     source, name = "\n".join(lines), f"<formula {next(_numbers)} of {divergence}>"
     linecache.cache[name] = (len(source), None, source.splitlines(keepends=True), name)  # Triton asks for the source
-    namespace = {"tl": tl, "_absolute": _absolute, "_expm1": _expm1, "_log1p": _log1p, "_sign": _sign}
-    exec(compile(source, name, "exec"), namespace)  # noqa: S102 -- the text is made above, of numbers and known names
+    namespace = {"kernels": kernels, "tl": tl}
+    exec(compile(source, name, "exec"), namespace)  # of numbers and of the names in TRITON
     return triton.jit(namespace["formula"])
 
 
@@ -281,7 +136,7 @@ _numbers = itertools.count()
 def can_run(divergence: Divergence) -> bool:
     try:
         formula(divergence)
-    except NotTranslatable:
+    except UntranslatableError:
         return False
     return True
 
@@ -289,7 +144,7 @@ def can_run(divergence: Divergence) -> bool:
 def _statistics(side: Projection, temperature: float, raw: Tensor, like: Tensor) -> RowStatistics:
     result = RowStatistics(*like.new_empty(4, len(raw)))
     numbers, kinds = _side(side)
-    _statistics_kernel[(len(raw),)](
+    kernels.statistics_kernel[(len(raw),)](
         raw,
         _or(side.bias, raw),
         *result,

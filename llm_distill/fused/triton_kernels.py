@@ -1,0 +1,168 @@
+"""The Triton kernels of the fused head loss: one program a row (the last one: a block of a row).
+
+`triton_backend.py` calls them. Logits come as raw products, float32, and gradients may be written over them.
+"""
+
+import triton
+import triton.language as tl
+
+EXCLUDED = tl.constexpr(-1e29)
+NOTHING = tl.constexpr(-1e30)
+
+
+@triton.jit
+def absolute(x):
+    return tl.abs(x)
+
+
+@triton.jit
+def sign(x):
+    return tl.where(x > 0, 1.0, 0.0).to(x.dtype) - tl.where(x < 0, 1.0, 0.0).to(x.dtype)
+
+
+@triton.jit
+def expm1(x):
+    near = 1.0 + x / 10
+    for i in tl.static_range(8):
+        near = 1.0 + x / (9 - i) * near
+    return tl.where(tl.abs(x) < 0.3, x * near, tl.exp(x) - 1)
+
+
+@triton.jit
+def log1p(x):
+    w = 1.0 + x
+    exact = w == 1
+    return tl.where(exact, x, tl.log(w) * x / tl.where(exact, 1.0, w - 1).to(x.dtype))
+
+
+@triton.jit
+def _tanh(x):
+    t = expm1(-2 * tl.abs(x))
+    return -sign(x) * t / (2 + t)
+
+
+@triton.jit
+def _logits(
+    RAW,
+    BIAS,
+    columns,
+    V,
+    scale,
+    cap,
+    HAS_BIAS: tl.constexpr,
+    PLAIN: tl.constexpr,
+    HAS_CAP: tl.constexpr,
+    REAL: tl.constexpr,
+):
+    """A block of a row, post-processed; NOTHING where it is past the vocabulary or excluded."""
+    inside = columns < V
+    raw = tl.load(RAW + columns, mask=inside, other=NOTHING).to(REAL)
+    z = raw
+    if HAS_BIAS:
+        z += tl.load(BIAS + columns, mask=inside, other=0.0).to(REAL)
+    if not PLAIN:
+        z = z * scale
+        if HAS_CAP:
+            z = cap * _tanh(z / cap)
+    return tl.where(raw < EXCLUDED, NOTHING, z).to(REAL)
+
+
+@triton.jit
+def statistics_kernel(
+    RAW, BIAS, LOG_SUM, LOG_SUM_T, MEAN, MAXIMUM, V, scale, cap, inverse_T,
+    HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr,
+    REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    RAW += row * V
+    maximum = tl.full((), 2 * NOTHING, REAL)
+    total, total_T, weighted = tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL)
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = _logits(RAW, BIAS, columns, V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
+        higher = tl.maximum(maximum, tl.max(z, 0))
+        e = tl.where(columns < V, tl.exp(z - higher), 0.0).to(REAL)
+        rescale = tl.exp(maximum - higher)
+        total = total * rescale + tl.sum(e, 0)
+        weighted = weighted * rescale + tl.sum(e * z, 0)
+        if TEMPERED:
+            e_T = tl.where(columns < V, tl.exp((z - higher) * inverse_T), 0.0).to(REAL)
+            total_T = total_T * tl.exp((maximum - higher) * inverse_T) + tl.sum(e_T, 0)
+        maximum = higher
+    log_sum = maximum + tl.log(total)
+    tl.store(LOG_SUM + row, log_sum)
+    tl.store(LOG_SUM_T + row, maximum * inverse_T + tl.log(total_T) if TEMPERED else log_sum)
+    tl.store(MEAN + row, weighted / total)
+    tl.store(MAXIMUM + row, maximum)
+
+
+@triton.jit
+def dense_kernel(
+    Z, Y, Z_BIAS, Y_BIAS, GRADIENT, LOG_Z, LOG_Z_T, Z_MAX, LOG_Y, LOG_Y_T, Y_MAX, KD, KL, ACCEPTANCE, AGREEMENT,
+    V, z_scale, z_cap, y_scale, y_cap, inverse_T, kd_slope, ce_weight, slope_sum,
+    Z_HAS_BIAS: tl.constexpr, Z_PLAIN: tl.constexpr, Z_HAS_CAP: tl.constexpr,
+    Y_HAS_BIAS: tl.constexpr, Y_PLAIN: tl.constexpr, Y_HAS_CAP: tl.constexpr,
+    FORMULA: tl.constexpr, WANTS_GRADIENT: tl.constexpr, WITH_CE: tl.constexpr, SLOPE_SUM_KNOWN: tl.constexpr,
+    REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    Z += row * V
+    Y += row * V
+    GRADIENT += row * V
+    log_z, log_z_T, z_max = tl.load(LOG_Z + row), tl.load(LOG_Z_T + row), tl.load(Z_MAX + row)
+    log_y, log_y_T, y_max = tl.load(LOG_Y + row), tl.load(LOG_Y_T + row), tl.load(Y_MAX + row)
+    value, slopes, kl, both = tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL)
+    nearest = tl.full((), 2 * NOTHING, REAL)
+    # Passes over the row: the values, with the gradient where Σψ is known before; otherwise the gradient after them.
+    PASSES: tl.constexpr = 2 if WANTS_GRADIENT and not SLOPE_SUM_KNOWN else 1
+    for number in tl.static_range(PASSES):
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < V
+            z = _logits(Z, Z_BIAS, columns, V, z_scale, z_cap, Z_HAS_BIAS, Z_PLAIN, Z_HAS_CAP, REAL)
+            y = _logits(Y, Y_BIAS, columns, V, y_scale, y_cap, Y_HAS_BIAS, Y_PLAIN, Y_HAS_CAP, REAL)
+            log_q, log_p = z * inverse_T - log_z_T, y * inverse_T - log_y_T
+            q, p = tl.exp(log_q), tl.exp(log_p)
+            phi, psi = FORMULA(p, q, log_p, log_q)
+            if number == 0:
+                value += tl.sum(tl.where(inside, phi, 0.0).to(REAL), 0)
+                slopes += tl.sum(tl.where(inside, psi, 0.0).to(REAL), 0)
+                log_q_1, log_p_1 = z - log_z, y - log_y
+                p_1 = tl.exp(log_p_1)
+                kl += tl.sum(tl.where(inside, p_1 * (log_p_1 - log_q_1), 0.0).to(REAL), 0)
+                both += tl.sum(tl.where(inside, tl.minimum(p_1, tl.exp(log_q_1)), 0.0).to(REAL), 0)
+                distance = tl.where(inside, (z - z_max) + (y - y_max), NOTHING).to(REAL)
+                nearest = tl.maximum(nearest, tl.max(distance, 0))
+            if WANTS_GRADIENT and number == PASSES - 1:
+                sum_of_slopes = slope_sum if SLOPE_SUM_KNOWN else slopes
+                d = kd_slope * (psi - q * sum_of_slopes)
+                if WITH_CE:
+                    d += ce_weight * tl.exp(z - log_z)
+                if not Z_PLAIN:
+                    d *= z_scale
+                    if Z_HAS_CAP:
+                        d *= 1 - (z / z_cap) * (z / z_cap)
+                tl.store(GRADIENT + columns, d, mask=inside)
+    tl.store(KD + row, value)
+    tl.store(KL + row, kl)
+    tl.store(ACCEPTANCE + row, both)
+    tl.store(AGREEMENT + row, tl.where(nearest == 0, 1.0, 0.0))
+
+
+@triton.jit
+def softmax_gradient_kernel(
+    RAW, BIAS, GRADIENT, LOG_SUM, LOG_SUM_T, SLOPE, SLOPE_T, V, scale, cap, inverse_T,
+    HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr,
+    REAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    z = _logits(RAW + row * V, BIAS, columns, V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
+    d = tl.load(SLOPE + row) * tl.exp(z - tl.load(LOG_SUM + row))
+    if TEMPERED:
+        d += tl.load(SLOPE_T + row) * tl.exp(z * inverse_T - tl.load(LOG_SUM_T + row))
+    if not PLAIN:
+        d *= scale
+        if HAS_CAP:
+            d *= 1 - (z / cap) * (z / cap)
+    tl.store(GRADIENT + row * V + columns, d, mask=columns < V)
