@@ -4,7 +4,7 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint con
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test clean
+.PHONY: help setup demo check format test bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
@@ -37,6 +37,14 @@ format: setup ## mend what ruff can mend
 
 test: setup ## the whole test suite
 	$(RUN)/pytest -n auto --maxprocesses 4 --dist worksteal
+
+.venv/bench: .venv/ready
+	$(PIP) --editable '.[bench]'
+	touch $@
+
+bench: .venv/bench ## the loss and the training step against their floors and their rivals: under five minutes
+	$(RUN)/python benchmarks/fused_head.py --short --output runs/bench/fused_head
+	$(RUN)/python benchmarks/train_step.py --short --output runs/bench/train_step
 
 clean: ## remove the .venv and everything that was made
 	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

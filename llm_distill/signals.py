@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -88,10 +89,10 @@ class SparseSignal:
             raise ValueError(f"ids {rows_k}, log_probs {tuple(self.log_probs.shape)}, log_tail {tail}: shapes differ.")
         if self.log_tail is not None and rows_k[1] > self.vocab_size:
             raise ValueError(f"ids {rows_k}: k = {rows_k[1]} is larger than the vocabulary of {self.vocab_size}.")
-        if self.ids.numel() and not 0 <= int(self.ids.min()) <= int(self.ids.max()) < self.vocab_size:
+        lowest, highest = torch.stack(self.ids.aminmax()).tolist() if self.ids.numel() else (0, 0)
+        if not 0 <= lowest <= highest < self.vocab_size:
             raise ValueError(
-                f"ids {rows_k} run from {int(self.ids.min())} to {int(self.ids.max())}, outside the vocabulary of "
-                f"{self.vocab_size}."
+                f"ids {rows_k} run from {lowest} to {highest}, outside the vocabulary of {self.vocab_size}."
             )
 
     def __len__(self) -> int:

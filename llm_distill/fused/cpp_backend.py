@@ -11,6 +11,7 @@ import functools
 import itertools
 import logging
 import os
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -156,12 +157,19 @@ def softmax_gradient(
     kernels.run("gradient", arguments, len(raw))
 
 
-@functools.cache
 def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype | None = None) -> Kernels | None:
     """The kernels for logits of these types, or None where the machine, a type or the formula does not allow them."""
-    teacher = teacher or student
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    if student not in TYPES or teacher not in TYPES or compiler is None:
+    return compile_kernels(divergence, student, teacher or student)
+
+
+@functools.cache
+def compile_kernels(divergence: Divergence, student: torch.dtype, teacher: torch.dtype) -> Kernels | None:
+    """In the dtypes of both sides' raw logits, once."""
+    if student not in TYPES or teacher not in TYPES:
+        return None
+    compiler = shlex.split(os.environ.get("CXX", "g++"))
+    if not compiler or shutil.which(compiler[0]) is None:
+        logger.warning("there is no C++ compiler (g++, or CXX): the loss runs in torch, which takes longer.")
         return None
     try:
         statements, phi, psi = translate(divergence, CPP)
@@ -179,7 +187,7 @@ def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype 
     with tempfile.TemporaryDirectory(prefix="llm_distill_") as folder:
         library = Path(folder, "row_kernels.so")
         flags = [*FLAGS, *(f"-D{name}={value}" for name, value in defines.items())]
-        command = [compiler, *flags, str(source), "-o", str(library), "-lmvec", "-lm"]
+        command = [*compiler, *flags, str(source), "-o", str(library), "-lmvec", "-lm"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             logger.warning("the loss runs in torch and not compiled: %s", done.stderr.strip()[:500])

@@ -22,7 +22,7 @@ from torch import Tensor
 from llm_distill.divergences import Divergence
 from llm_distill.fused import cpp_backend, torch_backend
 from llm_distill.fused.job import Job, Projection, statistics_dtype
-from llm_distill.fused.products import add_weight_gradient, logits_dtype, multiply, new_buffer
+from llm_distill.fused.products import add_weight_gradient, chunk_buffers, logits_dtype, multiply, new_buffer
 from llm_distill.fused.sparse import sparse
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
@@ -145,25 +145,24 @@ def _chunks(job: Job, wants_gradients: bool) -> Iterator[tuple[slice, Tensor | N
     student, vocab_size = job.student, job.student.head.vocab_size
     device, compute = student.hidden.device, student.hidden.dtype
     dtypes = [logits_dtype(side.hidden.dtype, device) for side in (student, *job.teachers)]
-    in_place = dtypes[0] == compute
-    size = min(
-        len(student.hidden), _chunk_rows(vocab_size, dtypes if in_place else [*dtypes, compute], device, job.buffer_mib)
-    )
-    buffer, *teacher_buffers = (new_buffer((size, vocab_size), dtype, device) for dtype in dtypes)
-    gradient_buffer = buffer if in_place else new_buffer((size, vocab_size), compute, device)
-    backend = _backend(job, *(each.dtype for each in (gradient_buffer, buffer, *teacher_buffers)), device=device)
-    for start in range(0, len(student.hidden), max(size, 1)):
-        rows = slice(start, min(start + size, len(student.hidden)))
-        n = rows.stop - rows.start
-        multiply(student.hidden[rows], student.weight.T, out=buffer[:n])
-        for teacher, out in zip(job.teachers, teacher_buffers, strict=True):
-            multiply(teacher.hidden[rows], teacher.weight.T, out=out[:n])
-        gradient = gradient_buffer[:n] if wants_gradients else None
-        if job.teachers:
-            backend.dense(job, rows, buffer[:n], [out[:n] for out in teacher_buffers], gradient)
-        else:
-            sparse(backend, job, rows, buffer[:n], gradient)
-        yield rows, gradient
+    backend, in_place = _backend(job, compute, *dtypes, device=device), dtypes[0] == compute
+    if not in_place:
+        dtypes.append(compute)  # of the gradient
+    total = len(student.hidden)
+    size = min(total, _chunk_rows(vocab_size, dtypes, device, job.buffer_mib))
+    with chunk_buffers((size, vocab_size), dtypes, device) as buffers:
+        for start in range(0, total, max(size, 1)):
+            rows = slice(start, min(start + size, total))
+            logits, *others = (buffer[: rows.stop - start] for buffer in buffers)
+            multiply(student.hidden[rows], student.weight.T, out=logits)
+            for teacher, out in zip(job.teachers, others, strict=False):
+                multiply(teacher.hidden[rows], teacher.weight.T, out=out)
+            gradient = None if not wants_gradients else logits if in_place else others[-1]
+            if job.teachers:
+                backend.dense(job, rows, logits, others[: len(job.teachers)], gradient)
+            else:
+                sparse(backend, job, rows, logits, gradient)
+            yield rows, gradient
 
 
 def _backend(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import mmap
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from jaxtyping import Float
@@ -24,6 +27,34 @@ def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
+_kept: list[Tensor] = []
+
+
+@contextmanager
+def chunk_buffers(shape: tuple[int, int], dtypes: list[torch.dtype], device: torch.device) -> Iterator[list[Tensor]]:
+    """A matrix of this shape in each dtype. On a CPU they are kept for the next call, as an accelerator's allocator
+    does: to map new memory in every step would take as long as a tenth of the products.
+    """
+    if device.type != "cpu":
+        yield [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
+        return
+    ends = list(itertools.accumulate(-(-math.prod(shape) * dtype.itemsize // 64) * 64 for dtype in dtypes))
+    try:
+        memory = _kept.pop()
+    except IndexError:  # the first call, or another thread's
+        memory = torch.empty(0, dtype=torch.uint8)
+    if len(memory) < ends[-1]:
+        memory = new_buffer((ends[-1],), torch.uint8, device)
+    starts = [0, *ends[:-1]]
+    try:
+        yield [
+            memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for start, dtype in zip(starts, dtypes, strict=True)
+        ]
+    finally:
+        _kept[:] = [memory]
 
 
 def multiply(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Float[Tensor, "n m"]) -> None:
