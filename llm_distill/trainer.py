@@ -107,6 +107,11 @@ class DistillationTrainer(SFTTrainer):
         parallelism = self.accelerator.parallelism_config
         if parallelism is not None and (parallelism.cp_enabled or parallelism.sp_enabled):
             raise ValueError("context and sequence parallelism cut labels apart in time, which is not supported yet.")
+        if self.args.n_gpu > 1:
+            raise ValueError(
+                f"one process sees {self.args.n_gpu} GPUs and would copy the student by DataParallel, which is not "
+                "supported. Start one process a GPU (accelerate launch), or choose one with CUDA_VISIBLE_DEVICES=0."
+            )
         peft = self.model.active_peft_config if isinstance(self.model, PeftModel) else None
         if self.padding_free and getattr(peft, "is_prompt_learning", False):
             raise ValueError(

@@ -81,9 +81,26 @@ def test_large_logits_stay_finite() -> None:
     assert hidden.grad.isfinite().all()
 
 
+def test_a_gradient_of_another_type_than_the_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA: float32 logits of bfloat16 products, a bfloat16 gradient beside them."""
+    monkeypatch.setattr(head_loss, "logits_dtype", lambda compute, device: torch.float32)
+    head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).bfloat16().requires_grad_()
+    head.module.bfloat16()
+    signal, _ = make_signal("hidden")
+    options = {"targets": torch.arange(ROWS) % VOCAB, "ce_weight": 0.5}
+    found = []
+    for backend in (triton_backend, head_loss.torch_backend):
+        monkeypatch.setattr(head_loss, "_backend", lambda *_, backend=backend, **__: backend)
+        loss, _ = fused_head_loss(hidden, head, signal, make_divergence("jsd"), **options)
+        found.append([loss, *torch.autograd.grad(loss, [hidden, head.module.weight])])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert torch.nn.functional.cosine_similarity(ours.float().flatten(), theirs.float().flatten(), 0) > 0.9999
+
+
 def test_a_formula_that_triton_does_not_have_is_known_before() -> None:
-    assert triton_backend.can_run(make_divergence("alpha_beta"))
-    assert not triton_backend.can_run(Squared())
+    assert triton_backend.can_run(make_divergence("alpha_beta"), torch.device("cpu"))
+    assert not triton_backend.can_run(Squared(), torch.device("cpu"))
 
 
 COMPILE = """
@@ -94,7 +111,7 @@ from llm_distill.divergences import make_divergence
 from llm_distill.fused import triton_backend, triton_kernels as kernels
 
 def build(kernel, **constants):
-    types = {"V": "i32", "GRADIENT": "*bf16"}
+    types = {"V": "i32", "GRADIENT": "*bf16", "TARGETS": "*i64"}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "*fp32" if name.isupper() else "fp32")
         for name in kernel.arg_names

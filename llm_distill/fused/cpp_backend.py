@@ -67,8 +67,10 @@ class Kernels:
             "student teacher | gradient targets | temperature kd_slope ce_weight | "
             "kd entropy kl acceptance agreement ce teacher_ce"
         )
-        self.Statistics = self._structure("student | | temperature | log_sum tempered_log_sum mean maximum")
-        self.Gradient = self._structure("student | gradient | temperature | slope log_sum slope_T tempered_log_sum")
+        self.Statistics = self._structure("student | | temperature | maximum log_total tempered_log_total mean")
+        self.Gradient = self._structure(
+            "student | gradient | temperature | maximum slope log_total slope_T tempered_log_total"
+        )
 
     def _structure(self, fields: str) -> type[ctypes.Structure]:
         kinds = (self.Side, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
@@ -78,10 +80,10 @@ class Kernels:
     def run(self, name: str, arguments: ctypes.Structure, rows: int) -> None:
         """All rows, shared out over torch's number of threads. The interpreter is free meanwhile."""
         function = getattr(self._library, name)
-        threads = min(torch.get_num_threads(), rows)
-        edges = [ctypes.c_long(rows * i // threads) for i in range(threads + 1)] if threads else []
+        threads = torch.get_num_threads()
+        edges = [ctypes.c_long(rows * i // threads) for i in range(threads + 1)]
         parts = itertools.pairwise(edges)
-        list(_pool(max(threads, 1)).map(lambda part: function(ctypes.byref(arguments), *part), parts))
+        list(_pool(threads).map(lambda part: function(ctypes.byref(arguments), *part), parts))
 
 
 def dense(
@@ -149,9 +151,10 @@ def softmax_gradient(
         gradient=_pointer(gradient),
         temperature=job.temperature,
         slope=_pointer(slope),
-        log_sum=_pointer(found.log_sum),
+        maximum=_pointer(found.maximum),
+        log_total=_pointer(found.log_total),
         slope_T=_pointer(slope_T),
-        tempered_log_sum=_pointer(found.tempered_log_sum),
+        tempered_log_total=_pointer(found.tempered_log_total),
         vocab=raw.shape[1],
     )
     kernels.run("gradient", arguments, len(raw))
@@ -184,19 +187,17 @@ def compile_kernels(divergence: Divergence, student: torch.dtype, teacher: torch
         "FORMULA": formula,
     }
     source = Path(__file__).with_name("row_kernels.cpp")
-    with tempfile.TemporaryDirectory(prefix="llm_distill_") as folder:
-        library = Path(folder, "row_kernels.so")
-        flags = [*FLAGS, *(f"-D{name}={value}" for name, value in defines.items())]
-        command = [*compiler, *flags, str(source), "-o", str(library), "-lmvec", "-lm"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            logger.warning("the loss runs in torch and not compiled: %s", done.stderr.strip()[:500])
-            return None
-        try:
+    try:
+        with tempfile.TemporaryDirectory(prefix="llm_distill_") as folder:
+            library = Path(folder, "row_kernels.so")
+            flags = [*FLAGS, *(f"-D{name}={value}" for name, value in defines.items())]
+            command = [*compiler, *flags, str(source), "-o", str(library), "-lmvec", "-lm"]
+            subprocess.run(command, capture_output=True, text=True, check=True)
             return Kernels(ctypes.CDLL(str(library)))
-        except OSError as error:
-            logger.warning("the loss runs in torch and not compiled: %s", error)
-            return None
+    except (OSError, subprocess.CalledProcessError) as error:
+        message = str(getattr(error, "stderr", "") or error).strip()[:500]
+        logger.warning("the loss runs in torch and not compiled, which takes longer: %s", message)
+        return None
 
 
 def _side(kernels: Kernels, projection: Projection, raw: Tensor) -> ctypes.Structure:
@@ -216,4 +217,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="fused_head_loss")
 
 
-os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

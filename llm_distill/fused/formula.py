@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any
@@ -43,7 +44,11 @@ class Symbol:
         return Symbol(name, self.language, self.statements)
 
     def _written(self, operand: Symbol | float) -> str:
-        return operand.name if isinstance(operand, Symbol) else self.language.number.format(float(operand))
+        if isinstance(operand, Symbol):
+            return operand.name
+        if not math.isfinite(operand):
+            raise UntranslatableError(f"the constant {operand}")
+        return self.language.number.format(float(operand))
 
     def __add__(self, other: Symbol | float) -> Symbol:
         return self._new(f"{self.name} + {self._written(other)}")
@@ -67,6 +72,7 @@ class Symbol:
         return self._new(f"-{self.name}")
 
     __radd__, __rmul__ = __add__, __mul__
+    __eq__ = __bool__ = __hash__ = None  # type: ignore[assignment]  # a comparison would be that of symbols
 
 
 def translate(divergence: Divergence, language: Language) -> tuple[list[str], str, str]:
@@ -79,6 +85,6 @@ def translate(divergence: Divergence, language: Language) -> tuple[list[str], st
     inputs = [Symbol(name, language, statements) for name in ("p", "q", "log_p", "log_q")]
     try:
         phi, psi = divergence.formula(*inputs, *astuple(divergence))  # type: ignore[call-overload]
+        return statements, phi.name, psi.name
     except (TypeError, AttributeError) as error:  # a method of tensors, an operator that is not above
         raise UntranslatableError(str(error)) from error
-    return statements, phi.name, psi.name

@@ -86,10 +86,9 @@ def fused_head_loss(
             squared=temperature**2 if squared_temperature else 1.0,
             ce_weight=ce_weight,
             targets=targets,
-            buffer_mib=buffer_mib,
         )
         num_rows = max(len(student_hidden), 1) if num_rows is None else num_rows
-        loss = _FusedHeadLoss.apply(student_hidden, weight, bias, job, num_rows, torch.is_grad_enabled())
+        loss = _FusedHeadLoss.apply(student_hidden, weight, bias, job, num_rows, buffer_mib, torch.is_grad_enabled())
     return loss, job.metrics
 
 
@@ -104,6 +103,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         bias: Tensor | None,
         job: Job,
         num_rows: Tensor | int,
+        buffer_mib: int | None,
         wants_gradients: bool,
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = (wants_gradients and needs for needs in ctx.needs_input_grad[:3])
@@ -116,8 +116,8 @@ class _FusedHeadLoss(torch.autograd.Function):
         if needs_bias:
             assert bias is not None
             d_bias = torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
-        with torch.autocast(hidden.device.type, enabled=False):
-            for rows, d_logits in _chunks(job, needs_hidden or needs_weight or needs_bias):
+        with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
+            for rows, d_logits in _chunks(job, buffer_mib, needs_hidden or needs_weight or needs_bias):
                 if d_logits is None:
                     continue
                 if d_bias is not None:
@@ -134,13 +134,15 @@ class _FusedHeadLoss(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the first backward has given the gradients away: compute the loss again for a second.")
         factor = grad / ctx.num_rows
         result = [g if g is None else g.mul_(factor).to(d) for g, d in zip(ctx.gradients, ctx.dtypes, strict=True)]
         ctx.gradients = None  # free them with this call, not with the graph
-        return *result, None, None, None
+        return *result, None, None, None, None
 
 
-def _chunks(job: Job, wants_gradients: bool) -> Iterator[tuple[slice, Tensor | None]]:
+def _chunks(job: Job, buffer_mib: int | None, wants_gradients: bool) -> Iterator[tuple[slice, Tensor | None]]:
     """Fills the job's metrics, chunk by chunk; gives the rows of each and the gradient on the student's raw logits."""
     student, vocab_size = job.student, job.student.head.vocab_size
     device, compute = student.hidden.device, student.hidden.dtype
@@ -149,7 +151,8 @@ def _chunks(job: Job, wants_gradients: bool) -> Iterator[tuple[slice, Tensor | N
     if not in_place:
         dtypes.append(compute)  # of the gradient
     total = len(student.hidden)
-    size = min(total, _chunk_rows(vocab_size, dtypes, device, job.buffer_mib))
+    chunks = -(-total // _chunk_rows(vocab_size, dtypes, device, buffer_mib))
+    size = -(-total // max(chunks, 1))  # all of about the same size: a small one is slow
     with chunk_buffers((size, vocab_size), dtypes, device) as buffers:
         for start in range(0, total, max(size, 1)):
             rows = slice(start, min(start + size, total))
@@ -172,7 +175,7 @@ def _backend(
     if device.type == "cuda" and len(teachers) <= 1 and triton_is_available():
         from llm_distill.fused import triton_backend
 
-        return triton_backend if triton_backend.can_run(job.divergence) else torch_backend
+        return triton_backend if triton_backend.can_run(job.divergence, device) else torch_backend
     if device.type == "cpu" and gradient == student and len(teachers) <= 1:
         return cpp_backend if cpp_backend.compiled(job.divergence, student, *teachers) else torch_backend
     return torch_backend
@@ -217,9 +220,11 @@ def _opened_teachers(signal: Signal | None, statistics: torch.dtype, stack: Exit
 
 def _compute_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     """What the products run in: autocast's choice where it is on, otherwise the wider of the two."""
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
     if torch.is_autocast_enabled(hidden.device.type):
-        return torch.get_autocast_dtype(hidden.device.type)
-    return torch.promote_types(hidden.dtype, weight.dtype)
+        dtype = torch.get_autocast_dtype(hidden.device.type)
+    is_summed_in_16_bits = dtype == torch.float16 and not hidden.is_cuda  # where sums over rows would overflow
+    return torch.float32 if is_summed_in_16_bits else dtype
 
 
 def _check(
@@ -235,8 +240,17 @@ def _check(
         raise ValueError(f"the loss temperature must be positive, got {temperature}.")
     if targets is None and ce_weight:
         raise ValueError(f"ce_weight={ce_weight} needs the targets.")
-    if targets is not None and targets.shape != hidden.shape[:1]:
-        raise ValueError(f"student_hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)} differ in rows.")
+    if targets is not None:
+        if targets.shape != hidden.shape[:1]:
+            raise ValueError(f"student_hidden {tuple(hidden.shape)} and targets {tuple(targets.shape)} differ in rows.")
+        if targets.dtype != torch.int64:
+            raise ValueError(f"targets must be int64, got {targets.dtype}.")
+        if targets.device.type == "cpu" and targets.numel():  # elsewhere the look would wait for the device
+            lowest, highest = targets.min().item(), targets.max().item()
+            if not 0 <= lowest <= highest < head.vocab_size:
+                raise ValueError(
+                    f"targets run from {lowest} to {highest}, outside the student's {head.vocab_size:,} tokens."
+                )
     if signal is None:
         return
     if len(signal) != len(hidden):

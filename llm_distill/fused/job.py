@@ -48,15 +48,18 @@ class Projection:
 
 
 class RowStatistics(NamedTuple):
-    """Of the student's logits z, over the vocabulary without the tokens that are marked as excluded."""
+    """Of the student's logits z, over the vocabulary without the tokens that are marked as excluded.
 
-    log_sum: Float[Tensor, " rows"]
-    """log Σ exp z."""
-    tempered_log_sum: Float[Tensor, " rows"]
-    """log Σ exp (z / T)."""
-    mean: Float[Tensor, " rows"]
-    """Σ z · softmax(z)."""
+    The maximum is kept apart from the sums: added to them, it would round them off where it is large.
+    """
+
     maximum: Float[Tensor, " rows"]
+    log_total: Float[Tensor, " rows"]
+    """log Σ exp (z − maximum)."""
+    tempered_log_total: Float[Tensor, " rows"]
+    """log Σ exp ((z − maximum) / T)."""
+    mean: Float[Tensor, " rows"]
+    """Σ (z − maximum) · softmax(z)."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,6 @@ class Job:
     """What multiplies the divergence: T² or 1."""
     ce_weight: float
     targets: Tensor | None
-    buffer_mib: int | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,10 +92,6 @@ class Job:
         hidden = self.student.hidden
         for name in names:
             self.metrics[name] = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))
-
-    def targets_of(self, rows: slice) -> Int[Tensor, "rows 1"] | None:
-        """The targets of these rows, if there are any."""
-        return None if self.targets is None else self.targets[rows, None]
 
     @property
     def kd_slope(self) -> float:
@@ -115,12 +113,7 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def put(
-    full: Float[Tensor, "rows vocab"],
-    ids: Int[Tensor, "rows k"],
-    values: Float[Tensor, "rows k"],
-    accumulate: bool = False,
-) -> None:
-    """`scatter_` and `scatter_add_` along the vocabulary, which copy all of a 16-bit tensor on a CPU."""
-    first = torch.arange(len(ids), device=ids.device)[:, None] * full.shape[1]
-    full.view(-1).index_put_(((first + ids).flatten(),), values.to(full.dtype).flatten(), accumulate)
+def put(full: Float[Tensor, "rows vocab"], ids: Int[Tensor, "rows k"], values: Float[Tensor, "rows k"]) -> None:
+    """`scatter_` along the vocabulary, which copies all of a 16-bit tensor on a CPU. Equal ids carry equal values."""
+    rows = torch.arange(len(ids), device=ids.device)[:, None]
+    full.index_put_((rows.expand_as(ids), ids), values.to(full.dtype))

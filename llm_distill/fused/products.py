@@ -6,8 +6,8 @@ import functools
 import itertools
 import math
 import mmap
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 import torch
 from jaxtyping import Float
@@ -25,11 +25,13 @@ def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     if device.type != "cpu" or size < 2**22 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
+    with suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 _kept: list[Tensor] = []
+KEPT_BYTES = 2**29
 
 
 @contextmanager
@@ -46,7 +48,8 @@ def chunk_buffers(shape: tuple[int, int], dtypes: list[torch.dtype], device: tor
     except IndexError:  # the first call, or another thread's
         memory = torch.empty(0, dtype=torch.uint8)
     if len(memory) < ends[-1]:
-        memory = new_buffer((ends[-1],), torch.uint8, device)
+        with torch.inference_mode(False):  # or no later call could write into it
+            memory = new_buffer((ends[-1],), torch.uint8, device)
     starts = [0, *ends[:-1]]
     try:
         yield [
@@ -54,14 +57,14 @@ def chunk_buffers(shape: tuple[int, int], dtypes: list[torch.dtype], device: tor
             for start, dtype in zip(starts, dtypes, strict=True)
         ]
     finally:
-        _kept[:] = [memory]
+        _kept[:] = [memory] if len(memory) <= KEPT_BYTES else []
 
 
 def multiply(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Float[Tensor, "n m"]) -> None:
     """Out = a · b, rounded to `out`'s dtype only where the device can do that."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
-    elif a.is_cuda:
+    elif _gives_float32(torch.mm, a.dtype, a.device):
         torch.mm(a, b, out_dtype=out.dtype, out=out)
     else:
         out.copy_(a @ b)
@@ -75,36 +78,41 @@ def add_weight_gradient(
     first: bool,
 ) -> None:
     """Total += d_logitsᵀ · hidden (the first time, total = …: what was in it is not read)."""
-    if first and (total.dtype == hidden.dtype or hidden.is_cuda):
+    same, direct = total.dtype == hidden.dtype, _gives_float32(torch.mm, hidden.dtype, hidden.device)
+    if first and (same or direct):
         multiply(d_logits.T, hidden, out=total)
-    elif total.dtype == hidden.dtype:
+    elif same:
         torch.addmm(total, d_logits.T, hidden, out=total)
-    elif hidden.is_cuda and _adds_in_float32(hidden.dtype, hidden.device):
+    elif _gives_float32(torch.addmm, hidden.dtype, hidden.device):
         torch.addmm(total, d_logits.T, hidden, out_dtype=total.dtype, out=total)
     else:  # added up in float32 a tile at a time, which on a CPU stays in the cache
         size = VOCAB_TILE["cpu" if hidden.device.type == "cpu" else "accelerator"]
-        product_dtype = total.dtype if hidden.is_cuda else hidden.dtype
-        narrow, wide = (hidden.new_empty(size, hidden.shape[1], dtype=d) for d in (product_dtype, total.dtype))
+        part = hidden.new_empty(size, hidden.shape[1], dtype=total.dtype)
+        narrow = part if direct else torch.empty_like(part, dtype=hidden.dtype)
         for start in range(0, len(total), size):
             tile = total[start : start + size]
             n = len(tile)
             multiply(d_logits[:, start : start + n].T, hidden, out=narrow[:n])
-            tile.copy_(narrow[:n]) if first else tile.add_(wide[:n].copy_(narrow[:n]))
+            if first:
+                tile.copy_(narrow[:n])
+            else:
+                tile.add_(part[:n] if direct else part[:n].copy_(narrow[:n]))
 
 
 @functools.cache
-def _adds_in_float32(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether this torch's `addmm` of 16-bit matrices takes a float32 sum: not every version does."""
-    a, total = torch.zeros(16, 16, dtype=dtype, device=device), torch.zeros(16, 16, device=device)
+def _gives_float32(product: Callable[..., Tensor], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `mm` or `addmm` of 16-bit matrices can give float32: not on every device, and not in every torch."""
+    if device.type != "cuda" or dtype.itemsize != 2:
+        return False
+    a = torch.zeros(16, 16, dtype=dtype, device=device)
+    total = torch.zeros(16, 16, dtype=torch.float32, device=device)
     try:
-        torch.addmm(total, a, a, out_dtype=torch.float32, out=total)
+        product(*(() if product is torch.mm else (total,)), a, a, out_dtype=torch.float32, out=total)
     except RuntimeError:
         return False
     return True
 
 
 def logits_dtype(compute: torch.dtype, device: torch.device) -> torch.dtype:
-    """Float32 at least wherever the product can give it; bfloat16 inputs give bfloat16 elsewhere."""
-    if compute == torch.bfloat16 and device.type != "cuda":
-        return compute
-    return torch.promote_types(compute, torch.float32)
+    """Float32 at least wherever the product can give it; otherwise that of the inputs."""
+    return torch.promote_types(compute, torch.float32) if _gives_float32(torch.mm, compute, device) else compute

@@ -86,7 +86,7 @@ struct Dense {
 struct Statistics {
     Side student;
     double temperature;
-    real *log_sum, *tempered_log_sum, *mean, *maximum;  // [rows]
+    real *maximum, *log_total, *tempered_log_total, *mean;  // [rows]
     long vocab;
 };
 
@@ -94,13 +94,13 @@ struct Gradient {
     Side student;
     student_logit* gradient;
     double temperature;
-    const real *slope, *log_sum, *slope_T, *tempered_log_sum;  // [rows]; slope_T null: the first pair alone
+    const real *maximum, *slope, *log_total, *slope_T, *tempered_log_total;  // [rows]; slope_T null: the first pair alone
     long vocab;
 };
 
 namespace {
 
-#define BLOCKS for (long begin = 0, end = min_(BLOCK, V); begin < V; begin = end, end = end + BLOCK < V ? end + BLOCK : V)
+#define BLOCKS for (long begin = 0, end = BLOCK < V ? BLOCK : V; begin < V; begin = end, end = end + BLOCK < V ? end + BLOCK : V)
 #define EACH for (long i = begin; i < end; i++)
 #define SIMD(...) _Pragma(#__VA_ARGS__)
 
@@ -143,9 +143,9 @@ real maximum_of(Row z, long V) {
     return highest;
 }
 
-// exps = e^((z − maximum) / T); returns log Σ e^(z / T).
+// exps = e^((z − maximum) / T); returns their sum.
 template <class Row>
-real exponentials(Row z, long V, real maximum, real inverse_T, real* exps) {
+double exponentials(Row z, long V, real maximum, real inverse_T, real* exps) {
     double total = 0;
     BLOCKS {
         real sum = 0;
@@ -157,7 +157,7 @@ real exponentials(Row z, long V, real maximum, real inverse_T, real* exps) {
         }
         total += sum;
     }
-    return real(maximum * inverse_T + std::log(total));
+    return total;
 }
 
 // ∂ logits / ∂ (raw + bias), times the gradient on the logits, on its way out.
@@ -175,8 +175,8 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
     const bool tempered = a.temperature != 1;
     const real inverse_T = 1 / a.temperature, kd_slope = a.kd_slope, ce_weight = a.ce_weight;
     const real z_max = maximum_of(z, V), y_max = maximum_of(y, V);
-    real log_z = exponentials(z, V, z_max, 1, q_), log_y = exponentials(y, V, y_max, 1, p_);
-    real q_scale = std::exp(z_max - log_z), p_scale = std::exp(y_max - log_y);
+    double z_total = exponentials(z, V, z_max, 1, q_), y_total = exponentials(y, V, y_max, 1, p_);
+    real q_scale = 1 / z_total, p_scale = 1 / y_total, log_z = std::log(z_total), log_y = std::log(y_total);
 
     double entropy = 0, kl = 0, acceptance = 0;
     real nearest = 2 * NOTHING;
@@ -184,18 +184,19 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
         real h = 0, k = 0, both = 0;
         SIMD(omp simd reduction(+ : h, k, both) reduction(max : nearest))
         EACH {
-            const real q = q_[i] * q_scale, p = p_[i] * p_scale, log_q = z[i] - log_z, log_p = y[i] - log_y;
+            const real q = q_[i] * q_scale, p = p_[i] * p_scale, to_z = z[i] - z_max, to_y = y[i] - y_max;
+            const real log_q = to_z - log_z, log_p = to_y - log_y;
             h += q * log_q;
             k += p * (log_p - log_q);
             both += min_(p, q);
-            nearest = max_(nearest, (z[i] - z_max) + (y[i] - y_max));  // 0 where both have their maximum
+            nearest = max_(nearest, to_z + to_y);  // 0 where both have their maximum
         }
         entropy -= h, kl += k, acceptance += both;
     }
     a.entropy[row] = entropy, a.kl[row] = kl, a.acceptance[row] = acceptance, a.agreement[row] = nearest == 0;
     if (a.targets) {
-        a.ce[row] = log_z - z[a.targets[row]];
-        a.teacher_ce[row] = log_y - y[a.targets[row]];
+        a.ce[row] = log_z - (z[a.targets[row]] - z_max);
+        a.teacher_ce[row] = log_y - (y[a.targets[row]] - y_max);
     }
     const bool with_ce = a.gradient && ce_weight != 0;
     if (tempered) {
@@ -203,8 +204,8 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
             SIMD(omp simd)
             for (long i = 0; i < V; i++) ce_[i] = ce_weight * q_scale * q_[i];
         }
-        log_z = exponentials(z, V, z_max, inverse_T, q_), log_y = exponentials(y, V, y_max, inverse_T, p_);
-        q_scale = std::exp(z_max * inverse_T - log_z), p_scale = std::exp(y_max * inverse_T - log_y);
+        z_total = exponentials(z, V, z_max, inverse_T, q_), y_total = exponentials(y, V, y_max, inverse_T, p_);
+        q_scale = 1 / z_total, p_scale = 1 / y_total, log_z = std::log(z_total), log_y = std::log(y_total);
     }
 
     double value = 0, slopes = 0;
@@ -213,7 +214,7 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
         SIMD(omp simd reduction(+ : v, s))
         EACH {
             const real q = q_[i] * q_scale, p = p_[i] * p_scale;
-            const real log_q = z[i] * inverse_T - log_z, log_p = y[i] * inverse_T - log_y;
+            const real log_q = (z[i] - z_max) * inverse_T - log_z, log_p = (y[i] - y_max) * inverse_T - log_y;
             FORMULA
             v += phi;
             s += psi;
@@ -257,34 +258,52 @@ extern "C" void dense(const Dense* args, long first, long last) {
 namespace {
 
 template <class Row>
-void statistics_row(const Statistics& a, long row, Row z, real* q_) {
+void statistics_row(const Statistics& a, long row, Row z) {
     const long V = a.vocab;
-    const real maximum = a.maximum[row] = maximum_of(z, V);
-    const real log_sum = a.log_sum[row] = exponentials(z, V, maximum, 1, q_), scale = std::exp(maximum - log_sum);
-    double mean = 0;
+    const bool tempered = a.temperature != 1;
+    const real inverse_T = 1 / a.temperature, maximum = maximum_of(z, V);
+    double total = 0, weighted = 0, total_T = 0;
     BLOCKS {
-        real m = 0;
-        SIMD(omp simd reduction(+ : m))
-        EACH m += q_[i] * scale * z[i];
-        mean += m;
+        real sum = 0, mean = 0, sum_T = 0;
+        SIMD(omp simd reduction(+ : sum, mean))
+        EACH {
+            const real e = exp_(z[i] - maximum);
+            sum += e;
+            mean += e * (z[i] - maximum);
+        }
+        total += sum, weighted += mean;
+        if (!tempered) continue;
+        SIMD(omp simd reduction(+ : sum_T))
+        EACH sum_T += exp_((z[i] - maximum) * inverse_T);
+        total_T += sum_T;
     }
-    a.mean[row] = mean;
-    a.tempered_log_sum[row] = a.temperature == 1 ? log_sum : exponentials(z, V, maximum, 1 / a.temperature, q_);
+    a.maximum[row] = maximum;
+    a.mean[row] = weighted / total;
+    a.log_total[row] = std::log(total);
+    a.tempered_log_total[row] = std::log(tempered ? total_T : total);
 }
 
 template <class Row>
 void gradient_row(const Gradient& a, long row, Row z, real* d) {
     const long V = a.vocab;
-    const real inverse_T = 1 / a.temperature, slope = a.slope[row], log_sum = a.log_sum[row];
+    student_logit* out = a.gradient + row * V;
+    const real inverse_T = 1 / a.temperature, maximum = a.maximum[row], slope = a.slope[row], log_total = a.log_total[row];
     if (a.slope_T) {
-        const real slope_T = a.slope_T[row], tempered_log_sum = a.tempered_log_sum[row];
+        const real slope_T = a.slope_T[row], log_total_T = a.tempered_log_total[row];
         SIMD(omp simd)
-        for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum) + slope_T * exp_(z[i] * inverse_T - tempered_log_sum);
+        for (long i = 0; i < V; i++) {
+            const real x = z[i] - maximum;
+            d[i] = slope * exp_(x - log_total) + slope_T * exp_(x * inverse_T - log_total_T);
+        }
+    } else if (is_plain(a.student)) {
+        SIMD(omp simd)
+        for (long i = 0; i < V; i++) write(out + i, slope * exp_(z[i] - maximum - log_total));
+        return;
     } else {
         SIMD(omp simd)
-        for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - log_sum);
+        for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - maximum - log_total);
     }
-    store(a.student, z, d, V, a.gradient + row * V);
+    store(a.student, z, d, V, out);
 }
 
 }  // namespace
@@ -292,13 +311,12 @@ void gradient_row(const Gradient& a, long row, Row z, real* d) {
 extern "C" void statistics(const Statistics* args, long first, long last) {
     const Statistics& a = *args;
     const long V = a.vocab;
-    std::unique_ptr<real[]> memory(new real[2 * V]);
-    real *q_ = memory.get(), *z_ = q_ + V;
+    std::unique_ptr<real[]> z_(new real[V]);
     for (long row = first; row < last; row++) {
         if (is_plain(a.student))
-            statistics_row(a, row, plain<student_logit>(a.student, row, V), q_);
+            statistics_row(a, row, plain<student_logit>(a.student, row, V));
         else
-            statistics_row(a, row, processed<student_logit>(a.student, row, V, z_), q_);
+            statistics_row(a, row, processed<student_logit>(a.student, row, V, z_.get()));
     }
 }
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from llm_distill.fused.job import Job, RowStatistics
 from llm_distill.signals import MixtureSignal
 
-BLOCK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**26}
-"""Logits worked on at a time: 2 MiB and 256 MiB a temporary."""
+BLOCK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**23}
+"""Logits worked on at a time: 2 MiB and 32 MiB a temporary, of which there are about ten."""
 
 
 def dense(
@@ -38,7 +38,7 @@ def dense(
     T, head = job.temperature, job.student.head
     for block in _blocks(raw):
         here = slice(rows.start + block.start, rows.start + block.stop)
-        targets = job.targets_of(here)
+        targets = None if job.targets is None else job.targets[here, None]
         logits = job.student.logits(raw[block])
         parts = [
             teacher.logits(y[block]).to(logits.dtype) for teacher, y in zip(job.teachers, teacher_raw, strict=True)
@@ -65,10 +65,14 @@ def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
     found = []
     for block in _blocks(raw):
         logits = job.student.logits_of_included(raw[block])
-        q, log_sum, maximum = _softmax(logits)
+        maximum = logits.amax(-1)
+        logits = logits - maximum[:, None]
+        q = logits.softmax(-1)
+        log_total = -q.amax(-1).log()  # the maximum has the share 1 / total
         mean = torch.linalg.vecdot(q, logits)
-        tempered_log_sum = log_sum if job.temperature == 1 else _softmax(logits / job.temperature)[1]
-        found.append(torch.stack([log_sum, tempered_log_sum, mean, maximum]))
+        T = job.temperature
+        tempered_log_total = log_total if T == 1 else -(logits / T).softmax(-1).amax(-1).log()
+        found.append(torch.stack([maximum, log_total, tempered_log_total, mean]))
     return RowStatistics(*torch.cat(found, -1))
 
 
@@ -84,9 +88,10 @@ def softmax_gradient(
     head = job.student.head
     for block in _blocks(raw):
         logits = job.student.logits_of_included(raw[block])
-        d_logits = _exp(logits - found.log_sum[block, None]).mul_(slope[block, None])
+        shifted = logits - found.maximum[block, None]
+        d_logits = _exp(shifted - found.log_total[block, None]).mul_(slope[block, None])
         if slope_T is not None:
-            q_T = _exp(logits / job.temperature - found.tempered_log_sum[block, None])
+            q_T = _exp(shifted / job.temperature - found.tempered_log_total[block, None])
             d_logits.addcmul_(q_T, slope_T[block, None])
         gradient[block] = d_logits if head.is_linear else d_logits.mul_(head.post_process_slope(logits))
 
@@ -117,12 +122,6 @@ def _log_mixture(job: Job, parts: list[Tensor], temperature: float) -> tuple[Ten
 def _log_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     log_q = logits.log_softmax(-1)
     return log_q, _exp(log_q)
-
-
-def _softmax(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """softmax, logsumexp (read off the softmax at the maximum) and the maximum."""
-    q, maximum = logits.softmax(-1), logits.amax(-1)
-    return q, maximum - q.amax(-1).log(), maximum
 
 
 def _exp(x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import linecache
+import logging
 from typing import Any
 
 import torch
@@ -20,7 +21,10 @@ from torch import Tensor
 from llm_distill.divergences import Divergence
 from llm_distill.fused import triton_kernels as kernels
 from llm_distill.fused.formula import Language, UntranslatableError, translate
-from llm_distill.fused.job import Job, Projection, RowStatistics, put
+from llm_distill.fused.job import Job, Projection, RowStatistics
+from llm_distill.heads import LMHead
+
+logger = logging.getLogger(__name__)
 
 BLOCK, WARPS = 2048, 8
 """Logits a program works on at a time, and by how many warps."""
@@ -49,14 +53,15 @@ def dense(
     gradient: Float[Tensor, "rows vocab"] | None,
 ) -> None:
     """As `torch_backend.dense`, of one teacher."""
-    teacher, values, targets = job.teachers[0], {n: m[rows] for n, m in job.metrics.items()}, job.targets_of(rows)
+    teacher, values = job.teachers[0], {name: metric[rows] for name, metric in job.metrics.items()}
     z, y = statistics(job, raw), _statistics(teacher, job.temperature, teacher_raw[0], values["kd"])
-    values["entropy"].copy_(z.log_sum - z.mean)
-    target_logits = None
+    values["entropy"].copy_(z.log_total - z.mean)
+    targets = None if job.targets is None else job.targets[rows]
     if targets is not None:
-        target_logits = job.student.logits_at(raw, targets)
-        values["ce"].copy_(z.log_sum - target_logits[:, 0])
-        values["teacher_ce"].copy_(y.log_sum - teacher.logits_at(teacher_raw[0], targets)[:, 0])
+        z_target = job.student.logits_at(raw, targets[:, None])[:, 0]
+        y_target = teacher.logits_at(teacher_raw[0], targets[:, None])[:, 0]
+        values["ce"].copy_(z.log_total - (z_target - z.maximum))
+        values["teacher_ce"].copy_(y.log_total - (y_target - y.maximum))
     (z_numbers, z_kinds), (y_numbers, y_kinds) = _side(job.student), _side(teacher)
     kernels.dense_kernel[(len(raw),)](
         raw,
@@ -64,7 +69,8 @@ def dense(
         _or(job.student.bias, raw),
         _or(teacher.bias, raw),
         _or(gradient, raw),
-        *(z.log_sum, z.tempered_log_sum, z.maximum, y.log_sum, y.tempered_log_sum, y.maximum),
+        _or(targets, raw),
+        *(*z[:3], *y[:3]),
         *(values["kd"], values["kl"], values["acceptance"], values["top1_agreement"]),
         *(raw.shape[1], *z_numbers, *y_numbers, 1 / job.temperature, job.kd_slope, job.ce_weight),
         job.divergence.slope_sum or 0.0,
@@ -76,10 +82,6 @@ def dense(
         **_common(values["kd"]),
     )
     values["kd"] *= job.squared
-    if gradient is not None and targets is not None and job.ce_weight:
-        assert target_logits is not None
-        d_target = -job.ce_weight * torch.ones_like(target_logits) * job.student.head.post_process_slope(target_logits)
-        put(gradient, targets, d_target, accumulate=True)
 
 
 def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
@@ -102,7 +104,7 @@ def softmax_gradient(
         raw,
         _or(job.student.bias, raw),
         gradient,
-        *(found.log_sum, found.tempered_log_sum, slope, _or(slope_T, slope)),
+        *(*found[:3], slope, _or(slope_T, slope)),
         *(raw.shape[1], *numbers, 1 / job.temperature),
         *(*kinds, slope_T is not None),
         **common,
@@ -133,10 +135,24 @@ def formula(divergence: Divergence) -> Any:
 _numbers = itertools.count()
 
 
-def can_run(divergence: Divergence) -> bool:
+def can_run(divergence: Divergence, device: torch.device) -> bool:
+    """Whether the kernels can be used here; if not, it says why, once."""
     try:
         formula(divergence)
-    except UntranslatableError:
+    except UntranslatableError as reason:
+        logger.warning("%s runs in torch and not compiled: %s cannot be translated.", divergence, reason)
+        return False
+    return _launches(device)
+
+
+@functools.cache
+def _launches(device: torch.device) -> bool:
+    """Triton needs a C compiler and a GPU that it knows. A tiny launch finds out."""
+    one = torch.zeros(1, 1, device=device)
+    try:
+        _statistics(Projection(LMHead(torch.nn.Linear(1, 1), 1), one, one, None), 1.0, one, one[0])
+    except Exception as error:  # Triton's errors have no common class
+        logger.warning("the loss runs in torch and not in Triton, which takes longer: %s", str(error)[:500])
         return False
     return True
 

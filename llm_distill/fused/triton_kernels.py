@@ -69,7 +69,7 @@ def _logits(
 
 @triton.jit
 def statistics_kernel(
-    RAW, BIAS, LOG_SUM, LOG_SUM_T, MEAN, MAXIMUM, V, scale, cap, inverse_T,
+    RAW, BIAS, MAXIMUM, LOG_TOTAL, TEMPERED_LOG_TOTAL, MEAN, V, scale, cap, inverse_T,
     HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -83,22 +83,22 @@ def statistics_kernel(
         higher = tl.maximum(maximum, tl.max(z, 0))
         e = tl.where(columns < V, tl.exp(z - higher), 0.0).to(REAL)
         rescale = tl.exp(maximum - higher)
+        weighted = (weighted + total * (maximum - higher)) * rescale + tl.sum(e * (z - higher), 0)
         total = total * rescale + tl.sum(e, 0)
-        weighted = weighted * rescale + tl.sum(e * z, 0)
         if TEMPERED:
             e_T = tl.where(columns < V, tl.exp((z - higher) * inverse_T), 0.0).to(REAL)
             total_T = total_T * tl.exp((maximum - higher) * inverse_T) + tl.sum(e_T, 0)
         maximum = higher
-    log_sum = maximum + tl.log(total)
-    tl.store(LOG_SUM + row, log_sum)
-    tl.store(LOG_SUM_T + row, maximum * inverse_T + tl.log(total_T) if TEMPERED else log_sum)
-    tl.store(MEAN + row, weighted / total)
     tl.store(MAXIMUM + row, maximum)
+    tl.store(LOG_TOTAL + row, tl.log(total))
+    tl.store(TEMPERED_LOG_TOTAL + row, tl.log(total_T if TEMPERED else total))
+    tl.store(MEAN + row, weighted / total)
 
 
 @triton.jit
 def dense_kernel(
-    Z, Y, Z_BIAS, Y_BIAS, GRADIENT, LOG_Z, LOG_Z_T, Z_MAX, LOG_Y, LOG_Y_T, Y_MAX, KD, KL, ACCEPTANCE, AGREEMENT,
+    Z, Y, Z_BIAS, Y_BIAS, GRADIENT, TARGETS, Z_MAX, LOG_Z, LOG_Z_T, Y_MAX, LOG_Y, LOG_Y_T,
+    KD, KL, ACCEPTANCE, AGREEMENT,
     V, z_scale, z_cap, y_scale, y_cap, inverse_T, kd_slope, ce_weight, slope_sum,
     Z_HAS_BIAS: tl.constexpr, Z_PLAIN: tl.constexpr, Z_HAS_CAP: tl.constexpr,
     Y_HAS_BIAS: tl.constexpr, Y_PLAIN: tl.constexpr, Y_HAS_CAP: tl.constexpr,
@@ -111,6 +111,7 @@ def dense_kernel(
     GRADIENT += row * V
     log_z, log_z_T, z_max = tl.load(LOG_Z + row), tl.load(LOG_Z_T + row), tl.load(Z_MAX + row)
     log_y, log_y_T, y_max = tl.load(LOG_Y + row), tl.load(LOG_Y_T + row), tl.load(Y_MAX + row)
+    target = tl.load(TARGETS + row) if WITH_CE else 0
     value, slopes, kl, both = tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL)
     nearest = tl.full((), 2 * NOTHING, REAL)
     # Passes over the row: the values, with the gradient where Σψ is known before; otherwise the gradient after them.
@@ -121,23 +122,24 @@ def dense_kernel(
             inside = columns < V
             z = _logits(Z, Z_BIAS, columns, V, z_scale, z_cap, Z_HAS_BIAS, Z_PLAIN, Z_HAS_CAP, REAL)
             y = _logits(Y, Y_BIAS, columns, V, y_scale, y_cap, Y_HAS_BIAS, Y_PLAIN, Y_HAS_CAP, REAL)
-            log_q, log_p = z * inverse_T - log_z_T, y * inverse_T - log_y_T
+            to_z, to_y = z - z_max, y - y_max
+            log_q, log_p = to_z * inverse_T - log_z_T, to_y * inverse_T - log_y_T
             q, p = tl.exp(log_q), tl.exp(log_p)
             phi, psi = FORMULA(p, q, log_p, log_q)
             if number == 0:
                 value += tl.sum(tl.where(inside, phi, 0.0).to(REAL), 0)
                 slopes += tl.sum(tl.where(inside, psi, 0.0).to(REAL), 0)
-                log_q_1, log_p_1 = z - log_z, y - log_y
+                log_q_1, log_p_1 = to_z - log_z, to_y - log_y
                 p_1 = tl.exp(log_p_1)
                 kl += tl.sum(tl.where(inside, p_1 * (log_p_1 - log_q_1), 0.0).to(REAL), 0)
                 both += tl.sum(tl.where(inside, tl.minimum(p_1, tl.exp(log_q_1)), 0.0).to(REAL), 0)
-                distance = tl.where(inside, (z - z_max) + (y - y_max), NOTHING).to(REAL)
+                distance = tl.where(inside, to_z + to_y, NOTHING).to(REAL)
                 nearest = tl.maximum(nearest, tl.max(distance, 0))
             if WANTS_GRADIENT and number == PASSES - 1:
                 sum_of_slopes = slope_sum if SLOPE_SUM_KNOWN else slopes
                 d = kd_slope * (psi - q * sum_of_slopes)
                 if WITH_CE:
-                    d += ce_weight * tl.exp(z - log_z)
+                    d += ce_weight * (tl.exp(to_z - log_z) - tl.where(columns == target, 1.0, 0.0).to(REAL))
                 if not Z_PLAIN:
                     d *= z_scale
                     if Z_HAS_CAP:
@@ -151,16 +153,17 @@ def dense_kernel(
 
 @triton.jit
 def softmax_gradient_kernel(
-    RAW, BIAS, GRADIENT, LOG_SUM, LOG_SUM_T, SLOPE, SLOPE_T, V, scale, cap, inverse_T,
+    RAW, BIAS, GRADIENT, MAXIMUM, LOG_TOTAL, TEMPERED_LOG_TOTAL, SLOPE, SLOPE_T, V, scale, cap, inverse_T,
     HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     z = _logits(RAW + row * V, BIAS, columns, V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
-    d = tl.load(SLOPE + row) * tl.exp(z - tl.load(LOG_SUM + row))
+    to_z = z - tl.load(MAXIMUM + row)
+    d = tl.load(SLOPE + row) * tl.exp(to_z - tl.load(LOG_TOTAL + row))
     if TEMPERED:
-        d += tl.load(SLOPE_T + row) * tl.exp(z * inverse_T - tl.load(LOG_SUM_T + row))
+        d += tl.load(SLOPE_T + row) * tl.exp(to_z * inverse_T - tl.load(TEMPERED_LOG_TOTAL + row))
     if not PLAIN:
         d *= scale
         if HAS_CAP:
