@@ -121,7 +121,7 @@ def dense(
 
 def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
     """As `torch_backend.statistics`."""
-    kernels = compiled(job.divergence, raw.dtype)
+    kernels = compiled(job.divergence, raw.dtype, raw.dtype)
     assert kernels is not None
     result = RowStatistics(*job.metrics["entropy"].new_empty(4, len(raw)))
     pointers = {name: _pointer(value) for name, value in result._asdict().items()}
@@ -143,7 +143,7 @@ def softmax_gradient(
     slope_T: Float[Tensor, " rows"] | None,
 ) -> None:
     """As `torch_backend.softmax_gradient`."""
-    kernels = compiled(job.divergence, raw.dtype)
+    kernels = compiled(job.divergence, raw.dtype, raw.dtype)
     assert kernels is not None
     slope, slope_T = slope.contiguous(), None if slope_T is None else slope_T.contiguous()
     arguments = kernels.Gradient(
@@ -160,14 +160,11 @@ def softmax_gradient(
     kernels.run("gradient", arguments, len(raw))
 
 
-def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype | None = None) -> Kernels | None:
-    """The kernels for logits of these types, or None where the machine, a type or the formula does not allow them."""
-    return compile_kernels(divergence, student, teacher or student)
-
-
 @functools.cache
-def compile_kernels(divergence: Divergence, student: torch.dtype, teacher: torch.dtype) -> Kernels | None:
-    """In the dtypes of both sides' raw logits, once."""
+def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype) -> Kernels | None:
+    """The kernels for raw logits of these types (without a teacher, the student's twice, so that nothing is compiled
+    for it alone), or None where the machine, a type or the formula does not allow them.
+    """
     if student not in TYPES or teacher not in TYPES:
         return None
     compiler = shlex.split(os.environ.get("CXX", "g++"))

@@ -177,7 +177,9 @@ def _backend(
 
         return triton_backend if triton_backend.can_run(job.divergence, device) else torch_backend
     if device.type == "cpu" and gradient == student and len(teachers) <= 1:
-        return cpp_backend if cpp_backend.compiled(job.divergence, student, *teachers) else torch_backend
+        return (
+            cpp_backend if cpp_backend.compiled(job.divergence, student, *(teachers or (student,))) else torch_backend
+        )
     return torch_backend
 
 

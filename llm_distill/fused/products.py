@@ -32,6 +32,7 @@ def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
 
 _kept: list[Tensor] = []
 KEPT_BYTES = 2**29
+"""What a process keeps at most; a larger chunk is given back."""
 
 
 @contextmanager
