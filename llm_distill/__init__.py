@@ -9,26 +9,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_distill.cache import TeacherCache
     from llm_distill.config import DistillationConfig
     from llm_distill.heads import LMHead
-    from llm_distill.teachers import AdaptersOffTeacher, EnsembleTeacher, LiveTeacher, Teacher
+    from llm_distill.teachers import AdaptersOffTeacher, CachedTeacher, EnsembleTeacher, LiveTeacher, Teacher
     from llm_distill.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "AdaptersOffTeacher",
+    "CachedTeacher",
     "DistillationConfig",
     "DistillationTrainer",
     "EnsembleTeacher",
     "LMHead",
     "LiveTeacher",
     "Teacher",
+    "TeacherCache",
 ]
 
 _HOMES = {
     "DistillationConfig": "config",
     "DistillationTrainer": "trainer",
     "LMHead": "heads",
+    "TeacherCache": "cache",
 }
 
 

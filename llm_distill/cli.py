@@ -12,13 +12,13 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
     from trl import ModelConfig, ScriptArguments, TrlParser
 
-    from llm_distill.config import DistillationConfig
+    from llm_distill.config import CaptureConfig, DistillationConfig
     from llm_distill.trainer import DistillationTrainer
 
 EXAMPLE = """example:
@@ -115,8 +115,64 @@ def build_trainer(script: ScriptArguments, args: DistillationConfig, model: Mode
     )
 
 
+def capture(argv: Sequence[str]) -> None:
+    """Stores a teacher's answers to a dataset: `llm-distill capture`, and `recipes/capture.py`."""
+    from llm_distill.cache.methods import make_method
+    from llm_distill.capture import capture as fill
+    from llm_distill.capture import report_fidelity
+
+    with errors_in_one_line():
+        script, args, model, options = parse_capture(argv)
+        assert isinstance(options.cache_kwargs, dict), "CaptureConfig has parsed it"
+        method = make_method(options.cache_method, **options.cache_kwargs)
+        folder = args.teacher_cache or str(Path(args.output_dir, "teacher_cache"))
+        args.teacher_cache, args.on_miss = None, "error"
+        trainer = build_trainer(script, args, model)
+        cache = fill(
+            trainer, folder, method, drop_stale=options.drop_stale, examples_per_shard=options.examples_per_shard
+        )
+    trainer.accelerator.print(cache.summary())
+    report_fidelity(trainer, cache)
+    if options.cache_hub_id is not None and trainer.accelerator.is_main_process:
+        from llm_distill.cache.hub import push_cache
+
+        print(f"Pushed to {push_cache(cache, options.cache_hub_id, private=options.cache_hub_private)}")
+    trainer.accelerator.print(f"Train from it with --teacher_cache {folder}")
+    trainer.end()
+
+
+def inspect(argv: Sequence[str]) -> None:
+    """What a cache holds, whether it is whole and, with a run's options, how true it is: `llm-distill inspect`."""
+    parser = argparse.ArgumentParser(
+        prog="llm-distill inspect",
+        description="Says what a teacher cache holds and verifies every file. With --config (and any option of a training "
+        "run) the teacher is loaded, and the fidelity measured anew on that run's texts.",
+    )
+    parser.add_argument("cache", help="a folder, or a dataset repository on the Hub")
+    known, rest = parser.parse_known_args(argv)
+    with errors_in_one_line():
+        from llm_distill.cache import TeacherCache
+
+        cache = TeacherCache.open(known.cache)
+        print(cache.summary())
+        damaged = cache.verify()
+        if damaged:
+            raise ValueError(f"{len(damaged)} damaged: {', '.join(damaged)}. `llm-distill capture` makes them again.")
+        print(f"All {len(cache.shards)} shards are whole.")
+        if rest:
+            from llm_distill.capture import report_fidelity
+
+            script, args, model = parse_train(rest)
+            args.teacher_cache, args.on_miss = None, "error"
+            report_fidelity(build_trainer(script, args, model), cache)
+        elif cache.manifest.get("fidelity"):
+            print(cache.manifest["fidelity"]["table"])
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train a student on a teacher's distributions (token-level distillation)"),
+    "capture": (capture, "run the teacher once and store what it says"),
+    "inspect": (inspect, "what such a cache holds, whether it is whole, how true it is"),
 }
 
 
@@ -126,17 +182,29 @@ def parse_train(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfi
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), or a value that cannot be.
     """
+    script, args, model = _parse(argv, "train")
+    return script, args, model
+
+
+def parse_capture(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, CaptureConfig]:
+    """Those of `train` (so that its YAML serves here too), and what is kept. Raises as `parse_train`."""
+    from llm_distill.config import CaptureConfig
+
+    script, args, model, options = _parse(argv, "capture", CaptureConfig)
+    return script, args, model, options
+
+
+def _parse(argv: Sequence[str], command: str, *more: type) -> list[Any]:
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from llm_distill.config import DistillationConfig
 
     argv = [part for given in argv for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    groups = (ScriptArguments, DistillationConfig, ModelConfig)
-    parser = TrlParser(groups, prog="llm-distill train", exit_on_error=False)
+    groups = (ScriptArguments, DistillationConfig, ModelConfig, *more)
+    parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     refuse_unknown(parser, argv)
-    script, args, model, *_ = parser.parse_args_and_config(argv)
-    return script, args, model
+    return list(parser.parse_args_and_config(argv))[: len(groups)]
 
 
 def refuse_unknown(parser: TrlParser, argv: Sequence[str]) -> None:
@@ -161,7 +229,7 @@ def refuse_unknown(parser: TrlParser, argv: Sequence[str]) -> None:
         if name.replace("-", "_") not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown option {where}.{hint} `llm-distill train --help` lists all.")
+            raise ValueError(f"unknown option {where}.{hint} `{parser.prog} --help` lists all.")
 
 
 def load_data(script: ScriptArguments) -> DatasetDict:

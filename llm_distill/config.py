@@ -89,6 +89,20 @@ class DistillationConfig(SFTConfig):
             "student near what it was, at no extra memory. Use it with ce_weight."
         },
     )
+    teacher_cache: str | None = field(
+        default=None,
+        metadata={
+            "help": "Signals that `llm-distill capture` has stored: a folder, a dataset repository on the Hub, or "
+            "hf://datasets/… to read them over the network. No teacher is loaded; one that is named must have made it."
+        },
+    )
+    on_miss: str = field(
+        default="error",
+        metadata={
+            "help": "For a text that is not in teacher_cache: error; skip, which leaves it out of the loss; or live, "
+            "which loads the teacher, asks it and adds the answer to the cache."
+        },
+    )
 
     bf16: bool | None = field(
         default=None,
@@ -124,12 +138,18 @@ class DistillationConfig(SFTConfig):
                 f"hub_strategy={self.hub_strategy} uploads training_args.bin, a pickle that holds hub_token. Give the "
                 "token as HF_TOKEN in the environment, or use hub_strategy=end."
             )
+        if self.on_miss not in ("error", "skip", "live"):
+            raise ValueError(f"on_miss must be error, skip or live, got {self.on_miss!r}.")
         without_effect = {
             "squared_temperature=False (at loss_temperature=1 it is 1 anyway)": not self.squared_temperature
             and self.loss_temperature == 1,
             "loss_temperature (kd_weight is 0)": self.loss_temperature != 1 and self.kd_weight == 0,
             "divergence_kwargs (kd_weight is 0)": bool(self.divergence_kwargs) and self.kd_weight == 0,
             "teacher_adapters_off (kd_weight is 0)": self.teacher_adapters_off and self.kd_weight == 0,
+            "on_miss (there is no teacher_cache)": self.on_miss != "error" and self.teacher_cache is None,
+            "teacher_adapters_off (teacher_cache has the answers)": self.teacher_adapters_off
+            and self.teacher_cache is not None
+            and self.on_miss != "live",
             "teacher_load_in_8bit (teacher_load_in_4bit is chosen)": self.teacher_load_in_4bit
             and self.teacher_load_in_8bit,
             "teacher_model_revision (teacher_model_init_kwargs has another)": self.teacher_model_revision is not None
@@ -139,6 +159,48 @@ class DistillationConfig(SFTConfig):
         }
         if refused := [name for name, is_set in without_effect.items() if is_set]:
             raise ValueError(f"without effect here, so refused: {'; '.join(refused)}.")
+
+
+@dataclass
+class CaptureConfig:
+    """What `llm-distill capture` keeps of a teacher, beside the options of a training run."""
+
+    cache_method: str = field(
+        default="top_k",
+        metadata={
+            "help": "What is kept of each distribution: top_k (its likeliest tokens and the mass of the others; serves "
+            "every divergence), hybrid (likely tokens exactly, a fair draw of the others; forward_kl, without bias), "
+            "sampled (a fair draw of all; forward_kl), hidden (the last hidden state; everything, exactly)."
+        },
+    )
+    cache_kwargs: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters of the method as JSON or YAML: k (32), mass (1.0: keep no more than have this mass) and "
+            "step (1/16 nat) of top_k, threshold (0.02) and step of hybrid, draws (50) of sampled, dtype (bfloat16, int8, "
+            "float32) of hidden."
+        },
+    )
+    examples_per_shard: int = field(
+        default=2048,
+        metadata={"help": "Texts in a file. A kill costs at most the one in hand, on each rank."},
+    )
+    drop_stale: bool = field(
+        default=False,
+        metadata={"help": "Remove what teacher_cache holds if another teacher, tokenizer or method made it."},
+    )
+    cache_hub_id: str | None = field(
+        default=None,
+        metadata={"help": "Push the cache to this dataset repository when it is complete."},
+    )
+    cache_hub_private: bool = field(default=False, metadata={"help": "Make that repository private."})
+
+    def __post_init__(self) -> None:
+        self.cache_kwargs = _mapping("cache_kwargs", self.cache_kwargs)
+        if self.examples_per_shard < 1:
+            raise ValueError(f"examples_per_shard must be at least 1, got {self.examples_per_shard}.")
+        if self.cache_hub_private and self.cache_hub_id is None:
+            raise ValueError("without effect here, so refused: cache_hub_private (there is no cache_hub_id).")
 
 
 def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:

@@ -81,6 +81,8 @@ class SparseSignal:
     log_tail: Float[Tensor, " rows"] | None
     vocab_size: int
     temperature: float = 1.0
+    entropy: Float[Tensor, " rows"] | None = None
+    """The teacher's, in nats at `temperature`, if known: then samples tell the KL, and not only its gradient."""
 
     def __post_init__(self) -> None:
         rows_k = tuple(self.ids.shape)
@@ -89,7 +91,9 @@ class SparseSignal:
             raise ValueError(f"ids {rows_k}, log_probs {tuple(self.log_probs.shape)}, log_tail {tail}: shapes differ.")
         if self.log_tail is not None and rows_k[1] > self.vocab_size:
             raise ValueError(f"ids {rows_k}: k = {rows_k[1]} is larger than the vocabulary of {self.vocab_size}.")
-        lowest, highest = torch.stack(self.ids.aminmax()).tolist() if self.ids.numel() else (0, 0)
+        if self.ids.device.type != "cpu" or not self.ids.numel():  # elsewhere the look would wait for the device
+            return
+        lowest, highest = torch.stack(self.ids.aminmax()).tolist()
         if not 0 <= lowest <= highest < self.vocab_size:
             raise ValueError(
                 f"ids {rows_k} run from {lowest} to {highest}, outside the vocabulary of {self.vocab_size}."

@@ -6,7 +6,7 @@ import itertools
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
 from trl import SFTTrainer
@@ -27,8 +27,9 @@ from llm_distill.progress import Stopwatch, empty_tally, means, tally_by_sample
 from llm_distill.rows import count_rows, counted_rows
 from llm_distill.run_record import RecordRun, require_same_run, run_record
 from llm_distill.students import Lesson, add_lesson_forward
-from llm_distill.teachers import AdaptersOffTeacher, LiveTeacher, Teacher
-from llm_distill.teachers.live import vocabulary_size
+from llm_distill.teachers import Teacher, make_teacher
+from llm_distill.teachers.base import SIGNAL
+from llm_distill.teachers.describe import vocabulary_size
 
 
 class DistillationTrainer(SFTTrainer):
@@ -79,7 +80,7 @@ class DistillationTrainer(SFTTrainer):
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
         tokenizer = processing_class or _load_tokenizer(model, args)
-        self.teacher = _make_teacher(teacher, args)
+        self.teacher = make_teacher(teacher, args)
         if self.teacher is not None:
             self.teacher.check(self.objective.divergence, self.objective.temperature)
             self.teacher.fit_to(tokenizer)
@@ -92,10 +93,13 @@ class DistillationTrainer(SFTTrainer):
         self._refuse_what_would_be_wrong()
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator, self.model)
-        for name, dataset in _named_datasets(self.train_dataset, self.eval_dataset):
+        for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
             data_checks.require_rows(dataset, name)
             data_checks.require_length(dataset, name, self.teacher.max_length if self.teacher else None)
         self.model.add_model_tags(hub.TAGS)
+        if self.teacher is not None:
+            self.data_collator: Any = _LookUp(self.data_collator, self.teacher)
+            self.add_callback(_FlushTeacher(self.teacher))
         self._record = run_record(self.objective, self.teacher)
         self.add_callback(RecordRun(self._record))
 
@@ -172,7 +176,7 @@ class DistillationTrainer(SFTTrainer):
             with self._in_teacher if training else nullcontext(), self.accelerator.autocast():
                 signal = self.teacher.score(inputs)
 
-        forward_inputs = {name: value for name, value in inputs.items() if name != "labels"}
+        forward_inputs = {name: value for name, value in inputs.items() if name not in ("labels", SIGNAL)}
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         lesson = Lesson(self.objective, rows, inputs["labels"].shape[1], signal, num_items_in_batch)
         outputs = model(**forward_inputs, **router, use_cache=False, lesson=lesson)
@@ -255,41 +259,26 @@ class DistillationTrainer(SFTTrainer):
         self._since = time.perf_counter()
 
 
-def _make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: DistillationConfig) -> Teacher | None:
-    """The teacher that the argument or the configuration names; each of its options must have something to act on."""
-    assert isinstance(args.teacher_model_init_kwargs, dict), "DistillationConfig has parsed it"
-    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
-    if teacher is not None and args.teacher_model_name_or_path not in (None, teacher):
-        given = repr(teacher) if isinstance(teacher, str) else f"a {type(teacher).__name__}"
-        raise ValueError(
-            f"there are two teachers, teacher={given} and teacher_model_name_or_path="
-            f"{args.teacher_model_name_or_path!r}: give one. For several at once, EnsembleTeacher."
-        )
-    options = {
-        "revision": args.teacher_model_revision,
-        "load_in_4bit": args.teacher_load_in_4bit,
-        "load_in_8bit": args.teacher_load_in_8bit,
-        **args.teacher_model_init_kwargs,
-    }
-    if name is None and (unused := [option for option, value in options.items() if value]):
-        raise ValueError(f"{', '.join(unused)}: these options load a teacher from a name or folder, and none is given.")
-    if args.teacher_adapters_off:
-        if teacher is not None or name is not None:
-            raise ValueError("teacher_adapters_off makes the student's base model the teacher: give no other one.")
-        return AdaptersOffTeacher()
-    if name is not None:
-        return LiveTeacher.load(name, **{"trust_remote_code": args.trust_remote_code, **options})
-    if isinstance(teacher, PreTrainedModel):
-        return LiveTeacher(teacher)
-    if teacher is None and args.kd_weight > 0:
-        raise ValueError(
-            "there is no teacher: pass teacher=... or teacher_model_name_or_path, teacher_adapters_off for the "
-            "student's own base model, or kd_weight=0 with ce_weight=1 to train on the text alone."
-        )
-    if teacher is not None and not isinstance(teacher, Teacher):
-        hint = " Merge its adapters first: merge_and_unload()." if isinstance(teacher, PeftModel) else ""
-        raise TypeError(f"teacher must be a name, a PreTrainedModel or a Teacher, got {type(teacher).__name__}.{hint}")
-    return teacher
+class _LookUp:
+    """A collator that lets the teacher put into a batch what it has of it, where batches are made."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], teacher: Teacher) -> None:
+        self.collate, self.teacher = collate, teacher
+
+    def __call__(self, rows: list[Any]) -> MutableMapping[str, Any]:
+        return self.teacher.look_up(self.collate(rows))
+
+
+class _FlushTeacher(TrainerCallback):
+    """A teacher that keeps its answers writes them when the student is saved."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.teacher.flush()
+
+    on_epoch_end = on_train_end = on_save
 
 
 def _last_checkpoint(args: DistillationConfig) -> str | None:
@@ -308,7 +297,8 @@ def _load_tokenizer(model: Any, args: DistillationConfig) -> PreTrainedTokenizer
         ) from error
 
 
-def _named_datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
+def named_datasets(train: Any, evaluation: Any) -> Iterator[tuple[str, Any]]:
+    """All datasets of a trainer, with a name for each."""
     yield "train", train
     if isinstance(evaluation, dict):
         yield from evaluation.items()

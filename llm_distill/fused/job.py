@@ -89,6 +89,8 @@ class Job:
             names += ["kl", "acceptance", "top1_agreement"] + (["teacher_ce"] if self.targets is not None else [])
         elif isinstance(self.signal, SparseSignal) and self.signal.log_tail is not None:
             names += ["top1_agreement"]
+        elif isinstance(self.signal, SparseSignal) and self.signal.entropy is not None and self.temperature == 1:
+            names += ["kl"]
         hidden = self.student.hidden
         for name in names:
             self.metrics[name] = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))

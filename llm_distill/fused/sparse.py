@@ -59,6 +59,8 @@ def _without_tail(
         metrics["ce"][rows] = -log_q[:, -1]
     if isinstance(signal, SparseSignal):
         metrics["kd"][rows] = -job.squared * (weights * log_q_T)[:, :samples].sum(-1)
+        if "kl" in metrics and signal.entropy is not None:
+            metrics["kl"][rows] = metrics["kd"][rows] - signal.entropy[rows]
     if gradient is None:
         return
     slope, slope_T = torch.full_like(found.mean, job.ce_weight), job.kd_slope * weights[:, :samples].sum(-1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -14,7 +14,9 @@ from llm_distill.divergences import Divergence
 from llm_distill.signals import Signal
 
 Batch = Mapping[str, Any]
-"""What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`."""
+"""What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`; and what
+`Teacher.look_up` put into it, under SIGNAL."""
+SIGNAL = "signal"
 
 
 def refuse_past_context(length: int, max_length: int | None, where: str) -> None:
@@ -33,6 +35,12 @@ class Teacher(ABC):
     def score(self, batch: Batch) -> Signal:
         """What the teacher says about `counted_rows(batch["labels"])`, in that order."""
 
+    def look_up(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Called where batches are made, in the loader's workers: what is fetched there travels with the batch. It may
+        mask labels of what shall not count.
+        """
+        return batch
+
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Who it is, as JSON: what a cache, a report and a model card record. No path and no secret."""
@@ -50,3 +58,6 @@ class Teacher(ABC):
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:  # noqa: B027
         """Moves to the device, shards over ranks: called once, before the first `score`."""
+
+    def flush(self) -> None:  # noqa: B027
+        """Writes what it keeps of its answers: called after each epoch, with each checkpoint and when training ends."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,16 +23,14 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import cached_file, extract_commit_hash
+from transformers.utils import extract_commit_hash
 from trl.models import prepare_deepspeed
 
 from llm_distill.heads import LMHead, intercepted
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
-from llm_distill.teachers.base import Batch, Teacher, refuse_past_context
-
-HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-"""Those of `from_pretrained` that say where a model lies, and so its configuration and tokenizer too."""
+from llm_distill.teachers.base import SIGNAL, Batch, Teacher, refuse_past_context
+from llm_distill.teachers.describe import HUB_OPTIONS, describe_model, files_hash, find_config, vocabulary_size
 
 
 class LiveTeacher(Teacher):
@@ -81,17 +78,13 @@ class LiveTeacher(Teacher):
         if "quantization_config" in init_kwargs:
             init_kwargs.setdefault("device_map", {"": PartialState().device})  # what is packed is not moved later
         hub = {name: init_kwargs[name] for name in HUB_OPTIONS if name in init_kwargs}
-        try:
-            config_file = cached_file(name_or_path, "config.json", **hub)
-        except OSError as error:
-            raise ValueError(
-                f"the teacher {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
-                f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
-            ) from error
+        config_file = find_config(name_or_path, **hub)
         with _whole_on_every_rank():
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         model.config._commit_hash = extract_commit_hash(config_file, None)  # no longer kept by every transformers
-        return cls(model, _own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
+        teacher = cls(model, _own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
+        teacher._description |= files_hash(Path(config_file).parent)
+        return teacher
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.tokenizer is not None:
@@ -203,7 +196,7 @@ def _adapters_off(student: PeftModel) -> Iterator[None]:
 def hidden_of_counted_rows(model: nn.Module, head: LMHead, batch: Batch) -> Float[Tensor, "rows hidden"]:
     """What goes into `head` at the rows that count, from one forward of `model` that makes no logits and no cache."""
     rows = counted_rows(batch["labels"])
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", SIGNAL)}
     kept: Tensor | None = None
 
     def keep(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
@@ -215,34 +208,6 @@ def hidden_of_counted_rows(model: nn.Module, head: LMHead, batch: Batch) -> Floa
         model(**inputs, use_cache=False)
     assert kept is not None, "LMHead.of has seen that the projection is called"
     return kept.to(batch["labels"].device)
-
-
-def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many rows of an output matrix a tokenizer can use. Matrices are often padded past it."""
-    return max(tokenizer.get_vocab().values()) + 1
-
-
-def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-    """What identifies a model, without a local path."""
-    quantization: Any = getattr(model.config, "quantization_config", None) or {}
-    quantization = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
-    return {
-        "model": os.path.basename(model.config._name_or_path.rstrip("/"))
-        if os.path.isdir(model.config._name_or_path)
-        else model.config._name_or_path or None,
-        "revision": getattr(model.config, "_commit_hash", None),
-        "architecture": type(model).__name__,
-        "parameters": model.num_parameters(),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "quantization": quantization.get("quant_method"),
-        "bits": 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None,
-        "tokenizer": None if tokenizer is None else _vocabulary_hash(tokenizer),
-    }
-
-
-def _vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
-    return hashlib.sha256(vocabulary.encode()).hexdigest()[:16]
 
 
 def _own_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase | None:

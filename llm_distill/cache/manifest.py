@@ -1,0 +1,89 @@
+"""What a cache is: whose signals, over which tokens, kept how. One JSON file, written whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+FILE = "manifest.json"
+FORMAT, VERSION = "llm_distill teacher cache", 1
+IDENTITY = ("teacher", "tokenizer", "vocab_size", "temperature", "method", "seed")
+"""The fields that all of a cache's signals share. Another value of one of them makes another cache."""
+
+
+class DamagedManifestError(ValueError):
+    """The manifest is not what was written."""
+
+
+def identity(manifest: dict[str, Any]) -> str:
+    """A hash of what all signals share; every shard carries it."""
+    return _hash({name: manifest[name] for name in IDENTITY})[:32]
+
+
+def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
+    """Atomically, with a checksum of itself."""
+    content = {"format": FORMAT, "version": VERSION, **manifest}
+    content["checksum"] = _hash({name: value for name, value in content.items() if name != "checksum"})
+    write_atomically(folder / FILE, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
+    """Raises:
+    ValueError: not a manifest, one of a newer format, or a damaged one.
+    """
+    again = "Run `llm-distill capture` again with the same settings: it keeps the shards and writes a new one."
+    try:
+        manifest = json.loads(text)
+    except ValueError as error:
+        raise DamagedManifestError(f"{where} is damaged. {again} ({error})") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"{where} is not the manifest of a teacher cache.")
+    if manifest.get("version", 0) > VERSION:
+        raise ValueError(
+            f"{where} has format version {manifest['version']}, and this version of llm-distill reads up to {VERSION}: "
+            "upgrade it (pip install --upgrade llm-distill)."
+        )
+    checksum = manifest.pop("checksum", None)
+    if checksum != _hash(manifest):
+        raise DamagedManifestError(f"{where} is damaged: its checksum does not fit. {again}")
+    return manifest
+
+
+def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """`field: the cache has …, asked for is …` for each field that is in both and differs."""
+    ours, theirs = _flat(stored), _flat(wanted)
+    return [
+        f"{name}: the cache has {ours[name]!r}, asked for is {value!r}"
+        for name, value in theirs.items()
+        if name in ours and json.dumps(ours[name]) != json.dumps(value)
+    ]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, also after a power cut."""
+    handle, temporary = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in nested.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _hash(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,270 @@
+"""What of a teacher's distribution is kept: a few tokens of each row, or the hidden state that all of it is made of.
+
+| method | keeps, per row | serves |
+|---|---|---|
+| `TopK(k, mass)` | the likeliest tokens, the mass of all others | every divergence, of k + 1 cells (a lower bound) |
+| `Hybrid(threshold)` | every token above the threshold, a fair draw of those below | forward KL, without bias |
+| `Sampled(draws)` | a fair draw of all tokens | forward KL, without bias |
+| `Hidden(dtype)` | the teacher's last hidden state; its head once | every divergence and temperature |
+
+Tokens are kept with a level, a whole number that stands for a log-probability; how levels are packed is `codec`'s.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+DEPTH = 16.0
+"""Log-probabilities below −DEPTH nats (1e-7) are not told apart."""
+ENTROPY_STEP = 1 / 16
+"""Nats; the mean over many rows is much closer than that."""
+GROUP = 16
+"""Tokens whose maximum is looked at first when the likeliest are sought."""
+
+
+class Kept(NamedTuple):
+    """Tokens of N rows, ragged: those of the first row, then those of the second, …"""
+
+    counts: Int[Tensor, " rows"]
+    ids: Int[Tensor, " entries"]
+    levels: Int[Tensor, " entries"]
+    tail: Int[Tensor, " rows"] | None
+    """The level of the mass outside; None for samples, which stand for all of it."""
+    entropy: Int[Tensor, " rows"]
+    """The teacher's, in ENTROPY_STEPs."""
+
+
+class SparseMethod(ABC):
+    """Chooses tokens and gives each a level."""
+
+    name: ClassVar[str]
+    has_tail: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def num_levels(self) -> int:
+        """Levels run from 0 (the largest weight) to one below this."""
+
+    @property
+    @abstractmethod
+    def max_entries(self) -> int:
+        """How many tokens a row can have."""
+
+    @abstractmethod
+    def keep(
+        self, log_p: Float[Tensor, "rows vocab"], uniform: Float[Tensor, "rows 2"]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """(row [entries], ids [entries], levels [entries], tail [rows] or None), from two uniform numbers per row."""
+
+    @abstractmethod
+    def log_weights(self, levels: Tensor) -> Float[Tensor, " entries"]:
+        """What the levels stand for, in nats."""
+
+    def __call__(self, log_p: Float[Tensor, "rows vocab"], uniform: Float[Tensor, "rows 2"]) -> Kept:
+        row, ids, levels, tail = self.keep(log_p, uniform)
+        entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
+        return Kept(
+            counts=torch.bincount(row, minlength=len(log_p)),
+            ids=ids,
+            levels=levels,
+            tail=tail,
+            entropy=(entropy / ENTROPY_STEP).round().clamp(0, 255).int(),
+        )
+
+
+def _positive(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}.")
+
+
+@dataclass(frozen=True)
+class TopK(SparseMethod):
+    """The k likeliest tokens, or as few of them as have `mass` together, with the mass of all others.
+
+    Log-probabilities are rounded to multiples of `step` and made to sum to 1 when they are read: each is within one
+    step of the teacher's. Tokens below −16 nats go to the others.
+    """
+
+    name = "top_k"
+    has_tail = True
+    k: int = 32
+    mass: float = 1.0
+    step: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        _positive(k=self.k, mass=self.mass, step=self.step)
+        if self.mass > 1:
+            raise ValueError(f"mass is a share of 1, got {self.mass}.")
+
+    @property
+    def num_levels(self) -> int:
+        return _levels_within_depth(self.step)
+
+    @property
+    def max_entries(self) -> int:
+        return self.k
+
+    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        last = self.num_levels - 1
+        values, ids = top_tokens(log_p, min(self.k, log_p.shape[1]))
+        levels = (-values / self.step).round().clamp(max=last).int()
+        p = values.double().exp()
+        kept = (p.cumsum(-1) - p < self.mass) & (levels < last)
+        kept[:, 0] = True
+        rest = (1 - (p * kept).sum(-1)).clamp(min=0)
+        tail = (-rest.log() / self.step).round().clamp(0, last - 1).int()
+        tail[kept.sum(-1) == log_p.shape[1]] = last  # nothing outside
+        return kept.nonzero()[:, 0], ids[kept], levels[kept], tail
+
+    def log_weights(self, levels: Tensor) -> Tensor:
+        """Not yet normalised, as they cannot be without the tail."""
+        return levels * -self.step
+
+
+@dataclass(frozen=True)
+class Hybrid(SparseMethod):
+    """Tokens above the threshold τ exactly, any other with probability p/τ and then with weight τ.
+
+    Every token is kept with probability min(1, p/τ), which for a given number of kept tokens has the least variance of
+    all fair draws: noise comes from the tail alone, at most τ·p for a token. Confident rows keep few tokens, others
+    up to 1/τ. One systematic pass over the running sum of min(1, p/τ) draws them. What is above the threshold is
+    rounded up or down to a level at random, so that its mean is exact too.
+    """
+
+    name = "hybrid"
+    threshold: float = 0.02
+    step: float = 1 / 16
+
+    def __post_init__(self) -> None:
+        _positive(threshold=self.threshold, step=self.step)
+        if not math.exp(1 - DEPTH) < self.threshold < 1:
+            raise ValueError(
+                f"threshold is a probability between {math.exp(1 - DEPTH):.0e} and 1, got {self.threshold}."
+            )
+
+    @property
+    def num_levels(self) -> int:
+        """The last level is the threshold."""
+        return round(-math.log(self.threshold) / self.step) + 1
+
+    @property
+    def max_entries(self) -> int:
+        return math.ceil(math.exp((self.num_levels - 1) * self.step)) + 1
+
+    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        last = self.num_levels - 1
+        log_threshold = -last * self.step
+        is_above = log_p >= log_threshold
+        share = (log_p - log_threshold).clamp(max=0).exp()
+        row, ids = (_systematic(share, uniform[:, 0]) > 0).logical_or_(is_above).nonzero(as_tuple=True)
+        exact = (-log_p[row, ids] / self.step).clamp(0, last)  # below the threshold, the threshold
+        lower = exact.floor()
+        # p = w·e^(−lower·step) + (1 − w)·e^(−(lower + 1)·step) has the weight w of the lower level.
+        weight = (((lower - exact) * self.step).exp() - math.exp(-self.step)) / -math.expm1(-self.step)
+        spread = (uniform[row, 1] + ids * 0.6180339887498949) % 1  # other numbers for other tokens
+        levels = (lower + (spread >= weight)).clamp(max=last)
+        return row, ids, levels.int(), None
+
+    def log_weights(self, levels: Tensor) -> Tensor:
+        return levels * -self.step
+
+
+@dataclass(frozen=True)
+class Sampled(SparseMethod):
+    """`draws` tokens of each row, drawn from the teacher (RS-KD, arXiv:2503.16870), kept with how often they came.
+
+    Drawn systematically and not one by one: as fair, and with less noise.
+    """
+
+    name = "sampled"
+    draws: int = 50
+
+    def __post_init__(self) -> None:
+        _positive(draws=self.draws)
+
+    @property
+    def num_levels(self) -> int:
+        return self.draws
+
+    @property
+    def max_entries(self) -> int:
+        return self.draws
+
+    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        p = log_p.exp()
+        counts = _systematic(p * (self.draws / p.sum(-1, keepdim=True)), uniform[:, 0])
+        row, ids = counts.nonzero(as_tuple=True)
+        return row, ids, self.draws - counts[row, ids].clamp(max=self.draws).int(), None
+
+    def log_weights(self, levels: Tensor) -> Tensor:
+        return (1 - levels / self.draws).log()
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """The teacher's last hidden states: float32, bfloat16, or int8 with a scale per row. Its head is stored once."""
+
+    name: ClassVar[str] = "hidden"
+    dtype: str = "bfloat16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("float32", "bfloat16", "int8"):
+            raise ValueError(f"hidden states are kept as float32, bfloat16 or int8, not as {self.dtype!r}.")
+
+
+Method = SparseMethod | Hidden
+METHODS: dict[str, type] = {method.name: method for method in (TopK, Hybrid, Sampled, Hidden)}  # type: ignore[attr-defined]
+
+
+def make_method(name: str, **parameters: Any) -> Method:
+    """By name and parameters.
+
+    Raises:
+        ValueError: no such method, or a parameter that it has not, or that cannot be.
+    """
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}. There are {', '.join(METHODS)}.")
+    try:
+        return METHODS[name](**parameters)
+    except TypeError as error:
+        raise ValueError(f"{name} does not take these: {', '.join(parameters)}. ({error})") from error
+
+
+def describe_method(method: Method) -> dict[str, Any]:
+    """Name and parameters, as JSON."""
+    return {"name": method.name, **asdict(method)}  # type: ignore[arg-type]
+
+
+def top_tokens(log_p: Float[Tensor, "rows vocab"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """As `log_p.topk(k)`, of a large vocabulary in less time: the k largest lie in the k groups of largest maximum."""
+    rows, vocab = log_p.shape
+    groups = vocab // GROUP
+    if log_p.is_cuda or groups < 4 * k:
+        return log_p.topk(k)
+    whole = log_p[:, : groups * GROUP].view(rows, groups, GROUP)
+    best = whole.amax(-1).topk(k, sorted=False).indices
+    rest = torch.arange(groups * GROUP, vocab, device=log_p.device).expand(rows, -1)
+    ids = (best[:, :, None] * GROUP + torch.arange(GROUP, device=log_p.device)).flatten(1)
+    ids = torch.cat([ids, rest], -1)
+    values, order = log_p.gather(-1, ids).topk(k)
+    return values, ids.gather(-1, order)
+
+
+def _systematic(expected: Float[Tensor, "rows vocab"], offset: Float[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
+    """How often each token is drawn, whole numbers with the given expectations: one draw for each whole number that
+    the running sum passes, from a random start (Madow, 1949).
+    """
+    passed = (expected.cumsum(-1) + offset[:, None]).floor_()
+    return torch.diff(passed, dim=-1, prepend=passed.new_zeros(len(passed), 1))
+
+
+def _levels_within_depth(step: float) -> int:
+    return math.ceil(DEPTH / step)

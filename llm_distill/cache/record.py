@@ -1,0 +1,99 @@
+"""From what a live teacher says about a batch to what is stored of each of its examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from llm_distill.cache.codec import encode, encode_hidden
+from llm_distill.cache.keys import Example
+from llm_distill.cache.methods import Hidden, Kept, Method, SparseMethod
+from llm_distill.signals import HiddenSignal, MixtureSignal, Signal
+
+CHUNK_BYTES = 2**26
+"""Of float32 log-probabilities at a time."""
+
+
+def keep(
+    method: Method, signal: Signal, examples: Sequence[Example], temperature: float, seed: int
+) -> Kept | Float[Tensor, "rows width"]:
+    """What the method keeps of all rows, in main memory. Draws depend on example and seed alone, not on the batch.
+
+    Raises:
+        ValueError: the signal has not what the method keeps.
+    """
+    if isinstance(method, Hidden):
+        if not isinstance(signal, HiddenSignal):
+            raise ValueError(
+                f"method=hidden keeps the hidden states of one live teacher, not a {type(signal).__name__}."
+            )
+        return signal.hidden.cpu()
+    if not isinstance(signal, HiddenSignal | MixtureSignal):
+        raise ValueError(f"a {type(signal).__name__} is not full distributions, of which a cache is made.")
+    uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
+    chunks: list[list[Any]] = []
+    for start, log_p in log_probabilities(signal, temperature):
+        kept = method(log_p, uniform[start : start + len(log_p)].to(log_p.device))
+        chunks.append([None if part is None else part.cpu() for part in kept])
+    parts: Any = (None if part[0] is None else torch.cat(part) for part in zip(*chunks, strict=True))
+    return Kept(*parts)
+
+
+def encoded(
+    method: Method, kept: Kept | Tensor, examples: Sequence[Example]
+) -> Iterator[tuple[Example, dict[str, bytes]]]:
+    """Each example's columns."""
+    rows = [example.rows for example in examples]
+    if isinstance(kept, Tensor):
+        assert isinstance(method, Hidden)
+        for example, hidden in zip(examples, kept.split(rows), strict=True):
+            yield example, encode_hidden(method, hidden)
+        return
+    assert isinstance(method, SparseMethod)
+    counts = kept.counts.split(rows)
+    entries = [int(part.sum()) for part in counts]
+    entropy = kept.entropy.split(rows)
+    tails = [None] * len(rows) if kept.tail is None else kept.tail.split(rows)
+    each = zip(counts, kept.ids.split(entries), kept.levels.split(entries), tails, entropy, strict=True)
+    for example, columns in zip(examples, each, strict=True):
+        yield example, encode(method, Kept(*columns))
+
+
+def packed_size(columns: list[dict[str, bytes]]) -> int:
+    """The bytes that the columns of some examples take on disk, about."""
+    planes = [b"".join(each[name] for each in columns) for name in columns[0]] if columns else []
+    return sum(len(pa.compress(plane, "zstd", asbytes=True)) for plane in planes)
+
+
+@torch.no_grad()
+def log_probabilities(
+    signal: HiddenSignal | MixtureSignal, temperature: float
+) -> Iterator[tuple[int, Float[Tensor, "chunk vocab"]]]:
+    """The teacher's, a chunk of rows at a time, and where the chunk starts."""
+    members, weights = ((signal,), (1.0,)) if isinstance(signal, HiddenSignal) else (signal.signals, signal.weights)
+    size = max(1, CHUNK_BYTES // (4 * signal.vocab_size))
+    with ExitStack() as opened:
+        heads = [opened.enter_context(member.head.weights()) for member in members]
+        for start in range(0, len(signal), size):
+            each = []
+            for member, (weight, bias) in zip(members, heads, strict=True):
+                hidden = member.hidden[start : start + size].to(weight.dtype)
+                logits = member.head.post_process(torch.nn.functional.linear(hidden, weight, bias).float())
+                each.append((logits / temperature).log_softmax(-1))
+            log_p = each[0]
+            if len(each) > 1:
+                log_p = torch.stack([part + np.log(w) for part, w in zip(each, weights, strict=True)]).logsumexp(0)
+            yield start, log_p
+
+
+def _uniform(example: Example, seed: int) -> np.ndarray:
+    """Two numbers for each row: [rows, 2]."""
+    bits = np.random.Philox(key=int.from_bytes(example.key, "little") ^ seed)
+    return np.random.Generator(bits).random((example.rows, 2), dtype=np.float32)

@@ -1,0 +1,206 @@
+"""A teacher that ran once: its signals are read from disk, by what the text is and not by where it stood."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.cache.codec import decode, decode_hidden
+from llm_distill.cache.keys import Example, examples_of
+from llm_distill.cache.manifest import differences
+from llm_distill.cache.methods import Hidden
+from llm_distill.cache.record import encoded, keep
+from llm_distill.cache.store import ShardWriter, TeacherCache, file_hash
+from llm_distill.divergences import Divergence
+from llm_distill.heads import LMHead
+from llm_distill.rows import IGNORED
+from llm_distill.signals import HiddenSignal, Signal, SparseSignal
+from llm_distill.teachers.base import SIGNAL, Batch, Teacher
+from llm_distill.teachers.describe import describe_tokenizer, vocabulary_size
+
+logger = logging.getLogger(__name__)
+
+HEAD_FILE = "head.safetensors"
+EXAMPLES_PER_SHARD = 1024
+"""Of those that are written while a student trains."""
+
+
+class CachedTeacher(Teacher):
+    """What a `TeacherCache` holds. No model is loaded.
+
+    Args:
+        cache: a `TeacherCache`, or where one lies.
+        on_miss: for a text that is not in it: `error`; `skip`, which leaves it out of the loss; or `live`, which asks
+            `live` and adds the answer to the cache.
+        live: the teacher whose cache it is.
+    """
+
+    def __init__(self, cache: TeacherCache | str, on_miss: str = "error", live: Teacher | None = None) -> None:
+        if on_miss not in ("error", "live", "skip"):
+            raise ValueError(f"on_miss must be error, live or skip, got {on_miss!r}.")
+        if (on_miss == "live") != (live is not None):
+            raise ValueError("on_miss='live' needs the live teacher, and nothing else has a use for it.")
+        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
+        self.on_miss, self.live = on_miss, live
+        if live is not None:
+            if not self.cache.is_local:
+                raise ValueError(f"on_miss='live' adds to the cache, and {self.cache.path} is not a local folder.")
+            require_same_teacher(self.cache, live.describe())
+        self._head = _stored_head(self.cache) if isinstance(self.cache.method, Hidden) else None
+        self._writer: ShardWriter | None = None
+        self._written: set[bytes] = set()
+        self._skipped = False
+
+    def check(self, divergence: Divergence, temperature: float) -> None:
+        if self._head is None:
+            self._signal(_no_rows(self.cache)).check(divergence, temperature)
+
+    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        wanted = {"tokenizer": describe_tokenizer(tokenizer), "vocab_size": vocabulary_size(tokenizer)}
+        _refuse(self.cache, differences(self.cache.manifest, wanted), "tokenizer")
+        if self.live is not None:
+            self.live.fit_to(tokenizer)
+
+    @property
+    def max_length(self) -> int | None:
+        return None if self.live is None else self.live.max_length
+
+    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
+        if self._head is not None:
+            self._head.module.to(accelerator.device)
+        if self.live is not None:
+            self.live.prepare(accelerator, student)
+
+    def look_up(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Puts the stored signal of a batch into it. Where examples are missing, does what `on_miss` says."""
+        examples = list(examples_of(batch))
+        stored = [self.cache.load(example.key) for example in examples]
+        missing = [example for example, columns in zip(examples, stored, strict=True) if columns is None]
+        if missing and self.on_miss == "error":
+            raise ValueError(self._what_is_missing(batch, missing, len(examples)))
+        if missing and self.on_miss == "live":
+            return batch  # without a signal: `score` asks the live teacher
+        if missing and not self._skipped:
+            self._skipped = True
+            logger.warning("examples that are not in %s are left out of the loss.", self.cache.path)
+        for example in missing:
+            batch["labels"][example.sample, example.positions] = IGNORED
+        found = [(e, columns) for e, columns in zip(examples, stored, strict=True) if columns is not None]
+        for example, columns in found:
+            if columns["rows"] != example.rows:
+                raise ValueError(
+                    f"{self.cache.path} has {columns['rows']} rows of a text in which {example.rows} count."
+                )
+        batch[SIGNAL] = self._decoded([columns for _, columns in found]) if found else _no_rows(self.cache)
+        return batch
+
+    def score(self, batch: Batch) -> Signal:
+        if SIGNAL not in batch:
+            batch = self.look_up(dict(batch))
+        if SIGNAL not in batch:
+            return self._ask_live(batch)
+        return self._signal({name: value.to(batch["labels"].device) for name, value in batch[SIGNAL].items()})
+
+    def describe(self) -> dict[str, Any]:
+        return {**self.cache.manifest["teacher"], "cache": self.cache.manifest["method"]}
+
+    def flush(self) -> None:
+        """What the live teacher has added is written, and found from now on."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            self.cache.refresh()
+            self._written.clear()
+
+    def _ask_live(self, batch: Batch) -> Signal:
+        assert self.live is not None, "look_up asks for it"
+        cpu = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
+        examples, manifest = list(examples_of(cpu)), self.cache.manifest
+        signal = self.live.score({name: value for name, value in batch.items() if name != SIGNAL})
+        kept = keep(self.cache.method, signal, examples, manifest["temperature"], manifest["seed"] or 0)
+        columns = []
+        for example, parts in encoded(self.cache.method, kept, examples):
+            columns.append(parts)
+            if example.key not in self._written and example.key not in self.cache:
+                self._add(example, parts)
+        return self._signal({n: value.to(batch["labels"].device) for n, value in self._decoded(columns).items()})
+
+    def _add(self, example: Example, parts: dict[str, bytes]) -> None:
+        if self._writer is None:
+            self._writer = ShardWriter(Path(self.cache.path), self.cache.method, self.cache.identity)
+        self._writer.add(example.key, example.rows, parts)
+        self._written.add(example.key)
+        if len(self._written) >= EXAMPLES_PER_SHARD:
+            self.flush()
+
+    def _decoded(self, columns: list[dict[str, Any]]) -> dict[str, Tensor]:
+        method = self.cache.method
+        if isinstance(method, Hidden):
+            return {"hidden": decode_hidden(method, columns, self.cache.manifest["width"])}
+        rows = decode(method, columns)._asdict()
+        return {name: value for name, value in rows.items() if value is not None}
+
+    def _signal(self, tensors: dict[str, Tensor]) -> Signal:
+        if self._head is not None:
+            return HiddenSignal(tensors["hidden"].to(self._head.module.weight.dtype), self._head)
+        return SparseSignal(
+            tensors["ids"],
+            tensors["log_weights"],
+            tensors.get("log_tail"),
+            self.cache.manifest["vocab_size"],
+            self.cache.manifest["temperature"],
+            tensors["entropy"],
+        )
+
+    def _what_is_missing(self, batch: Batch, missing: list[Example], of: int) -> str:
+        first = batch["input_ids"][missing[0].sample, torch.from_numpy(missing[0].positions)]
+        made = ", ".join(f"{name}={value!r}" for name, value in self.cache.manifest["data"].items())
+        return (
+            f"{len(missing)} of the {of} texts of a batch are not in {self.cache.path}; the first has {len(first)} "
+            f"tokens and begins with the ids {first[:8].tolist()}. The cache was captured with {made}: texts cut in "
+            "another way are other texts. `llm-distill capture` with the settings of this run adds what is missing; or "
+            "choose on_miss: live or skip."
+        )
+
+
+def require_same_teacher(cache: TeacherCache, description: dict[str, Any]) -> None:
+    """Raises ValueError with each field in which the teacher asked for is not the cache's."""
+    _refuse(cache, differences(cache.manifest, {"teacher": description}), "teacher")
+
+
+def _refuse(cache: TeacherCache, found: list[str], what: str) -> None:
+    if found:
+        raise ValueError(
+            f"{cache.path} was made by another {what}. {'; '.join(found)}. Ask for what it was made with, or make it "
+            f"anew: `llm-distill capture --teacher_cache {cache.path} --drop_stale --config …`."
+        )
+
+
+def _stored_head(cache: TeacherCache) -> LMHead:
+    """The teacher's head, from its file."""
+    said, local = cache.manifest["head"], Path(cache.path, HEAD_FILE)
+    if not cache.is_local:
+        raise ValueError(f"{cache.path}: a cache of hidden states must be local, for the teacher's head. Download it.")
+    if not local.is_file() or file_hash(local) != said["sha256"]:
+        raise ValueError(f"{local} is missing or damaged: run `llm-distill capture` again with the same settings.")
+    tensors = load_file(local)
+    vocab, width = tensors["weight"].shape
+    module = nn.Linear(width, vocab, bias="bias" in tensors, device="meta")
+    module.load_state_dict(tensors, assign=True)
+    return LMHead(module.requires_grad_(False), cache.manifest["vocab_size"], said["scale"], said["soft_cap"])
+
+
+def _no_rows(cache: TeacherCache) -> dict[str, Tensor]:
+    """The tensors of a signal about nothing."""
+    if isinstance(cache.method, Hidden):
+        return {"hidden": torch.zeros(0, cache.manifest["width"])}
+    empty = {"ids": torch.zeros(0, 1, dtype=torch.long), "log_weights": torch.zeros(0, 1), "entropy": torch.zeros(0)}
+    return empty | ({"log_tail": torch.zeros(0)} if cache.method.has_tail else {})

@@ -1,0 +1,77 @@
+"""The teacher that a configuration names: live, without adapters, or from a cache."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from llm_distill.cache import TeacherCache
+from llm_distill.config import DistillationConfig
+from llm_distill.teachers.base import Teacher
+from llm_distill.teachers.cached import CachedTeacher, require_same_teacher
+from llm_distill.teachers.describe import describe_checkpoint
+from llm_distill.teachers.live import AdaptersOffTeacher, LiveTeacher
+
+
+def make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: DistillationConfig) -> Teacher | None:
+    """What `DistillationTrainer`'s argument or its configuration names; each option must have something to act on.
+
+    Raises:
+        ValueError: two teachers, none where one is needed, options without effect, or a cache that another one made.
+        TypeError: something that is no teacher.
+    """
+    assert isinstance(args.teacher_model_init_kwargs, dict), "DistillationConfig has parsed it"
+    name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
+    if teacher is not None and args.teacher_model_name_or_path not in (None, teacher):
+        given = repr(teacher) if isinstance(teacher, str) else f"a {type(teacher).__name__}"
+        raise ValueError(
+            f"there are two teachers, teacher={given} and teacher_model_name_or_path="
+            f"{args.teacher_model_name_or_path!r}: give one. For several at once, EnsembleTeacher."
+        )
+    options = {
+        "revision": args.teacher_model_revision,
+        "load_in_4bit": args.teacher_load_in_4bit,
+        "load_in_8bit": args.teacher_load_in_8bit,
+        **args.teacher_model_init_kwargs,
+    }
+    if name is None and (unused := [option for option, value in options.items() if value]):
+        raise ValueError(f"{', '.join(unused)}: these options load a teacher from a name or folder, and none is given.")
+    options["trust_remote_code"] = args.trust_remote_code
+    if args.teacher_cache is not None and args.on_miss != "live":
+        if teacher is not None and not isinstance(teacher, str):
+            raise ValueError("the teacher would not be asked, because there is a teacher_cache: set on_miss=live.")
+        cached = CachedTeacher(TeacherCache.open(args.teacher_cache), args.on_miss)
+        if name is not None:
+            require_same_teacher(cached.cache, describe_checkpoint(name, **options))
+        return cached
+    live = _live_teacher(teacher, name, options, args)
+    if args.teacher_cache is None:
+        return live
+    if live is None:
+        raise ValueError("on_miss=live asks the teacher, and there is none: teacher_model_name_or_path is missing.")
+    return CachedTeacher(TeacherCache.open(args.teacher_cache), "live", live)
+
+
+def _live_teacher(
+    teacher: str | PreTrainedModel | Teacher | None, name: str | None, options: dict[str, Any], args: DistillationConfig
+) -> Teacher | None:
+    if args.teacher_adapters_off:
+        if teacher is not None or name is not None:
+            raise ValueError("teacher_adapters_off makes the student's base model the teacher: give no other one.")
+        return AdaptersOffTeacher()
+    if name is not None:
+        return LiveTeacher.load(name, **options)
+    if isinstance(teacher, PreTrainedModel):
+        return LiveTeacher(teacher)
+    if teacher is None and args.kd_weight > 0:
+        raise ValueError(
+            "there is no teacher: pass teacher=... or teacher_model_name_or_path, teacher_cache for a stored one, "
+            "teacher_adapters_off for the student's own base model, or kd_weight=0 with ce_weight=1 to train on the "
+            "text alone."
+        )
+    if teacher is not None and not isinstance(teacher, Teacher):
+        hint = " Merge its adapters first: merge_and_unload()." if isinstance(teacher, PeftModel) else ""
+        raise TypeError(f"teacher must be a name, a PreTrainedModel or a Teacher, got {type(teacher).__name__}.{hint}")
+    return teacher

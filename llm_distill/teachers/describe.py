@@ -1,0 +1,123 @@
+"""What identifies a model and a tokenizer, as JSON and without a local path: for caches, reports and model cards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file, extract_commit_hash
+
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+"""Those of `from_pretrained` that say where a model lies, and so its configuration and tokenizer too."""
+SAMPLES = 64
+"""Places at which a weight, or a file of weights, is looked at: any training changes them all."""
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many rows of an output matrix a tokenizer can use. Matrices are often padded past it."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Of a model in memory. `weights` is a hash of samples of all of them, as they are now."""
+    quantization: Any = getattr(model.config, "quantization_config", None) or {}
+    quantization = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
+    return {
+        "model": _public_name(model.config._name_or_path),
+        "revision": getattr(model.config, "_commit_hash", None),
+        "architecture": type(model).__name__,
+        "parameters": model.num_parameters(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": quantization.get("quant_method"),
+        "bits": 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None,
+        "weights": _weights_hash(model),
+        "tokenizer": None if tokenizer is None else describe_tokenizer(tokenizer)["vocabulary"],
+    }
+
+
+def describe_checkpoint(
+    name_or_path: str, *, load_in_4bit: bool = False, load_in_8bit: bool = False, dtype: Any = "auto", **options: Any
+) -> dict[str, Any]:
+    """What can be said of a model without loading its weights, in the words of `describe_model`.
+
+    Raises:
+        ValueError: nothing loadable is there.
+    """
+    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    config_file = find_config(name_or_path, **hub)
+    config = AutoConfig.from_pretrained(
+        name_or_path, trust_remote_code=options.get("trust_remote_code", False), **hub
+    ).get_text_config()
+    dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    said = {
+        "model": _public_name(name_or_path),
+        "revision": extract_commit_hash(config_file, None),
+        "dtype": str(dtype).removeprefix("torch."),
+        "bits": 4 if load_in_4bit else 8 if load_in_8bit else None,
+    }
+    if "quantization_config" in options or getattr(config, "quantization_config", None):
+        del said["bits"]
+    return said | files_hash(Path(config_file).parent)
+
+
+def find_config(name_or_path: str, **hub: Any) -> str:
+    """The `config.json` of a model, fetched if it must be.
+
+    Raises:
+        ValueError: nothing loadable is there.
+    """
+    try:
+        return cached_file(name_or_path, "config.json", **hub)
+    except OSError as error:
+        raise ValueError(
+            f"the teacher {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
+            f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
+        ) from error
+
+
+def files_hash(folder: Path) -> dict[str, str]:
+    """`{"files": hash}` of sizes and samples of the weight files in a folder; nothing where there are none."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
+    if not files:
+        return {}
+    digest = hashlib.sha256()
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size} ".encode())
+        with path.open("rb") as file:
+            for place in range(0, size, max(1, size // SAMPLES)):
+                file.seek(place)
+                digest.update(file.read(4096))
+    return {"files": digest.hexdigest()[:16]}
+
+
+def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What the ids mean, and how a chat becomes text."""
+    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items(), key=lambda item: item[1]))
+    template = tokenizer.chat_template and json.dumps(tokenizer.chat_template, sort_keys=True)
+    return {"vocabulary": _short_hash(vocabulary), "chat_template": template and _short_hash(template)}
+
+
+def _weights_hash(model: PreTrainedModel) -> str | None:
+    digest = hashlib.sha256()
+    for name, weight in model.state_dict(keep_vars=True).items():
+        if weight.is_meta:
+            return None  # kept on a disk
+        flat = weight.detach().flatten()
+        samples = flat[:: max(1, len(flat) // SAMPLES)].contiguous().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        digest.update(samples.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _public_name(name_or_path: str) -> str | None:
+    return os.path.basename(name_or_path.rstrip("/")) if os.path.isdir(name_or_path) else name_or_path or None
+
+
+def _short_hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
