@@ -1,0 +1,148 @@
+"""A cache as a dataset repository on the Hub, with a card that says whose signals these are and how true.
+
+A push that broke off goes on where it was. Hundreds of shards travel in several commits; the first has the manifest, by
+which the repository of another cache is told apart and an incomplete one is found.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import DatasetCardData, HfApi, ModelCard
+
+from llm_distill.cache import manifest as manifests
+from llm_distill.cache.store import TeacherCache
+
+CARD_FILE, PLOT_FILE = "README.md", "fidelity.png"
+FILES = [manifests.FILE, "shard-*.parquet", "head.safetensors", PLOT_FILE, CARD_FILE]
+TAGS = ["llm-distill", "knowledge-distillation", "teacher-cache"]
+SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
+
+
+def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Uploads what is not there yet; the repository's URL.
+
+    Args:
+        cache: a local one.
+        repo_id: a dataset repository, `user/name`, which is made if need be.
+        private: whether it is made so that others cannot see it; otherwise as is usual where it lies.
+        token: by default that of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        ValueError: no right to write there, another thing is there, a bad name, a damaged cache or one that is remote.
+        ConnectionError: the push broke off. What has arrived stays.
+    """
+    if not cache.is_local:
+        raise ValueError(f"{cache.path} is not a local folder: download it before you push it elsewhere.")
+    if damaged := cache.verify():
+        raise ValueError(f"damaged, so not pushed: {', '.join(damaged)}. `llm-distill capture` makes them again.")
+    api = HfApi(token=token)
+    try:
+        url = api.create_repo(repo_id, private=private or None, repo_type="dataset", exist_ok=True)
+        _require_place_for(cache, api, url.repo_id)
+        cache.record_contents()
+        card = dataset_card(cache, url.repo_id, _licence(cache.manifest["teacher"], api))
+        manifests.write_atomically(Path(cache.path, CARD_FILE), card.encode())
+        message = f"{len(cache):,} texts, {cache.num_rows:,} tokens"
+        where: Any = {"repo_id": url.repo_id, "repo_type": "dataset", "folder_path": cache.path}
+        api.upload_folder(**where, allow_patterns=FILES, commit_message=message)
+    except ValueError:
+        raise
+    except Exception as error:  # of the HTTP client, of Xet, of huggingface_hub: they have no base in common
+        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
+            raise ValueError(
+                f"the Hub does not let you write to {repo_id}. Log in with `hf auth login`, or set HF_TOKEN to a token "
+                f"that may write there. ({error})"
+            ) from error
+        raise ConnectionError(
+            f"the push to {repo_id} broke off. What has arrived stays, and the same push goes on from there. ({error})"
+        ) from error
+    return str(url)
+
+
+def dataset_card(cache: TeacherCache, repo_id: str, licence: dict[str, Any]) -> str:
+    """Markdown: what it is, whose, how true, how to use it. Nothing local, nothing secret.
+
+    Args:
+        cache: a cache.
+        repo_id: where it will be.
+        licence: the teacher's `license`, `license_name` and `license_link`, as far as they are known.
+    """
+    manifest, texts, teachers = cache.manifest, len(cache), _teachers(cache.manifest["teacher"])
+    data = DatasetCardData(
+        tags=TAGS,
+        pretty_name=repo_id.split("/")[-1],
+        task_categories=["text-generation"],
+        annotations_creators=["machine-generated"],
+        size_categories=["n<1K" if texts < 1000 else "<n<".join(SIZES[len(str(texts)) - 4 :][:2])],
+        base_model=[teacher["model"] for teacher in teachers if teacher.get("revision")] or None,
+        configs=[{"config_name": "default", "data_files": "shard-*.parquet"}],
+        **licence,
+    )
+    table = [
+        *(("teacher", _named(teacher)) for teacher in teachers),
+        *((f"tokenizer: {name}", value) for name, value in manifest["tokenizer"].items()),
+        ("tokenizer: tokens", f"{manifest['vocab_size']:,}"),
+        ("kept of each distribution", f"`{cache.method}`"),
+        ("temperature", f"{manifest['temperature']:g}"),
+        ("texts", f"{texts:,}"),
+        ("tokens", f"{cache.num_rows:,}"),
+        ("bytes a token", f"{cache.num_bytes / max(cache.num_rows, 1):.1f}"),
+    ]
+    terms = licence.get("license_name") or licence.get("license") or "not known here"
+    fidelity = (manifest.get("fidelity") or {}).get("table")
+    plot = f"![Fidelity and size]({PLOT_FILE})\n" if Path(cache.path, PLOT_FILE).is_file() else ""
+    options = yaml.safe_dump({"teacher_cache": repo_id, **manifest.get("data", {})}, sort_keys=False)
+    sections = [
+        f"---\n{data.to_yaml()}\n---\n\n# {data.pretty_name}\n",
+        "What a teacher says about every token of some texts, stored by llm-distill: students are distilled from it "
+        "without running the teacher. The texts are not in it; they are found by a hash of their token ids.\n",
+        "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table if value)]) + "\n",
+        f"## Licence\n\nThe teacher's is {terms}. It governs the teacher's outputs, and so what is here.\n",
+        f"## Fidelity\n\nTo the live teacher, on a sample:\n\n{fidelity}\n" if fidelity else "",
+        plot,
+        f"## Train from it\n\n```yaml\n{options}```\n\n"
+        "`llm-distill train --config FILE --model_name_or_path STUDENT --dataset_name TEXTS`, with a student that has "
+        f"this tokenizer. `hf://datasets/{repo_id}` reads over the network what is needed, instead of all at once.\n",
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _require_place_for(cache: TeacherCache, api: HfApi, repo_id: str) -> None:
+    there = api.list_repo_files(repo_id, repo_type="dataset")
+    if manifests.FILE in there:
+        path = api.hf_hub_download(repo_id, manifests.FILE, repo_type="dataset")
+        theirs = manifests.parse_manifest(Path(path).read_bytes(), f"{repo_id}/{manifests.FILE}")
+        if manifests.identity(theirs) != cache.identity:
+            ours = {name: cache.manifest[name] for name in manifests.IDENTITY}
+            found = "; ".join(manifests.differences(theirs, ours))
+            raise ValueError(f"{repo_id} holds another cache. {found}. Choose another name, or delete that one.")
+    elif other := [name for name in there if name not in (".gitattributes", CARD_FILE)]:
+        raise ValueError(f"{repo_id} is no teacher cache and has other things in it, such as {other[0]}.")
+
+
+def _licence(teacher: dict[str, Any], api: HfApi) -> dict[str, Any]:
+    """What the teacher's own card says; nothing where it cannot be read, or where several teachers disagree."""
+    found: list[dict[str, Any]] = []
+    for member in _teachers(teacher):
+        if not member.get("revision"):
+            return {}  # not of the Hub
+        try:
+            card = ModelCard.load(api.hf_hub_download(member["model"], CARD_FILE, revision=member["revision"]))
+        except Exception:  # no right to read it, no network, no card, not YAML
+            return {}
+        said = card.data.to_dict()
+        found.append({name: said[name] for name in ("license", "license_name", "license_link") if name in said})
+    return found[0] if all(each == found[0] for each in found) else {}
+
+
+def _teachers(teacher: dict[str, Any]) -> list[dict[str, Any]]:
+    return teacher.get("ensemble", [teacher])
+
+
+def _named(teacher: dict[str, Any]) -> str:
+    name, revision, bits = (teacher.get(field) for field in ("model", "revision", "bits"))
+    name = f"[{name}](https://huggingface.co/{name})" if revision else f"`{name or teacher.get('architecture')}`"
+    return ", ".join(filter(None, [name, revision, teacher.get("dtype"), f"{bits} bits" if bits else None]))
