@@ -29,7 +29,7 @@ from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSigna
 
 BUFFER_MIB = {"cpu": 256, "accelerator": 1024}
 """What the buffers of a chunk may take, where that is more than MIN_CHUNK_ROWS rows."""
-MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, {"cpu": 1024, "accelerator": 4096}
+MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, {"cpu": 2048, "accelerator": 4096}
 """The more rows, the more seldom the head's weight and its gradient are read. Beyond the maximum that saves nothing."""
 
 
