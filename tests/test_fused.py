@@ -340,6 +340,24 @@ def test_16_bit_products_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(total, parts[0] + parts[1])
 
 
+@pytest.mark.parametrize("rows", [128, 64, 16])
+def test_a_weight_gradient_in_bfloat16_is_as_near_as_float32_would_be(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many products it is the sum of: one, two (both straight into bfloat16) or eight."""
+    monkeypatch.setattr(head_loss, "_chunk_rows", lambda *_: rows)
+    torch.manual_seed(0)
+    head = LMHead(nn.Linear(STUDENT, VOCAB).bfloat16(), VOCAB)
+    x = torch.randn(128, STUDENT).bfloat16()
+    chunks = (torch.randn(128, VOCAB).bfloat16() + 1).split(rows)  # all of one sign, so that the sum only grows
+    parts = [(slice(i * rows, (i + 1) * rows), chunk) for i, chunk in enumerate(chunks)]
+    monkeypatch.setattr(head_loss, "_chunks", lambda *_: parts)
+    loss, _ = fused_head_loss(x, head, None, make_divergence("forward_kl"))
+    (gradient,) = torch.autograd.grad(loss, head.module.weight)
+    exact = torch.cat(chunks).double().T @ x.double() / 128
+    assert (gradient.double() - exact).norm() < 3e-3 * exact.norm()
+
+
 @both_backends
 def test_rows_past_the_vocabulary_get_no_mass_and_no_gradient(backend: str) -> None:
     head = make_head(STUDENT, 0)

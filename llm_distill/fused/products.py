@@ -71,6 +71,14 @@ def multiply(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Float[Tensor
         out.copy_(a @ b)
 
 
+def sum_dtype(weight: torch.dtype, compute: torch.dtype, products: int) -> torch.dtype:
+    """What dW is summed in: float32 at least, but for one or two products in bfloat16. Each is a sum in float32 inside,
+    and the second is added to the first before it is rounded, so that nothing is lost by leaving float32 out.
+    """
+    is_exact = weight == compute == torch.bfloat16 and products <= 2
+    return weight if is_exact else torch.promote_types(weight, torch.float32)
+
+
 def add_weight_gradient(
     total: Float[Tensor, "vocab width"],
     d_logits: Float[Tensor, "rows vocab"],

@@ -44,6 +44,16 @@ inline float log1p_(float x) { return log1pf(x); }
 inline double log1p_(double x) { return log1p(x); }
 inline float tanh_(float x) { return tanhf(x); }
 inline double tanh_(double x) { return tanh(x); }
+// eˣ for x ≤ 0, in half the time of the library's: 2ⁿ · eʳ, with the series of eʳ for |r| ≤ ½ log 2. 0 below e⁻⁸⁸.
+inline double exp_negative(double x) { return exp(x); }
+inline float exp_negative(float x) {
+    x = x < -88 ? -88 : x;
+    const float n = std::nearbyint(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    const int32_t bits = int32_t(n + 127) << 23;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return power * ((((((r * (1 / 720.f) + 1 / 120.f) * r + 1 / 24.f) * r + 1 / 6.f) * r + 0.5f) * r + 1) * r + 1);
+}
 inline real abs_(real x) { return x < 0 ? -x : x; }
 inline real sign_(real x) { return (x > 0 ? real(1) : real(0)) - (x < 0 ? real(1) : real(0)); }
 inline real max_(real a, real b) { return a > b ? a : b; }
@@ -151,7 +161,7 @@ double exponentials(Row z, long V, real maximum, real inverse_T, real* exps) {
         real sum = 0;
         SIMD(omp simd reduction(+ : sum))
         EACH {
-            real e = exp_((z[i] - maximum) * inverse_T);
+            real e = exp_negative((z[i] - maximum) * inverse_T);
             exps[i] = e;
             sum += e;
         }
@@ -267,14 +277,14 @@ void statistics_row(const Statistics& a, long row, Row z) {
         real sum = 0, mean = 0, sum_T = 0;
         SIMD(omp simd reduction(+ : sum, mean))
         EACH {
-            const real e = exp_(z[i] - maximum);
+            const real e = exp_negative(z[i] - maximum);
             sum += e;
             mean += e * (z[i] - maximum);
         }
         total += sum, weighted += mean;
         if (!tempered) continue;
         SIMD(omp simd reduction(+ : sum_T))
-        EACH sum_T += exp_((z[i] - maximum) * inverse_T);
+        EACH sum_T += exp_negative((z[i] - maximum) * inverse_T);
         total_T += sum_T;
     }
     a.maximum[row] = maximum;
@@ -293,15 +303,15 @@ void gradient_row(const Gradient& a, long row, Row z, real* d) {
         SIMD(omp simd)
         for (long i = 0; i < V; i++) {
             const real x = z[i] - maximum;
-            d[i] = slope * exp_(x - log_total) + slope_T * exp_(x * inverse_T - log_total_T);
+            d[i] = slope * exp_negative(x - log_total) + slope_T * exp_negative(x * inverse_T - log_total_T);
         }
     } else if (is_plain(a.student)) {
         SIMD(omp simd)
-        for (long i = 0; i < V; i++) write(out + i, slope * exp_(z[i] - maximum - log_total));
+        for (long i = 0; i < V; i++) write(out + i, slope * exp_negative(z[i] - maximum - log_total));
         return;
     } else {
         SIMD(omp simd)
-        for (long i = 0; i < V; i++) d[i] = slope * exp_(z[i] - maximum - log_total);
+        for (long i = 0; i < V; i++) d[i] = slope * exp_negative(z[i] - maximum - log_total);
     }
     store(a.student, z, d, V, out);
 }
