@@ -53,7 +53,7 @@ from llm_distill import CachedTeacher, DistillationTrainer, LiveTeacher, LMHead,
 from llm_distill import capture as capturing
 from llm_distill.cache import Hidden, Hybrid, Sampled, TopK, manifest
 from llm_distill.cache.codec import decode, encode
-from llm_distill.cache.fidelity import Fidelity, Sample, as_table, fidelity
+from llm_distill.cache.fidelity import Fidelity, Sample, fidelity, plot
 from llm_distill.cache.keys import KEY_BYTES, examples_of
 from llm_distill.cache.methods import Kept, Method, SparseMethod, describe_method
 from llm_distill.cache.record import encoded, keep
@@ -62,14 +62,14 @@ from llm_distill.signals import HiddenSignal, SparseSignal
 from llm_distill.teachers import Batch
 from llm_distill.teachers.live import hidden_of_counted_rows
 
+Table = dict[str, dict[str, Any]]
+"""Rows by name, of figures by name."""
 RECIPE = Recipe(vocab_size=16384, block=256, teacher_width=256, teacher_layers=4, teacher_steps=700, batch=8)
 RECIPE = replace(RECIPE, student_width=128, student_steps=150, learning_rate=2e-3, heldout_blocks=64)
-SHORT = replace(RECIPE, vocab_size=2048, teacher_width=64, teacher_steps=40, student_steps=20, student_tokens=20_000)
+SHORT = replace(RECIPE, vocab_size=2048, teacher_width=64, teacher_steps=30, student_steps=15, student_tokens=20_000)
 TEXT_STEPS = 300
 """Of the student at whose place gradients are compared: neither random nor the teacher."""
 FIDELITY_BLOCKS = 16
-BUDGET = 36
-"""Bytes a token of RS-KD's paper: 12 tokens of 3 bytes."""
 OURS: tuple[Method, ...] = (
     *(TopK(k) for k in (4, 6, 8, 12, 16, 24, 32, 64, 128)),
     *(TopK(128, mass) for mass in (0.5, 0.7, 0.9, 0.99)),
@@ -81,11 +81,8 @@ OURS: tuple[Method, ...] = (
     Hidden("bfloat16"),
 )
 CACHED: tuple[SparseMethod, ...] = (TopK(32), Hybrid(0.02))
-RATIOS = {
-    "step from the cache / Trainer step": ("step from the cache", "Trainer step", "at most 1.05"),
-    "capture's throughput / teacher's forward": ("teacher's forward", "capture", "at least 0.95"),
-}
-"""Of the seconds of two cases, and the goal."""
+RS_KD_BYTES = 36
+"""What its paper stores a token: 12 tokens of 3 bytes."""
 SHARDS, EXAMPLES, ROWS, LOOKUPS = 1000, 256, 128, 2000
 
 
@@ -165,11 +162,6 @@ def rows_of(ids: Tensor) -> Tensor:
     return torch.arange(len(ids)).repeat_interleave(ids.shape[1])
 
 
-def rs_kd_of(size: float, bits: int, sample: Sequence[Sample]) -> RSKD:
-    """With as many draws as take these bytes a row, or just more."""
-    return next(each for draws in itertools.count(2) if size_of(each := RSKD(draws, bits), sample) >= size)
-
-
 def size_of(rival: Any, sample: Sequence[Sample]) -> float:
     """Bytes a token."""
     torch.manual_seed(0)
@@ -177,30 +169,36 @@ def size_of(rival: Any, sample: Sequence[Sample]) -> float:
     return rival.size(float(counts.float().mean()), sample[0].teacher.vocab_size)
 
 
-def measure_fidelity(recipe: Recipe, corpus: Corpus, teacher: LiveTeacher, folder: Path) -> dict[str, Any]:
-    """Of our methods and the rivals, and whether ours are truer in fewer bytes; no setting is interpolated."""
+def measure_fidelity(recipe: Recipe, corpus: Corpus, teacher: LiveTeacher, folder: Path) -> dict[str, Table]:
+    """Of our methods and the rivals, and whether ours are as true in fewer bytes; no setting is interpolated."""
     sample = heldout_sample(recipe, corpus, teacher, folder)
-    rs_kd = [rs_kd_of(BUDGET, bits, sample) for bits in (24, 7 + math.ceil(math.log2(recipe.vocab_size)))]
+    paper, packed = (  # RS-KD as in its paper, and if it packed ids too: with as many draws as take the bytes, or more
+        next(each for draws in itertools.count(2) if size_of(each := RSKD(draws, bits), sample) >= RS_KD_BYTES)
+        for bits in (24, 7 + math.ceil(math.log2(recipe.vocab_size)))
+    )
     budget_pick = {"k": 50, "exact_k": 1, "terms": (0, 1, 0.5)}  # as its README calls it
-    distillkit = [DistillKit(**pick, tail=tail) for tail in (False, True) for pick in ({}, budget_pick)]
-    rivals = [*map(PlainTopK, (4, 6, 8, 16, 32, 64, 128)), *map(RSKD, (6, 12, 50, 100, 127)), *rs_kd, *distillkit]
+    distillkit = [DistillKit(**pick, tail=tail) for pick in ({}, budget_pick) for tail in (False, True)]
+    rivals = [*map(PlainTopK, (4, 6, 8, 16, 32, 64, 128)), *map(RSKD, (6, 12, 50, 127)), paper, packed, *distillkit]
     ours = {str(method): fidelity(method, sample, 1.0, 0) for method in OURS}
-    theirs = {}
-    for rival in rivals:
-        theirs[str(rival)] = fidelity(rival, sample, 1.0, 0)._replace(bytes_per_token=size_of(rival, sample))
-    goals = [(f"less error than RS-KD at {BUDGET} bytes", rival, BUDGET) for rival in rs_kd]
-    goals += [("DistillKit's error at half its bytes", each, theirs[str(each)].bytes_per_token / 2) for each in distillkit]
-    verdicts = []
-    for name, rival, limit in goals:
+    theirs = {str(r): fidelity(r, sample, 1.0, 0)._replace(bytes_per_token=size_of(r, sample)) for r in rivals}
+    limits = {**dict.fromkeys((paper, packed), RS_KD_BYTES), **{each: size_of(each, sample) / 2 for each in distillkit}}
+    sparse = [str(each) for each in OURS if not isinstance(each, Hidden)]  # whose size is not that of the teacher
+    goals = {}
+    for rival, limit in limits.items():
         other = theirs[str(rival)]
-        within = [each for each in ours if ours[each].bytes_per_token <= limit]
-        as_true = [each for each in ours if ours[each].gradient_error <= other.gradient_error]
-        best = min(within, key=lambda each: ours[each].gradient_error)
-        least = min(as_true, key=lambda each: ours[each].bytes_per_token)
-        figures = {"theirs": str(rival), "best of ours within": best, "smallest of ours as true": least}
-        holds = ours[best].gradient_error <= other.gradient_error
-        verdicts.append({"goal": name, "limit": limit, "holds": holds, **figures})
-    return {"rows": sum(len(part.teacher) for part in sample), "ours": ours, "rivals": theirs, "goals": verdicts}
+        within = [name for name in sparse if ours[name].bytes_per_token <= limit]
+        best = min(within, key=lambda name: ours[name].gradient_error)
+        as_true = [name for name in sparse if ours[name].gradient_error <= other.gradient_error]
+        least = min(as_true, key=lambda name: ours[name].bytes_per_token)
+        goals[f"at most {limit:g} bytes, as true as {rival}"] = {
+            "its bytes": other.bytes_per_token,
+            "its error": other.gradient_error,
+            "holds": ours[best].gradient_error <= other.gradient_error,
+            "by": f"{best}: {ours[best].bytes_per_token:.1f} bytes, {ours[best].gradient_error:.3f}",
+            "smallest as true": f"{least}: {ours[least].bytes_per_token:.1f} bytes",
+        }
+    tables = {"Our methods": ours, "Rivals": theirs}
+    return {title: {name: each._asdict() for name, each in t.items()} for title, t in tables.items()} | {"Goals": goals}
 
 
 def heldout_sample(recipe: Recipe, corpus: Corpus, teacher: LiveTeacher, folder: Path) -> list[Sample]:
@@ -235,45 +233,36 @@ class Stored(Teacher):
         return {"stored": str(self.method)}
 
 
-def measure_training(
-    recipe: Recipe, corpus: Corpus, live: LiveTeacher, folder: Path, seeds: int
-) -> dict[str, dict[str, Any]]:
-    """Students of each teacher, one a seed, judged on held-out text beside the live one: means and spreads."""
-    teachers: dict[str, tuple[Teacher, float | None]] = {"live teacher": (live, None)}
+def measure_training(recipe: Recipe, corpus: Corpus, live: LiveTeacher, folder: Path, seeds: int) -> dict[str, Table]:
+    """Students of each teacher, one a seed, judged on held-out text beside the live one."""
+
+    def trainer_of(teacher: Teacher, seed: int, model: Any = None) -> DistillationTrainer:
+        args = make_config(folder / "student", recipe, recipe.student_steps, seed)
+        args.eval_strategy = "no"
+        model = model or make_model(recipe, recipe.student_width, recipe.student_layers, seed)
+        data = {"train_dataset": corpus.short, "eval_dataset": corpus.heldout}
+        return DistillationTrainer(model, teacher, args, processing_class=corpus.tokenizer, **data)
+
+    teachers: dict[str, Teacher] = {"live teacher": live}
     for method in CACHED:
-        cache = capturing.capture(trainer_of(recipe, corpus, live, folder, 0), folder / str(method), method)
-        teachers[f"cache, {method}"] = (CachedTeacher(cache), cache.num_bytes / cache.num_rows)
-    for k in (32, 8):
-        teachers[f"top-{k} without tail"] = (Stored(live, PlainTopK(k)), PlainTopK(k).size(k, recipe.vocab_size))
-    runs: dict[str, list[dict[str, float]]] = {name: [] for name in teachers}
+        cache = capturing.capture(trainer_of(live, 0), folder / str(method), method)
+        teachers[f"cache, {method}: {cache.num_bytes / cache.num_rows:.1f} bytes"] = CachedTeacher(cache)
+    teachers |= {f"top-{k} without tail: {6 * k} bytes": Stored(live, PlainTopK(k)) for k in (32, 8)}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in teachers}
     for seed, name in itertools.product(range(1, seeds + 1), teachers):
-        trainer = trainer_of(recipe, corpus, teachers[name][0], folder, seed)
+        trainer = trainer_of(teachers[name], seed)
         trainer.train()
-        found = trainer_of(recipe, corpus, live, folder, seed, trainer.model).evaluate()
-        runs[name].append({"ce": found["eval_ce"], "kl": found["eval_kl"]})
-    rows: dict[str, dict[str, Any]] = {}
-    for name, each in runs.items():
-        row = rows[name] = {"bytes": teachers[name][1], "runs": each}
-        for figure in ("ce", "kl"):
-            values, lives = ([run[figure] for run in those] for those in (each, runs["live teacher"]))
-            row[figure], row[f"{figure}_spread"] = statistics.fmean(values), max(values) - min(values)
-            row[f"{figure}_gap"] = row[figure] - statistics.fmean(lives)
-            row[f"{figure}_within"] = abs(row[f"{figure}_gap"]) <= max(lives) - min(lives)
-    return rows
+        found[name].append(trainer_of(live, seed, trainer.model).evaluate())
+    rows: Table = {name: {} for name in teachers}
+    for figure, (name, runs) in itertools.product(("ce", "kl"), found.items()):
+        values, lives = ([run[f"eval_{figure}"] for run in those] for those in (runs, found["live teacher"]))
+        spread, gap = max(lives) - min(lives), statistics.fmean(values) - statistics.fmean(lives)
+        rows[name] |= {figure: statistics.fmean(values), f"{figure} by seed": values, f"{figure} over live": gap}
+        rows[name][f"{figure} within live's spread"] = f"{abs(gap) <= spread} ({spread:.4f})"
+    return {"Students": rows}
 
 
-def trainer_of(
-    recipe: Recipe, corpus: Corpus, teacher: Teacher, folder: Path, seed: int, model: Any = None
-) -> DistillationTrainer:
-    args = make_config(folder / "student", recipe, recipe.student_steps, seed)
-    args.eval_strategy = "no"
-    data = {"train_dataset": corpus.short, "eval_dataset": corpus.heldout, "processing_class": corpus.tokenizer}
-    return DistillationTrainer(
-        model or make_model(recipe, recipe.student_width, recipe.student_layers, seed), teacher, args, **data
-    )
-
-
-def seconds_a_batch(task: dict[str, Any], folder: str) -> dict[str, float]:
+def seconds_a_batch(task: dict[str, Any], folder: str) -> float:
     """One case, in this process. What a trainer does before its first batch is not in it."""
     if task["case"] == "Trainer step":
         return step_seconds(train_step.trainer_of({**task, "trainer": "hf"}, folder))
@@ -281,55 +270,54 @@ def seconds_a_batch(task: dict[str, Any], folder: str) -> dict[str, float]:
     inputs = train_step.tokens(task, batches * 8).split(8)
     with torch.no_grad():
         teacher(input_ids=inputs[0], use_cache=False)  # warms up
-        began = time.perf_counter()
-        for ids in inputs if task["case"] == "teacher's forward" else ():
-            _ = teacher(input_ids=ids, use_cache=False).logits
         if task["case"] == "teacher's forward":
-            return {"seconds": (time.perf_counter() - began) / batches}
+            began = time.perf_counter()
+            for ids in inputs:
+                _ = teacher(input_ids=ids, use_cache=False).logits
+            return (time.perf_counter() - began) / batches
     live = LiveTeacher(teacher, train_step.tokenizer_of(train_step.SIZES[task["size"]]["vocab"]))
-    with mock.patch.object(capturing, "_estimate"):  # a few batches more, however many there are
-        trainer = our_trainer(task, live, folder)
+    trainer = our_trainer(task, live, folder)
+    with mock.patch.object(capturing, "_estimate"):  # of three batches, however many there are
         began = time.perf_counter()
         cache = capturing.capture(trainer, f"{folder}/cache", TopK(32))
         seconds = (time.perf_counter() - began) / batches
-    if task["case"] == "capture":
-        return {"seconds": seconds}
-    return step_seconds(our_trainer(task, CachedTeacher(cache), folder))
+    return seconds if task["case"] == "capture" else step_seconds(our_trainer(task, CachedTeacher(cache), folder))
 
 
 def our_trainer(task: dict[str, Any], teacher: Teacher, folder: str) -> transformers.Trainer:
     """That of train_step.py, with this teacher in place of the one that it makes up."""
-    with mock.patch.object(train_step, "PrecomputedTeacher", lambda *_: teacher):
+    with mock.patch.object(train_step, "PrecomputedTeacher", return_value=teacher):
         return train_step.trainer_of({**task, "trainer": "ours", "teacher": "sparse"}, folder)
 
 
-def step_seconds(trainer: transformers.Trainer) -> dict[str, float]:
+def step_seconds(trainer: transformers.Trainer) -> float:
     clock = train_step.StepTimes("cpu")
     trainer.add_callback(clock)
     trainer.train()
-    return {"seconds": statistics.median(clock.seconds[train_step.LEFT_OUT :])}
+    return statistics.median(clock.seconds[train_step.LEFT_OUT :])
 
 
-def measure_time(steps: int, rounds: int) -> dict[str, Any]:
+def measure_time(steps: int, rounds: int) -> dict[str, Table]:
     """Every case's seconds a batch, and medians of the ratios within a round."""
-    cases: dict[str, list[float]] = {case: [] for pair in RATIOS.values() for case in pair[:2]}
+    pairs = {
+        "step from the cache / Trainer step, at most 1.05": ("step from the cache", "Trainer step"),
+        "capture's throughput / the forward's, at least 0.95": ("teacher's forward", "capture"),
+    }
+    cases: dict[str, list[float]] = {case: [] for pair in pairs.values() for case in pair}
     for _, case in itertools.product(range(rounds), cases):
-        cases[case].append(child(case=case, device="cpu", size="small", steps=steps)["seconds"])
-    ratios = {}
-    for name, (over, under, aim) in RATIOS.items():
-        by_round = [a / b for a, b in zip(cases[over], cases[under], strict=True)]
-        ratios[name] = {"ratio": statistics.median(by_round), "by_round": by_round, "goal": aim}
-    return {"seconds": cases, "ratios": ratios}
+        cases[case].append(child(case=case, device="cpu", size="small", steps=steps))
+    cases |= {name: [a / b for a, b in zip(*map(cases.get, pair), strict=True)] for name, pair in pairs.items()}
+    return {"Seconds a batch": {name: {"median": statistics.median(v), "by round": v} for name, v in cases.items()}}
 
 
-def child(**task: Any) -> dict[str, Any]:
+def child(**task: Any) -> Any:
     result = in_fresh_process(__file__, task)
-    if "error" in result:
+    if isinstance(result, dict) and "error" in result:
         raise RuntimeError(f"{task}: {result['error']}")
     return result
 
 
-def measure_start(folder: Path, shards: int) -> dict[str, Any]:
+def measure_start(folder: Path, shards: int) -> dict[str, Table]:
     """Of a cache made up for it, in a fresh process, first from the disk and then from memory."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
         write_shards(Path(made), shards)
@@ -337,8 +325,9 @@ def measure_start(folder: Path, shards: int) -> dict[str, Any]:
         for file in files:
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        about = {"shards": shards, "texts": shards * EXAMPLES, "gigabytes": sum(f.stat().st_size for f in files) / 1e9}
-        return about | {"from disk": child(open=made), "again": child(open=made)}
+        size = sum(file.stat().st_size for file in files) / 1e9
+        title = f"{shards:,} shards of {EXAMPLES} texts of {ROWS} tokens, {size:.2f} GB"
+        return {title: {"from disk": child(open=made), "from memory": child(open=made)}}
 
 
 def write_shards(folder: Path, shards: int) -> None:
@@ -346,8 +335,7 @@ def write_shards(folder: Path, shards: int) -> None:
     method, shape = TopK(32), (ROWS, 32)
     said = {"teacher": {}, "tokenizer": {}, "vocab_size": 32_000, "temperature": 1.0, "seed": None, "data": {}}
     manifest.write_manifest(folder, {**said, "method": describe_method(method)})
-    counts, tail = torch.full((ROWS,), 32), torch.zeros(ROWS)
-    texts = []
+    counts, tail, texts = torch.full((ROWS,), 32), torch.zeros(ROWS), []
     for _ in range(EXAMPLES):
         ids, levels = torch.randint(32_000, shape), torch.rand(shape).mul(method.num_levels - 1).int()
         texts.append(encode(method, Kept(counts, ids.flatten(), levels.flatten(), tail, tail)))
@@ -368,80 +356,80 @@ def open_cache(path: str) -> dict[str, float]:
     began = time.perf_counter()
     for key in keys:
         decode(cache.method, [cache.load(key)])
-    return {"seconds": seconds, "mib": memory["mib"], "lookups": LOOKUPS / (time.perf_counter() - began)}
+    rate = LOOKUPS / (time.perf_counter() - began)
+    return {"seconds to open": seconds, "memory, MiB": memory["mib"], "texts read a second": rate}
 
 
-def in_words(part: str, found: dict[str, Any]) -> str:
-    """The tables of a part, in markdown."""
-    if part == "fidelity":
-        measured = {name: Fidelity(*each) for name, each in {**found["ours"], **found["rivals"]}.items()}
-        lines = ["| goal | holds | theirs | ours |", "|---|---|---|---|"]
-        for each in found["goals"]:
-            theirs, *ours = (
-                f"{name}: {measured[name].bytes_per_token:.1f} bytes, error {measured[name].gradient_error:.3f}"
-                for name in (each["theirs"], each["best of ours within"], each["smallest of ours as true"])
-            )
-            lines.append(f"| {each['goal']} | {each['holds']} | {theirs} | {'; '.join(dict.fromkeys(ours))} |")
-        return f"{found['rows']:,} rows of held-out text.\n\n{as_table(measured)}\n\n" + "\n".join(lines)
-    if part == "train":
-        lines = ["| taught by | bytes a token | loss | its spread | from live | KL | its spread | from live | within |"]
-        lines.append("|---|---:|---:|---:|---:|---:|---:|---:|---|")
-        for name, row in found["rows"].items():
-            size = "" if row["bytes"] is None else f"{row['bytes']:.1f}"
-            figures = [row[f"{figure}{of}"] for figure in ("ce", "kl") for of in ("", "_spread", "_gap")]
-            within = " and ".join(figure.upper() for figure in ("ce", "kl") if row[f"{figure}_within"]) or "no"
-            lines.append(f"| {name} | {size} | {' | '.join(f'{figure:.4f}' for figure in figures)} | {within} |")
-    elif part == "time":
-        lines = ["| | seconds a batch of 8 × 256, by round | ratio | goal |", "|---|---|---:|---|"]
-        lines += [f"| {case} | {', '.join(f'{s:.3f}' for s in each)} | | |" for case, each in found["seconds"].items()]
-        for name, each in found["ratios"].items():
-            rounds = ", ".join(f"{ratio:.3f}" for ratio in each["by_round"])
-            lines.append(f"| {name} | {rounds} | {each['ratio']:.3f} | {each['goal']} |")
-    else:
-        said = f"{found['shards']:,} shards, {found['texts']:,} texts of {ROWS} tokens, {found['gigabytes']:.2f} GB"
-        lines = [f"| {said} | seconds to open | memory, MiB | texts read a second |", "|---|---:|---:|---:|"]
-        for name in ("from disk", "again"):
-            each = found[name]
-            lines.append(f"| {name} | {each['seconds']:.2f} | {each['mib']:.0f} | {each['lookups']:,.0f} |")
+def as_markdown(table: Table) -> str:
+    names = list(next(iter(table.values())))
+    lines = ["| | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines += ["| " + " | ".join([name, *map(in_words, row.values())]) + " |" for name, row in table.items()]
     return "\n".join(lines)
 
 
-def plot(found: dict[str, Any], path: Path) -> None:
-    """Gradient error against bytes, a line per method; rivals are dashed."""
-    import matplotlib
+def in_words(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(in_words, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for whose, style in (("ours", "o-"), ("rivals", "x--")):
-        for family in dict.fromkeys(name.split("(")[0] for name in found[whose]):
-            points = sorted(each[:3:2] for name, each in found[whose].items() if name.split("(")[0] == family)
-            axes.plot(*zip(*points, strict=True), style, label=family)
-    axes.set(xlabel="bytes a token", ylabel="gradient error ‖ĝ − g‖ / ‖g‖", xscale="log", yscale="log")
-    axes.set_title("What is stored, and how true it is")
-    axes.legend()
-    figure.savefig(path, dpi=120)
+def measure(part: str, args: argparse.Namespace) -> dict[str, Table]:
+    if part == "time":
+        return measure_time(args.steps, args.rounds)
+    recipe, folder = (SHORT, args.folder / "short") if args.short else (RECIPE, args.folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    if part == "start":
+        return measure_start(folder, 20 if args.short else SHARDS)
+    corpus = prepare_corpus(recipe)
+    live = LiveTeacher(trained_teacher(folder / "teacher", recipe, corpus)[0], corpus.tokenizer)
+    if part == "fidelity":
+        return measure_fidelity(recipe, corpus, live, folder)
+    return measure_training(recipe, corpus, live, folder, args.seeds)
 
 
 def main() -> None:
+    parts = ("fidelity", "train", "time", "start")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", default=PARTS, choices=PARTS)
+    parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--seeds", type=int, default=3, help="students of each teacher; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=8, help=f"of `time`, after {train_step.LEFT_OUT} others")
-    parser.add_argument("--rounds", type=int, default=3, help="of `time`")
+    parser.add_argument("--steps", type=int, default=8, help=f"batches timed, after {train_step.LEFT_OUT} others")
+    parser.add_argument("--rounds", type=int, default=3, help="how often every timed case gets a fresh process")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/cache"), help="for teacher, students, caches")
     parser.add_argument("--short", action="store_true", help="everything small: under a minute")
     parser.add_argument("--output", type=Path, default=None, help="writes NAME.json, NAME.md and NAME.png")
     parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.task:
-        print(json.dumps(run_task(args.task)))
+        with tempfile.TemporaryDirectory(prefix="cache_") as folder:
+            found = open_cache(args.task["open"]) if "open" in args.task else seconds_a_batch(args.task, folder)
+        print(json.dumps(found))
         return
-    recipe, folder = (SHORT, args.folder / "short") if args.short else (RECIPE, args.folder)
     if args.short:
         args.seeds, args.steps, args.rounds = 1, 1, 1
-    earlier = args.output.with_suffix(".json") if args.output else None
-    whole = json.loads(earlier.read_text()) if earlier and earlier.is_file() else {}
+    target = args.output and args.output.with_suffix(".json")
+    whole = json.loads(target.read_text()) if target and target.is_file() else {}
     for part in args.parts:
-        found = run_part(part, recipe, folder, args)
+        tables = measure(part, args)
+        print("\n\n".join(f"{title}\n\n{as_markdown(table)}" for title, table in tables.items()), flush=True)
+        whole[part] = {"machine": machine("cpu"), "tables": tables}
+        if target:
+            write(whole, target)
+
+
+def write(whole: dict[str, Any], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(json.dumps(whole, indent=1) + "\n")
+    lines = ["# The teacher's cache"]
+    for part, found in whole.items():
+        about = found["machine"]
+        where = f"{about['date']}, {about['device']}, {about['threads']} threads. `{about['command']}`"
+        lines += [f"## {part}", where]
+        lines += [f"{title}:\n\n{as_markdown(table)}" for title, table in found["tables"].items()]
+    target.with_suffix(".md").write_text("\n\n".join(lines) + "\n")
+    if "fidelity" in whole:
+        both = [whole["fidelity"]["tables"][title] for title in ("Our methods", "Rivals")]
+        plot(target.with_suffix(".png"), {name: Fidelity(**each) for table in both for name, each in table.items()})
+
+
+if __name__ == "__main__":
+    main()

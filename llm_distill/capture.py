@@ -87,6 +87,9 @@ def capture(
         raise ValueError("there is no live teacher to capture: teacher_model_name_or_path is missing.")
     if isinstance(method, Hidden) and not hasattr(trainer.teacher, "head"):
         raise ValueError(f"method=hidden needs one teacher with its head, not a {type(trainer.teacher).__name__}.")
+    for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset):
+        if isinstance(dataset, Dataset) and not len(dataset):
+            raise ValueError(f"the {name} dataset has no texts.")
     check_widths(method, vocabulary_size(trainer.processing_class))
     folder, accelerator = Path(folder), trainer.accelerator
     with _only_one(folder) if accelerator.is_main_process else nullcontext():

@@ -136,7 +136,8 @@ def capture(argv: Sequence[str]) -> None:
     if options.cache_hub_id is not None and trainer.accelerator.is_main_process:
         from llm_distill.cache.hub import push_cache
 
-        print(f"Pushed to {push_cache(cache, options.cache_hub_id, private=options.cache_hub_private)}")
+        with errors_in_one_line():
+            print(f"Pushed to {push_cache(cache, options.cache_hub_id, private=options.cache_hub_private)}")
     trainer.accelerator.print(f"Train from it with --teacher_cache {folder}")
     trainer.end()
 
@@ -145,8 +146,8 @@ def inspect(argv: Sequence[str]) -> None:
     """What a cache holds, whether it is whole and, with a run's options, how true it is: `llm-distill inspect`."""
     parser = argparse.ArgumentParser(
         prog="llm-distill inspect",
-        description="Says what a teacher cache holds and verifies every file. With --config (and any option of a training "
-        "run) the teacher is loaded, and the fidelity measured anew on that run's texts.",
+        description="Says what a teacher cache holds and verifies every file. With --config (and any option of a "
+        "training run) the teacher is loaded, and the fidelity measured anew on that run's texts.",
     )
     parser.add_argument("cache", help="a folder, or a dataset repository on the Hub")
     known, rest = parser.parse_known_args(argv)

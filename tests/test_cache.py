@@ -156,8 +156,8 @@ def test_the_same_content_is_the_same_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_a_flipped_byte_in_a_shard_is_found(folder: Path, seed: int) -> None:
     path = max(folder.glob("shard-*"), key=lambda path: path.stat().st_size)
-    good, place = path.read_bytes(), random.Random(seed + 0)
-    clean = {key: stored for key, stored in TeacherCache(folder).examples()}
+    good, place = path.read_bytes(), random.Random(seed)
+    clean = dict(TeacherCache(folder).examples())
     for _ in range(100):
         at = place.randrange(len(good))
         path.write_bytes(good[:at] + bytes([good[at] ^ 1 << place.randrange(8)]) + good[at + 1 :])
@@ -221,7 +221,7 @@ def test_a_cache_of_a_newer_format_is_refused(folder: Path) -> None:
 def test_a_folder_that_is_no_cache_is_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "manifest.json").write_text(content)
-    with pytest.raises(ValueError, match="not a teacher cache|not the manifest of a teacher cache"):
+    with pytest.raises(ValueError, match=r"not a teacher cache|not the manifest of a teacher cache"):
         TeacherCache.open(tmp_path)
 
 

@@ -41,7 +41,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
             return cpp_backend
         return torch_backend
 
-    monkeypatch.setattr(head_loss, "_backend", choose)
+    monkeypatch.setattr(head_loss, "choose_backend", choose)
     return request.param
 
 

@@ -32,10 +32,12 @@ def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, toke
 
     Raises:
         ValueError: no right to write there, another thing is there, a bad name, a damaged cache or one that is remote.
+        PermissionError: the card cannot be written beside the cache.
         ConnectionError: the push broke off. What has arrived stays.
     """
     if not cache.is_local:
         raise ValueError(f"{cache.path} is not a local folder: download it before you push it elsewhere.")
+    cache.refresh()
     if damaged := cache.verify():
         raise ValueError(f"damaged, so not pushed: {', '.join(damaged)}. `llm-distill capture` makes them again.")
     api = HfApi(token=token)
@@ -45,10 +47,14 @@ def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, toke
         cache.record_contents()
         card = dataset_card(cache, url.repo_id, _licence(cache.manifest["teacher"], api))
         manifests.write_atomically(Path(cache.path, CARD_FILE), card.encode())
-        message = f"{len(cache):,} texts, {cache.num_rows:,} tokens"
-        where: Any = {"repo_id": url.repo_id, "repo_type": "dataset", "folder_path": cache.path}
-        api.upload_folder(**where, allow_patterns=FILES, commit_message=message)
-    except ValueError:
+        api.upload_folder(
+            repo_id=url.repo_id,
+            repo_type="dataset",
+            folder_path=cache.path,
+            allow_patterns=FILES,
+            commit_message=f"{len(cache):,} texts, {cache.num_rows:,} tokens",
+        )
+    except (ValueError, PermissionError):
         raise
     except Exception as error:  # of the HTTP client, of Xet, of huggingface_hub: they have no base in common
         if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
@@ -98,7 +104,8 @@ def dataset_card(cache: TeacherCache, repo_id: str, licence: dict[str, Any]) -> 
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {data.pretty_name}\n",
         "What a teacher says about every token of some texts, stored by llm-distill: students are distilled from it "
-        "without running the teacher. The texts are not in it; they are found by a hash of their token ids.\n",
+        "without running the teacher. The texts are not in it, only hashes of their token ids to find them by. But "
+        "much of a text can be guessed from what the teacher says about it.\n",
         "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in table if value)]) + "\n",
         f"## Licence\n\nThe teacher's is {terms}. It governs the teacher's outputs, and so what is here.\n",
         f"## Fidelity\n\nTo the live teacher, on a sample:\n\n{fidelity}\n" if fidelity else "",

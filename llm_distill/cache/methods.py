@@ -59,19 +59,35 @@ class SparseMethod(ABC):
 
     @abstractmethod
     def keep(
-        self, log_p: Float[Tensor, "rows vocab"], uniform: Float[Tensor, "rows 2"]
+        self, scores: Float[Tensor, "rows vocab"], log_total: Float[Tensor, " rows"], uniform: Float[Tensor, "rows 2"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """(row [entries], ids [entries], levels [entries], tail [rows] or None), from two uniform numbers per row."""
+        """Chooses, with two uniform numbers per row.
+
+        Args:
+            scores: log p = scores − log_total.
+
+        Returns:
+            Row, id and level of each entry (`[entries]`), and the level of the tail (`[rows]`) if there is one.
+        """
 
     @abstractmethod
     def log_weights(self, levels: Tensor) -> Float[Tensor, " entries"]:
         """What the levels stand for, in nats."""
 
-    def __call__(self, log_p: Float[Tensor, "rows vocab"], uniform: Float[Tensor, "rows 2"]) -> Kept:
-        row, ids, levels, tail = self.keep(log_p, uniform)
-        entropy = -(log_p.exp() * log_p.clamp(min=-1e4)).sum(-1)
+    def __call__(
+        self,
+        scores: Float[Tensor, "rows vocab"],
+        uniform: Float[Tensor, "rows 2"],
+        log_total: Float[Tensor, " rows"] | None = None,
+        entropy: Float[Tensor, " rows"] | None = None,
+    ) -> Kept:
+        """What is kept of each row; without `log_total` the scores are log-probabilities."""
+        if log_total is None or entropy is None:
+            log_total = scores.new_zeros(len(scores))
+            entropy = -(scores.exp() * scores.clamp(min=-1e4)).sum(-1)
+        row, ids, levels, tail = self.keep(scores, log_total, uniform)
         return Kept(
-            counts=torch.bincount(row, minlength=len(log_p)),
+            counts=torch.bincount(row, minlength=len(scores)),
             ids=ids,
             levels=levels,
             tail=tail,
@@ -112,16 +128,17 @@ class TopK(SparseMethod):
     def max_entries(self) -> int:
         return self.k
 
-    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         last = self.num_levels - 1
-        values, ids = top_tokens(log_p, min(self.k, log_p.shape[1]))
-        levels = (-values / self.step).round().clamp(max=last).int()
-        p = values.double().exp()
+        values, ids = top_tokens(scores, min(self.k, scores.shape[1]))
+        log_p = values.float() - log_total[:, None]
+        levels = (-log_p / self.step).round().clamp(max=last).int()
+        p = log_p.double().exp()
         kept = (p.cumsum(-1) - p < self.mass) & (levels < last)
         kept[:, 0] = True
         rest = (1 - (p * kept).sum(-1)).clamp(min=0)
         tail = (-rest.log() / self.step).round().clamp(0, last - 1).int()
-        tail[kept.sum(-1) == log_p.shape[1]] = last  # nothing outside
+        tail[kept.sum(-1) == scores.shape[1]] = last  # nothing outside
         return kept.nonzero()[:, 0], ids[kept], levels[kept], tail
 
     def log_weights(self, levels: Tensor) -> Tensor:
@@ -159,13 +176,13 @@ class Hybrid(SparseMethod):
     def max_entries(self) -> int:
         return math.ceil(math.exp((self.num_levels - 1) * self.step)) + 1
 
-    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         last = self.num_levels - 1
         log_threshold = -last * self.step
-        is_above = log_p >= log_threshold
-        share = (log_p - log_threshold).clamp(max=0).exp()
-        row, ids = (_systematic(share, uniform[:, 0]) > 0).logical_or_(is_above).nonzero(as_tuple=True)
-        exact = (-log_p[row, ids] / self.step).clamp(0, last)  # below the threshold, the threshold
+        share = (scores - (log_total + log_threshold)[:, None]).clamp_(max=0).exp_()
+        row, ids, _ = _systematic(share, uniform[:, 0], self.max_entries)
+        log_p = scores[row, ids].float() - log_total[row]
+        exact = (-log_p / self.step).clamp(0, last)  # below the threshold, the threshold
         lower = exact.floor()
         # p = w·e^(−lower·step) + (1 − w)·e^(−(lower + 1)·step) has the weight w of the lower level.
         weight = (((lower - exact) * self.step).exp() - math.exp(-self.step)) / -math.expm1(-self.step)
@@ -198,11 +215,10 @@ class Sampled(SparseMethod):
     def max_entries(self) -> int:
         return self.draws
 
-    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        p = log_p.exp()
-        counts = _systematic(p * (self.draws / p.sum(-1, keepdim=True)), uniform[:, 0])
-        row, ids = counts.nonzero(as_tuple=True)
-        return row, ids, self.draws - counts[row, ids].clamp(max=self.draws).int(), None
+    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        p = (scores - log_total[:, None]).exp_()
+        row, ids, counts = _systematic(p.mul_(self.draws / p.sum(-1, keepdim=True)), uniform[:, 0], self.draws)
+        return row, ids, self.draws - counts.int(), None
 
     def log_weights(self, levels: Tensor) -> Tensor:
         return (1 - levels / self.draws).log()
@@ -243,27 +259,35 @@ def describe_method(method: Method) -> dict[str, Any]:
     return {"name": method.name, **asdict(method)}  # type: ignore[arg-type]
 
 
-def top_tokens(log_p: Float[Tensor, "rows vocab"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
-    """As `log_p.topk(k)`, of a large vocabulary in less time: the k largest lie in the k groups of largest maximum."""
-    rows, vocab = log_p.shape
+def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+    """As `scores.topk(k)`, on a CPU in less time: the k largest lie in the k groups of largest maximum."""
+    rows, vocab = scores.shape
     groups = vocab // GROUP
-    if log_p.is_cuda or groups < 4 * k:
-        return log_p.topk(k)
-    whole = log_p[:, : groups * GROUP].view(rows, groups, GROUP)
-    best = whole.amax(-1).topk(k, sorted=False).indices
-    rest = torch.arange(groups * GROUP, vocab, device=log_p.device).expand(rows, -1)
-    ids = (best[:, :, None] * GROUP + torch.arange(GROUP, device=log_p.device)).flatten(1)
-    ids = torch.cat([ids, rest], -1)
-    values, order = log_p.gather(-1, ids).topk(k)
+    if scores.is_cuda or groups < 4 * k:
+        return scores.topk(k)
+    whole = scores[:, : groups * GROUP].view(rows, GROUP, groups)  # a group's tokens lie far apart: amax is vectorised
+    best = whole.amax(1).topk(k, sorted=False).indices
+    ids = (best[:, :, None] + groups * torch.arange(GROUP)).flatten(1)
+    ids = torch.cat([ids, torch.arange(groups * GROUP, vocab).expand(rows, -1)], -1)
+    values, order = scores.gather(-1, ids).topk(k)
     return values, ids.gather(-1, order)
 
 
-def _systematic(expected: Float[Tensor, "rows vocab"], offset: Float[Tensor, " rows"]) -> Float[Tensor, "rows vocab"]:
-    """How often each token is drawn, whole numbers with the given expectations: one draw for each whole number that
-    the running sum passes, from a random start (Madow, 1949).
+def _systematic(
+    expected: Float[Tensor, "rows vocab"], offset: Float[Tensor, " rows"], most: int
+) -> tuple[Int[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " entries"]]:
+    """Row, id and how often, of tokens drawn with the given expectations: one draw at each whole number that their
+    running sum passes, from a random start (Madow, 1949). Overwrites `expected`.
+
+    Args:
+        most: no sum is larger.
     """
-    passed = (expected.cumsum(-1) + offset[:, None]).floor_()
-    return torch.diff(passed, dim=-1, prepend=passed.new_zeros(len(passed), 1))
+    rows, vocab = expected.shape
+    sums = torch.cumsum(expected, -1, out=expected)
+    at = torch.arange(1, most + 1, device=sums.device) - offset[:, None]
+    drawn = torch.searchsorted(sums, at) + vocab * torch.arange(rows, device=sums.device)[:, None]
+    cells, counts = torch.unique_consecutive(drawn[at <= sums[:, -1:]], return_counts=True)
+    return cells // vocab, cells % vocab, counts
 
 
 def _levels_within_depth(step: float) -> int:

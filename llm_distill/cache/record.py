@@ -15,6 +15,7 @@ from torch import Tensor
 from llm_distill.cache.codec import encode, encode_hidden
 from llm_distill.cache.keys import Example
 from llm_distill.cache.methods import Hidden, Kept, Method, SparseMethod
+from llm_distill.fused.logits import logits_in_chunks
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal
 
 CHUNK_BYTES = 2**26
@@ -39,9 +40,15 @@ def keep(
         raise ValueError(f"a {type(signal).__name__} is not full distributions, of which a cache is made.")
     uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
     chunks: list[list[Any]] = []
-    for start, log_p in log_probabilities(signal, temperature):
-        kept = method(log_p, uniform[start : start + len(log_p)].to(log_p.device))
-        chunks.append([None if part is None else part.cpu() for part in kept])
+    if isinstance(signal, HiddenSignal):
+        for logits in logits_in_chunks(signal.hidden, signal.head, temperature):
+            scores = logits.values if temperature == 1 else logits.values / temperature
+            kept = method(scores, uniform[logits.rows].to(scores.device), logits.log_total, logits.entropy)
+            chunks.append([None if part is None else part.cpu() for part in kept])
+    else:
+        for start, log_p in log_probabilities(signal, temperature):
+            kept = method(log_p, uniform[start : start + len(log_p)].to(log_p.device))
+            chunks.append([None if part is None else part.cpu() for part in kept])
     parts: Any = (None if part[0] is None else torch.cat(part) for part in zip(*chunks, strict=True))
     return Kept(*parts)
 

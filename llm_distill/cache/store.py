@@ -23,7 +23,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from llm_distill.cache import manifest as manifests
 from llm_distill.cache.codec import columns
@@ -32,6 +31,8 @@ from llm_distill.cache.methods import Method, make_method
 
 GROUP_BYTES = 2**19
 """What is compressed, and read, together: small, because examples are read in any order."""
+PARTS = [manifests.FILE, "shard-*.parquet", "head.safetensors"]
+"""What of a repository is downloaded."""
 GROUPS_KEPT, SHARDS_KEPT = 16, 256
 KEYS, ROWS, OF = b"llm_distill.keys", b"llm_distill.rows", b"llm_distill.cache"
 
@@ -124,6 +125,7 @@ class TeacherCache:
         self.path = os.fspath(path)
         self.files, self._root = fsspec.core.url_to_fs(self.path)
         self.is_local = isinstance(self.files, LocalFileSystem)
+        self.is_downloaded = False
         try:
             text = self.files.cat_file(f"{self._root}/{manifests.FILE}")
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -131,6 +133,10 @@ class TeacherCache:
                 f"{self.path} is not a teacher cache: there is no {manifests.FILE} in it. Make one with "
                 f"`llm-distill capture --teacher_cache {self.path} --config …`."
             ) from error
+        except Exception as error:
+            if self.is_local:
+                raise
+            raise ConnectionError(f"{self.path} cannot be reached. ({error})") from error
         self.manifest = manifests.parse_manifest(text, f"{self.path}/{manifests.FILE}")
         self.method = make_method(**self.manifest["method"])
         self.identity = manifests.identity(self.manifest)
@@ -145,17 +151,21 @@ class TeacherCache:
         """
         name = os.fspath(name)
         if "://" in name or os.path.isdir(name) or name.count("/") != 1 or name.startswith((".", "~", "/")):
-            return cls(name)
-        try:
-            return cls(snapshot_download(name, repo_type="dataset"))
-        except (OSError, HfHubHTTPError) as error:
+            cache = cls(name)
+        else:
+            cache = cls(_downloaded(name))
+            cache.is_downloaded = True
+        listed = {shard["name"] for shard in cache.manifest.get("shards", ())}
+        if missing := sorted(listed - {shard.name for shard in cache.shards}):
             raise ValueError(
-                f"there is no teacher cache {name!r}: neither a folder of this name nor a dataset repository that "
-                f"can be reached. ({error})"
-            ) from error
+                f"{name} lacks {len(missing)} of its {len(listed)} shards, such as {missing[0]}: `llm-distill capture` "
+                "makes them again; of a repository, the push is under way or broke off and must be made again."
+            )
+        return cache
 
     def refresh(self) -> None:
         """Reads the footers of the shards that are there now."""
+        self.files.invalidate_cache(self._root)
         names = sorted(Path(p).name for p in self.files.glob(f"{self._root}/shard-*.parquet"))
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
             self.shards = list(pool.map(self._footer, names))
@@ -200,10 +210,14 @@ class TeacherCache:
                 for row in self._group(number, group).to_pylist():
                     yield row["key"], self._checked(number, row)
 
+    def read(self, name: str) -> bytes:
+        """Another file of the cache."""
+        return self.files.cat_file(f"{self._root}/{name}")
+
     def verify(self, names: Iterable[str] | None = None) -> list[str]:
         """The names of the shards (by default of all) whose bytes are not those that were written."""
         names = [shard.name for shard in self.shards] if names is None else list(names)
-        return [name for name in names if not is_intact(Path(self._root, name))]
+        return [name for name in names if not self._is_intact(name)]
 
     @property
     def num_rows(self) -> int:
@@ -250,16 +264,23 @@ class TeacherCache:
                 if not file.schema_arrow.equals(_schema(self.method)):
                     raise ValueError("its columns are not those of the method")
                 sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]
-        except (OSError, pa.ArrowException, KeyError, ValueError) as error:
-            raise self._damaged(name, str(error)) from error
+        except Exception as error:
+            raise self._unreadable(name, error) from error
         if sum(sizes) != len(keys):
             raise self._damaged(name, f"{len(keys)} keys for {sum(sizes)} rows")
         return Shard(name, keys, np.cumsum([0, *sizes[:-1]]), identity, rows)
 
+    def _is_intact(self, name: str) -> bool:
+        if self.is_local:
+            return is_intact(Path(self._root, name))
+        with self.files.open(f"{self._root}/{name}") as file:
+            return name == shard_name(hashlib.file_digest(file, "sha256").hexdigest())
+
     def _file(self, name: str) -> pq.ParquetFile:
         path = f"{self._root}/{name}"
-        source = path if self.is_local else self.files.open(path)
-        return pq.ParquetFile(source, memory_map=self.is_local)
+        if self.is_local:
+            return pq.ParquetFile(path, memory_map=True)
+        return pq.ParquetFile(self.files.open(path, cache_type="none"), pre_buffer=True)  # a request for a group
 
     def _group(self, shard: int, group: int) -> pa.Table:
         if (shard, group) in self._groups:
@@ -271,8 +292,8 @@ class TeacherCache:
                 self._open_files[shard] = self._file(name)
             self._open_files.move_to_end(shard)
             table = self._open_files[shard].read_row_group(group, use_threads=False)
-        except (OSError, pa.ArrowException) as error:
-            raise self._damaged(name, str(error)) from error
+        except Exception as error:
+            raise self._unreadable(name, error) from error
         self._groups[shard, group] = table
         if len(self._groups) > GROUPS_KEPT:
             self._groups.popitem(last=False)
@@ -286,6 +307,11 @@ class TeacherCache:
             raise self._damaged(self.shards[shard].name, "a checksum does not fit")
         return row
 
+    def _unreadable(self, name: str, error: Exception) -> Exception:
+        if self.is_local or isinstance(error, (KeyError, ValueError)):  # and pyarrow's
+            return self._damaged(name, str(error))
+        return ConnectionError(f"{self.path}/{name} cannot be reached. ({error})")
+
     def _damaged(self, name: str, reason: str) -> DamagedShardError:
         return DamagedShardError(
             f"{self.path}/{name} is damaged ({reason}). `llm-distill capture` with the settings of this cache makes it "
@@ -296,13 +322,27 @@ class TeacherCache:
         return {**self.__dict__, "_open_files": OrderedDict(), "_groups": OrderedDict()}
 
 
+def _downloaded(repo_id: str) -> str:
+    try:
+        return snapshot_download(repo_id, repo_type="dataset", allow_patterns=PARTS)
+    except Exception as error:  # of the HTTP client, of huggingface_hub: they have no base in common
+        raise ValueError(
+            f"there is no teacher cache {repo_id!r}: neither a folder of this name nor a dataset repository that can "
+            f"be reached. ({error})"
+        ) from error
+
+
 def is_intact(path: Path) -> bool:
     """Whether a shard's bytes are those that it is named by."""
-    return path.is_file() and path.name == f"shard-{file_hash(path)[:32]}.parquet"
+    return path.is_file() and path.name == shard_name(file_hash(path))
+
+
+def shard_name(sha256: str) -> str:
+    return f"shard-{sha256[:32]}.parquet"
 
 
 def _schema(method: Method) -> pa.Schema:
-    own = [("key", pa.binary(KEY_BYTES)), ("rows", pa.uint32()), ("crc", pa.uint32())]
+    own = [("key", pa.binary()), ("rows", pa.uint32()), ("crc", pa.uint32())]
     return pa.schema(own + [(name, pa.binary()) for name in columns(method)])
 
 

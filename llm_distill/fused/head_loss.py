@@ -75,7 +75,7 @@ def fused_head_loss(
     with ExitStack() as opened:
         weight, bias = opened.enter_context(student_head.weights())
         weight, bias = weight.to(student_hidden.device), None if bias is None else bias.to(student_hidden.device)
-        student = _opened(student_head, student_hidden.detach(), weight.detach(), bias)
+        student = opened_projection(student_head, student_hidden.detach(), weight.detach(), bias)
         job = Job(
             student=student,
             signal=signal,
@@ -148,11 +148,11 @@ def _chunks(job: Job, buffer_mib: int | None, wants_gradients: bool) -> Iterator
     student, vocab_size = job.student, job.student.head.vocab_size
     device, compute = student.hidden.device, student.hidden.dtype
     dtypes = [logits_dtype(side.hidden.dtype, device) for side in (student, *job.teachers)]
-    backend, in_place = _backend(job, compute, *dtypes, device=device), dtypes[0] == compute
+    backend, in_place = choose_backend(job, compute, *dtypes, device=device), dtypes[0] == compute
     if not in_place:
         dtypes.append(compute)  # of the gradient
     total = len(student.hidden)
-    most = _chunk_rows(vocab_size, dtypes, device, buffer_mib)
+    most = chunk_rows(vocab_size, dtypes, device, buffer_mib)
     chunks = max(-(-total // most), 1)
     # All of about the same size: a small one is slow. And in tiles of 64: in bfloat16 an odd number takes 30 % longer.
     size = min(-(-total // (64 * chunks)) * 64, most, total)
@@ -171,7 +171,7 @@ def _chunks(job: Job, buffer_mib: int | None, wants_gradients: bool) -> Iterator
             yield rows, gradient
 
 
-def _backend(
+def choose_backend(
     job: Job, gradient: torch.dtype, student: torch.dtype, *teachers: torch.dtype, device: torch.device
 ) -> ModuleType:
     """What the passes over rows run in: compiled where it can be, torch otherwise (and for mixtures)."""
@@ -191,7 +191,7 @@ def triton_is_available() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def _chunk_rows(vocab_size: int, dtypes: list[torch.dtype], device: torch.device, buffer_mib: int | None) -> int:
+def chunk_rows(vocab_size: int, dtypes: list[torch.dtype], device: torch.device, buffer_mib: int | None) -> int:
     """How many rows of all buffers fit."""
     kind = "cpu" if device.type == "cpu" else "accelerator"
     rows = (buffer_mib or BUFFER_MIB[kind]) * 2**20 // (vocab_size * sum(dtype.itemsize for dtype in dtypes))
@@ -200,7 +200,7 @@ def _chunk_rows(vocab_size: int, dtypes: list[torch.dtype], device: torch.device
     return max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS[kind], rows // 64 * 64))
 
 
-def _opened(
+def opened_projection(
     head: LMHead, hidden: Tensor, weight: Tensor, bias: Tensor | None, statistics: torch.dtype | None = None
 ) -> Projection:
     compute = _compute_dtype(hidden, weight)
@@ -219,7 +219,7 @@ def _opened_teachers(signal: Signal | None, statistics: torch.dtype, stack: Exit
     opened = []
     for member in members:
         weight, bias = stack.enter_context(member.head.weights())
-        opened.append(_opened(member.head, member.hidden, weight, bias, statistics))
+        opened.append(opened_projection(member.head, member.hidden, weight, bias, statistics))
     return opened
 
 

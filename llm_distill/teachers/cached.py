@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import MutableMapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +19,7 @@ from llm_distill.cache.keys import Example, examples_of
 from llm_distill.cache.manifest import differences
 from llm_distill.cache.methods import Hidden
 from llm_distill.cache.record import encoded, keep
-from llm_distill.cache.store import ShardWriter, TeacherCache, file_hash
+from llm_distill.cache.store import ShardWriter, TeacherCache
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
 from llm_distill.rows import IGNORED
@@ -51,8 +52,8 @@ class CachedTeacher(Teacher):
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
         self.on_miss, self.live = on_miss, live
         if live is not None:
-            if not self.cache.is_local:
-                raise ValueError(f"on_miss='live' adds to the cache, and {self.cache.path} is not a local folder.")
+            if not self.cache.is_local or self.cache.is_downloaded:
+                raise ValueError(f"on_miss='live' adds to the cache, and {self.cache.path} is not a folder of yours.")
             require_same_teacher(self.cache, live.describe())
         self._head = _stored_head(self.cache) if isinstance(self.cache.method, Hidden) else None
         self._writer: ShardWriter | None = None
@@ -186,12 +187,14 @@ def _refuse(cache: TeacherCache, found: list[str], what: str) -> None:
 
 def _stored_head(cache: TeacherCache) -> LMHead:
     """The teacher's head, from its file."""
-    said, local = cache.manifest["head"], Path(cache.path, HEAD_FILE)
-    if not cache.is_local:
-        raise ValueError(f"{cache.path}: a cache of hidden states must be local, for the teacher's head. Download it.")
-    if not local.is_file() or file_hash(local) != said["sha256"]:
-        raise ValueError(f"{local} is missing or damaged: run `llm-distill capture` again with the same settings.")
-    tensors = load_file(local)
+    said, again = cache.manifest["head"], "run `llm-distill capture` again with the same settings."
+    try:
+        content = cache.read(HEAD_FILE)
+    except FileNotFoundError as error:
+        raise ValueError(f"{cache.path}/{HEAD_FILE} is missing: {again}") from error
+    if hashlib.sha256(content).hexdigest() != said["sha256"]:
+        raise ValueError(f"{cache.path}/{HEAD_FILE} is damaged: {again}")
+    tensors = load(content)
     vocab, width = tensors["weight"].shape
     module = nn.Linear(width, vocab, bias="bias" in tensors, device="meta")
     module.load_state_dict(tensors, assign=True)
