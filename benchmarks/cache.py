@@ -91,11 +91,21 @@ class Rival(SparseMethod):
 
     num_levels, max_entries = 2**16, 128
 
+    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        ids, log_weights, log_tail = self.stored(scores.float() - log_total[:, None])
+        row = torch.arange(len(ids)).repeat_interleave(ids.shape[1])
+        return (
+            row,
+            ids.flatten(),
+            self.levels(log_weights).flatten(),
+            None if log_tail is None else self.levels(log_tail),
+        )
+
     def log_weights(self, levels: Tensor) -> Tensor:
         return levels / -4096
 
     def levels(self, log_weights: Tensor) -> Tensor:
-        return (log_weights * -4096).round().clamp(0, 2**16 - 1).int()
+        return (log_weights.double() * -4096).round().clamp(0, 2**16 - 1).int()
 
 
 @dataclass(frozen=True)
@@ -104,9 +114,9 @@ class PlainTopK(Rival):
 
     k: int
 
-    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def stored(self, log_p: Tensor) -> tuple[Tensor, Tensor, None]:
         values, ids = log_p.topk(self.k)
-        return rows_of(ids), ids.flatten(), self.levels(values.log_softmax(-1).half().float()).flatten(), None
+        return ids, values.log_softmax(-1).half(), None
 
     def size(self, entries: float, vocab: int) -> float:
         return 6 * self.k
@@ -118,11 +128,11 @@ class RSKD(Sampled):
 
     bits: int = 24
 
-    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        drawn = log_p.exp().multinomial(self.draws, replacement=True)
-        counts = torch.zeros_like(log_p).scatter_add_(1, drawn, torch.ones_like(drawn, dtype=log_p.dtype))
-        row, ids = counts.nonzero(as_tuple=True)
-        return row, ids, self.draws - counts[row, ids].int(), None
+    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        drawn = (scores - log_total[:, None]).exp().multinomial(self.draws, replacement=True).sort(-1).values
+        row = torch.arange(len(drawn))[:, None].expand_as(drawn)
+        (row, ids), counts = torch.stack([row, drawn]).flatten(1).unique_consecutive(dim=1, return_counts=True)
+        return row, ids, self.draws - counts.int(), None
 
     def size(self, entries: float, vocab: int) -> float:
         return entries * self.bits / 8
@@ -145,21 +155,18 @@ class DistillKit(Rival):
     def has_tail(self) -> bool:
         return self.tail
 
-    def keep(self, log_p: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def stored(self, log_p: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         values, ids = log_p.topk(self.k)
         rank = torch.arange(self.k - self.exact_k, dtype=torch.float64)
         basis = torch.stack([rank**term for term in self.terms])
         coefficients = (values[:, self.exact_k :].double() @ torch.linalg.pinv(basis)).float()
         found = torch.cat([values[:, : self.exact_k].bfloat16().double(), coefficients.double() @ basis], -1)
-        rest = self.levels((1 - found.exp().sum(-1)).clamp(min=0).log()) if self.tail else None
-        return rows_of(ids), ids.flatten(), self.levels(found if self.tail else found.log_softmax(-1)).flatten(), rest
+        if self.tail:
+            return ids, found, (1 - found.exp().sum(-1)).clamp(min=0).log()
+        return ids, found.log_softmax(-1), None
 
     def size(self, entries: float, vocab: int) -> float:
         return math.ceil(self.k * math.ceil(math.log2(vocab)) / 8) + 2 * self.exact_k + 4 * len(self.terms)
-
-
-def rows_of(ids: Tensor) -> Tensor:
-    return torch.arange(len(ids)).repeat_interleave(ids.shape[1])
 
 
 def size_of(rival: Any, sample: Sequence[Sample]) -> float:

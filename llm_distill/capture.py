@@ -12,16 +12,14 @@ import logging
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save
 from torch import Tensor
@@ -30,22 +28,20 @@ from tqdm.auto import tqdm
 from llm_distill import __version__
 from llm_distill.cache import manifest as manifests
 from llm_distill.cache.codec import check_widths
-from llm_distill.cache.fidelity import ALTERNATIVES, Fidelity, Sample, as_table, fidelity, plot
 from llm_distill.cache.keys import Example, examples_of
 from llm_distill.cache.methods import Hidden, Hybrid, Method, Sampled, describe_method, make_method
 from llm_distill.cache.record import encoded, keep, packed_size
-from llm_distill.cache.store import ShardWriter, TeacherCache, file_hash, is_intact
+from llm_distill.cache.store import LOCK_FILE, ShardWriter, TeacherCache, file_hash, is_intact, the_only_writer
 from llm_distill.heads import LMHead
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal
+from llm_distill.signals import Signal
 from llm_distill.teachers import Batch, CachedTeacher
 from llm_distill.teachers.cached import HEAD_FILE
 from llm_distill.teachers.describe import describe_tokenizer, vocabulary_size
-from llm_distill.teachers.live import hidden_of_counted_rows
 from llm_distill.trainer import DistillationTrainer, named_datasets
 
 logger = logging.getLogger(__name__)
 
-LOCK_FILE, PLOT_FILE = ".lock", "fidelity.png"
+PLOT_FILE = "fidelity.png"
 BATCHES_AHEAD = 4
 """How many batches may wait to be packed, while the teacher goes on."""
 MEASURED_BATCHES = 3
@@ -92,11 +88,12 @@ def capture(
             raise ValueError(f"the {name} dataset has no texts.")
     check_widths(method, vocabulary_size(trainer.processing_class))
     folder, accelerator = Path(folder), trainer.accelerator
-    with _only_one(folder) if accelerator.is_main_process else nullcontext():
+    with the_only_writer(folder) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
-            _prepare_folder(folder, _new_manifest(trainer, method), trainer, drop_stale)
+            _prepare_folder(folder, new_manifest(trainer, method), trainer, drop_stale)
         accelerator.wait_for_everyone()
         cache = TeacherCache(folder)
+        accelerator.wait_for_everyone()  # so that all have seen the same shards
         _estimate(trainer, cache)
         try:
             _fill(trainer, cache, examples_per_shard)
@@ -113,55 +110,7 @@ def capture(
     return cache
 
 
-def measure_fidelity(
-    trainer: DistillationTrainer, methods: Sequence[Method], *, rows: int = 1024, batches: int = 8
-) -> dict[str, Fidelity]:
-    """Of each method, by its name, on texts from all over the training data."""
-    head, sample, count = LMHead.of(trainer.model, vocabulary_size(trainer.processing_class)), [], 0
-    trainer.model.eval().to(trainer.accelerator.device)
-    for batch in _spread(trainer, batches):
-        teacher = _ask(trainer, batch)
-        with torch.no_grad(), trainer.accelerator.autocast():
-            inputs = {n: v.to(trainer.accelerator.device) if isinstance(v, Tensor) else v for n, v in batch.items()}
-            student = HiddenSignal(hidden_of_counted_rows(trainer.model, head, inputs), head)
-        assert isinstance(teacher, HiddenSignal | MixtureSignal), "or it could not have been captured"
-        sample.append(Sample(list(examples_of(batch)), teacher, student))
-        count += len(student)
-        if count >= rows:
-            break
-    bar = tqdm(methods, desc="Fidelity", disable=not trainer.accelerator.is_main_process, leave=False)
-    return {str(each): fidelity(each, sample, trainer.objective.temperature, trainer.args.seed) for each in bar}
-
-
-def report_fidelity(trainer: DistillationTrainer, cache: TeacherCache) -> None:
-    """Prints how true the cache is beside other ways to keep what the teacher says, records it and draws it.
-
-    Raises:
-        ValueError: another teacher or tokenizer than the cache's.
-    """
-    wanted = _new_manifest(trainer, cache.method)
-    if stale := manifests.differences(cache.manifest, {name: wanted[name] for name in manifests.IDENTITY}):
-        raise ValueError(f"{cache.path} is not of this run's teacher. {'; '.join(stale)}.")
-    if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        trainer.accelerator.print("Its fidelity: `llm-distill inspect`, in one process.")
-        return
-    can_keep_hidden = hasattr(trainer.teacher, "head")
-    others = [other for other in ALTERNATIVES if can_keep_hidden or not isinstance(other, Hidden)]
-    chosen = str(cache.method)
-    measured = measure_fidelity(trainer, [cache.method, *(other for other in others if str(other) != chosen)])
-    if not trainer.accelerator.is_main_process:
-        return
-    table = as_table({chosen: measured[chosen]})
-    print(f"{table}\n")
-    if cache.is_local:
-        cache.manifest["fidelity"] = {"table": table, **measured[chosen]._asdict()}
-        cache.record_contents()
-        with suppress(ImportError):
-            plot(Path(cache.path, PLOT_FILE), measured, chosen)
-            print(f"Other ways to keep it, by bytes and error: {Path(cache.path, PLOT_FILE)}")
-
-
-def _new_manifest(trainer: DistillationTrainer, method: Method) -> dict[str, Any]:
+def new_manifest(trainer: DistillationTrainer, method: Method) -> dict[str, Any]:
     assert trainer.teacher is not None
     args = trainer.args
     return {
@@ -190,7 +139,7 @@ def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard:
                     plans, begun = [_plan(trainer, rows, known) for rows in round_], bar.n
                     texts = sum(map(len, round_))
                     for done, planned in _in_step(plans, rank):
-                        signal = _ask(trainer, planned.batch)
+                        signal = ask(trainer, planned.batch)
                         if planned.wanted:
                             encoder.add(planned, signal)
                         bar.n = begun + int(texts * done)
@@ -299,14 +248,14 @@ class _Encoder:
             self._writer = None
 
 
-def _ask(trainer: DistillationTrainer, batch: Batch) -> Signal:
+def ask(trainer: DistillationTrainer, batch: Batch) -> Signal:
     assert trainer.teacher is not None
     device = trainer.accelerator.device
     with torch.no_grad(), trainer.accelerator.autocast():
         return trainer.teacher.score({n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()})
 
 
-def _spread(trainer: DistillationTrainer, batches: int) -> Iterator[Batch]:
+def spread(trainer: DistillationTrainer, batches: int) -> Iterator[Batch]:
     """Batches from all over the training data (of a stream, the first ones)."""
     size, data = trainer.args.per_device_eval_batch_size, trainer.train_dataset
     if isinstance(data, Dataset):
@@ -322,10 +271,10 @@ def _spread(trainer: DistillationTrainer, batches: int) -> Iterator[Batch]:
 def _estimate(trainer: DistillationTrainer, cache: TeacherCache) -> None:
     """Says what it will take, from a few batches, and refuses what the disk has no room for."""
     manifest, seconds, rows, size, texts = cache.manifest, 0.0, 0, 0, 0
-    for number, batch in enumerate(_spread(trainer, MEASURED_BATCHES)):
+    for number, batch in enumerate(spread(trainer, MEASURED_BATCHES)):
         began = time.perf_counter()
         examples = list(examples_of(batch))
-        signal = _ask(trainer, batch)
+        signal = ask(trainer, batch)
         kept = keep(cache.method, signal, examples, manifest["temperature"], manifest["seed"] or 0)
         columns = [column for _, column in encoded(cache.method, kept, examples)]
         if number == 0:
@@ -351,21 +300,6 @@ def _estimate(trainer: DistillationTrainer, cache: TeacherCache) -> None:
         )
 
 
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """The lock of a folder that is made if need be; the system opens it when a process dies."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / LOCK_FILE)
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ValueError(f"another capture is writing into {folder}. Wait for it, or choose another folder.") from error
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    with lock:
-        yield
-
-
 def _prepare_folder(folder: Path, wanted: dict[str, Any], trainer: DistillationTrainer, drop_stale: bool) -> None:
     """Leaves what is whole and of this cache, and a manifest to fill it by."""
     shards = sorted(folder.glob("shard-*.parquet"))
@@ -387,7 +321,8 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], trainer: DistillationT
         elif not is_intact(path):
             logger.warning("%s is damaged: what it held is captured again.", path)
             path.unlink()
-    manifest = {**wanted, "fidelity": earlier.get("fidelity")} if not stale else wanted
+    kept = {} if stale else {name: earlier[name] for name in (*manifests.IDENTITY, "fidelity") if name in earlier}
+    manifest = {**wanted, **kept}
     if isinstance(make_method(**wanted["method"]), Hidden):
         manifest |= _write_head(folder, trainer.teacher.head)  # type: ignore[union-attr]
     manifests.write_manifest(folder, manifest)

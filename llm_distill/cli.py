@@ -119,7 +119,7 @@ def capture(argv: Sequence[str]) -> None:
     """Stores a teacher's answers to a dataset: `llm-distill capture`, and `recipes/capture.py`."""
     from llm_distill.cache.methods import make_method
     from llm_distill.capture import capture as fill
-    from llm_distill.capture import report_fidelity
+    from llm_distill.capture_report import report_fidelity
 
     with errors_in_one_line():
         script, args, model, options = parse_capture(argv)
@@ -161,7 +161,7 @@ def inspect(argv: Sequence[str]) -> None:
             raise ValueError(f"{len(damaged)} damaged: {', '.join(damaged)}. `llm-distill capture` makes them again.")
         print(f"All {len(cache.shards)} shards are whole.")
         if rest:
-            from llm_distill.capture import report_fidelity
+            from llm_distill.capture_report import report_fidelity
 
             script, args, model = parse_train(rest)
             args.teacher_cache, args.on_miss = None, "error"

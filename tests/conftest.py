@@ -12,12 +12,17 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from jaxtyping import install_import_hook
 
-FUSED = [
-    f"llm_distill.fused.{name}" for name in ("cpp_backend", "head_loss", "job", "products", "sparse", "torch_backend")
-]
+FUSED = ("cpp_backend", "head_loss", "job", "logits", "products", "sparse", "torch_backend")  # Triton reads its own
+CACHE = ("fidelity", "methods", "record")
 install_import_hook(
-    ["llm_distill.divergences", "llm_distill.rows", *FUSED], "beartype.beartype"
-)  # Triton reads its own
+    [
+        "llm_distill.divergences",
+        "llm_distill.rows",
+        *(f"llm_distill.fused.{name}" for name in FUSED),
+        *(f"llm_distill.cache.{name}" for name in CACHE),
+    ],
+    "beartype.beartype",
+)
 
 from collections.abc import Callable
 from pathlib import Path

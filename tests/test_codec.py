@@ -120,11 +120,11 @@ def test_sequences_are_decoded_together_as_alone() -> None:
     each = [method((torch.randn(n, 100) * 4).log_softmax(-1), torch.rand(n, 2)) for n in (3, 1, 5)]
     parts = [encode(method, kept) for kept in each]
     together, alone = decode(method, parts), [decode(method, [part]) for part in parts]
-    assert torch.equal(together.log_tail, torch.cat([rows.log_tail for rows in alone]))
+    assert torch.allclose(together.log_tail, torch.cat([rows.log_tail for rows in alone]))
     for start, rows in zip((0, 3, 4), alone, strict=True):
         width = rows.ids.shape[1]
         assert torch.equal(together.ids[start : start + len(rows.ids), :width], rows.ids)
-        assert torch.equal(together.log_weights[start : start + len(rows.ids), :width], rows.log_weights)
+        assert torch.allclose(together.log_weights[start : start + len(rows.ids), :width], rows.log_weights)
 
 
 @pytest.mark.parametrize("vocab", [1, 100, 5003])

@@ -59,9 +59,10 @@ def test_the_python_blocks_run_as_written(after_the_demo: Path) -> None:
         run([sys.executable, "-c", block], after_the_demo)
 
 
-@pytest.mark.parametrize("command", [line for block in blocks("bash") for line in block.splitlines()])
-def test_the_commands_run_as_written(after_the_demo: Path, command: str) -> None:
-    run(command, after_the_demo)
+@pytest.mark.parametrize("block", blocks("bash"))
+def test_the_commands_run_as_written(after_the_demo: Path, block: str) -> None:
+    for command in block.splitlines():
+        run(command, after_the_demo)
 
 
 def test_every_command_of_make_that_is_named_exists() -> None:

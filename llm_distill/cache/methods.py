@@ -95,7 +95,7 @@ class SparseMethod(ABC):
         )
 
 
-def _positive(**values: float) -> None:
+def _positive(**values: int | float) -> None:
     for name, value in values.items():
         if not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}.")

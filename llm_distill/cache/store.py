@@ -17,6 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import filelock
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -34,6 +35,7 @@ GROUP_BYTES = 2**19
 PARTS = [manifests.FILE, "shard-*.parquet", "head.safetensors"]
 """What of a repository is downloaded."""
 GROUPS_KEPT, SHARDS_KEPT = 16, 256
+LOCK_FILE = ".lock"
 KEYS, ROWS, OF = b"llm_distill.keys", b"llm_distill.rows", b"llm_distill.cache"
 
 
@@ -97,6 +99,25 @@ class ShardWriter:
         self._pending, self._pending_bytes = [], 0
 
 
+def the_only_writer(folder: Path) -> filelock.AcquireReturnProxy:
+    """The lock of a folder, which is made if need be: for `with`, or to be held. The system opens it when the process
+    dies.
+
+    Raises:
+        ValueError: somebody else has it, or the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return filelock.FileLock(folder / LOCK_FILE).acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise ValueError(
+            f"another capture, or a training run with on_miss=live, is writing into {folder}. Wait for it, or choose "
+            "another folder."
+        ) from error
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be written: {error.strerror or error}.") from error
+
+
 class Shard(NamedTuple):
     """What the footer of a shard says."""
 
@@ -140,6 +161,7 @@ class TeacherCache:
         self.manifest = manifests.parse_manifest(text, f"{self.path}/{manifests.FILE}")
         self.method = make_method(**self.manifest["method"])
         self.identity = manifests.identity(self.manifest)
+        self.shards: list[Shard] = []
         self.refresh()
 
     @classmethod
@@ -168,7 +190,8 @@ class TeacherCache:
         self.files.invalidate_cache(self._root)
         names = sorted(Path(p).name for p in self.files.glob(f"{self._root}/shard-*.parquet"))
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-            self.shards = list(pool.map(self._footer, names))
+            known = {shard.name: shard for shard in self.shards}
+            self.shards = list(pool.map(lambda name: known.get(name) or self._footer(name), names))
         if strange := [shard.name for shard in self.shards if shard.identity != self.identity]:
             raise ValueError(
                 f"{self.path}: {', '.join(strange[:3])} belong to another cache. Move them out of the folder."

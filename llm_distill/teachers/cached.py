@@ -19,7 +19,7 @@ from llm_distill.cache.keys import Example, examples_of
 from llm_distill.cache.manifest import differences
 from llm_distill.cache.methods import Hidden
 from llm_distill.cache.record import encoded, keep
-from llm_distill.cache.store import ShardWriter, TeacherCache
+from llm_distill.cache.store import ShardWriter, TeacherCache, the_only_writer
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
 from llm_distill.rows import IGNORED
@@ -57,6 +57,7 @@ class CachedTeacher(Teacher):
             require_same_teacher(self.cache, live.describe())
         self._head = _stored_head(self.cache) if isinstance(self.cache.method, Hidden) else None
         self._writer: ShardWriter | None = None
+        self._lock: object = None
         self._written: set[bytes] = set()
         self._skipped = False
 
@@ -78,6 +79,8 @@ class CachedTeacher(Teacher):
         if self._head is not None:
             self._head.module.to(accelerator.device)
         if self.live is not None:
+            if accelerator.is_main_process and self._lock is None:
+                self._lock = the_only_writer(Path(self.cache.path))
             self.live.prepare(accelerator, student)
 
     def look_up(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
