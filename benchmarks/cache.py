@@ -71,16 +71,16 @@ TEXT_STEPS = 300
 """Of the student at whose place gradients are compared: neither random nor the teacher."""
 FIDELITY_BLOCKS = 16
 OURS: tuple[Method, ...] = (
-    *(TopK(k) for k in (4, 6, 8, 12, 16, 24, 32, 64, 128)),
-    *(TopK(128, mass) for mass in (0.5, 0.7, 0.9, 0.99)),
-    *(TopK(k, step=1 / 4) for k in (16, 24, 32, 64, 128)),
-    *(Hybrid(threshold) for threshold in (0.2, 0.1, 0.05, 0.03, 0.02, 0.01, 0.005, 0.002)),
-    *(Hybrid(threshold, step=1 / 4) for threshold in (0.05, 0.03, 0.02, 0.01)),
-    *(Sampled(draws) for draws in (12, 25, 50, 100)),
+    *(TopK(k) for k in (2, 4, 8, 10, 16, 20, 32, 64, 128, 136, 256)),
+    *(TopK(128, mass) for mass in (0.5, 0.7, 0.9)),
+    *(TopK(k, step=step) for k in (32, 128) for step in (1 / 4, 1 / 8, 1 / 32)),
+    *(Hybrid(threshold) for threshold in (0.2, 0.1, 0.05, 0.03, 0.02, 0.017, 0.01, 0.005, 0.002)),
+    *(Hybrid(threshold, step=1 / 4) for threshold in (0.03, 0.01)),
+    *(Sampled(draws) for draws in (12, 40, 50, 100)),
     Hidden("int8"),
     Hidden("bfloat16"),
 )
-CACHED: tuple[SparseMethod, ...] = (TopK(32), Hybrid(0.02))
+CACHED: tuple[SparseMethod, ...] = (TopK(32), Hybrid(0.017))
 RS_KD_BYTES = 36
 """What its paper stores a token: 12 tokens of 3 bytes."""
 SHARDS, EXAMPLES, ROWS, LOOKUPS = 1000, 256, 128, 2000
@@ -89,7 +89,7 @@ SHARDS, EXAMPLES, ROWS, LOOKUPS = 1000, 256, 128, 2000
 class Rival(SparseMethod):
     """How another project stores a distribution."""
 
-    num_levels, max_entries = 2**16, 128
+    num_levels, max_entries, step = 2**16, 128, 1 / 4096
 
     def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         ids, log_weights, log_tail = self.stored(scores.float() - log_total[:, None])
@@ -101,11 +101,8 @@ class Rival(SparseMethod):
             None if log_tail is None else self.levels(log_tail),
         )
 
-    def log_weights(self, levels: Tensor) -> Tensor:
-        return levels / -4096
-
     def levels(self, log_weights: Tensor) -> Tensor:
-        return (log_weights.double() * -4096).round().clamp(0, 2**16 - 1).int()
+        return (log_weights.double() / -self.step).round().clamp(0, 2**16 - 1).int()
 
 
 @dataclass(frozen=True)
@@ -180,7 +177,11 @@ def measure_fidelity(recipe: Recipe, corpus: Corpus, teacher: LiveTeacher, folde
     """Of our methods and the rivals, and whether ours are as true in fewer bytes; no setting is interpolated."""
     sample = heldout_sample(recipe, corpus, teacher, folder)
     paper, packed = (  # RS-KD as in its paper, and if it packed ids too: with as many draws as take the bytes, or more
-        next(each for draws in itertools.count(2) if size_of(each := RSKD(draws, bits), sample) >= RS_KD_BYTES)
+        next(
+            each
+            for draws in itertools.count(RS_KD_BYTES * 8 // bits)
+            if size_of(each := RSKD(draws, bits), sample) >= RS_KD_BYTES
+        )
         for bits in (24, 7 + math.ceil(math.log2(recipe.vocab_size)))
     )
     budget_pick = {"k": 50, "exact_k": 1, "terms": (0, 1, 0.5)}  # as its README calls it

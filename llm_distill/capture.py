@@ -7,6 +7,7 @@ one would have written, and a shard that is lost or damaged is made again by its
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 import shutil
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save
 from torch import Tensor
@@ -29,19 +31,17 @@ from llm_distill import __version__
 from llm_distill.cache import manifest as manifests
 from llm_distill.cache.codec import check_widths
 from llm_distill.cache.keys import Example, examples_of
-from llm_distill.cache.methods import Hidden, Hybrid, Method, Sampled, describe_method, make_method
+from llm_distill.cache.methods import Hidden, Hybrid, Method, Sampled, describe_method
 from llm_distill.cache.record import encoded, keep, packed_size
-from llm_distill.cache.store import LOCK_FILE, ShardWriter, TeacherCache, file_hash, is_intact, the_only_writer
+from llm_distill.cache.store import SHARD_NAME, ShardWriter, TeacherCache, cache_of, is_intact, the_only_writer
 from llm_distill.heads import LMHead
 from llm_distill.signals import Signal
 from llm_distill.teachers import Batch, CachedTeacher
-from llm_distill.teachers.cached import HEAD_FILE
 from llm_distill.teachers.describe import describe_tokenizer, vocabulary_size
 from llm_distill.trainer import DistillationTrainer, named_datasets
 
 logger = logging.getLogger(__name__)
 
-PLOT_FILE = "fidelity.png"
 BATCHES_AHEAD = 4
 """How many batches may wait to be packed, while the teacher goes on."""
 MEASURED_BATCHES = 3
@@ -88,15 +88,21 @@ def capture(
             raise ValueError(f"the {name} dataset has no texts.")
     check_widths(method, vocabulary_size(trainer.processing_class))
     folder, accelerator = Path(folder), trainer.accelerator
+    manifest = new_manifest(trainer, method)
+    head = _stored_head(trainer.teacher.head) if isinstance(method, Hidden) else None  # type: ignore[attr-defined]
     with the_only_writer(folder) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
-            _prepare_folder(folder, new_manifest(trainer, method), trainer, drop_stale)
+            _prepare_folder(folder, manifest, head, drop_stale)
         accelerator.wait_for_everyone()
         cache = TeacherCache(folder)
+        if trainer.objective.kd_weight:
+            CachedTeacher(cache).check(trainer.objective.divergence, trainer.objective.temperature)
         accelerator.wait_for_everyone()  # so that all have seen the same shards
         _estimate(trainer, cache)
         try:
             _fill(trainer, cache, examples_per_shard)
+        except ConnectionError:  # of a stream
+            raise
         except OSError as error:
             reason = error.strerror or error
             raise OSError(
@@ -111,6 +117,7 @@ def capture(
 
 
 def new_manifest(trainer: DistillationTrainer, method: Method) -> dict[str, Any]:
+    """That of a cache of what this trainer's teacher says to it."""
     assert trainer.teacher is not None
     args = trainer.args
     return {
@@ -135,28 +142,49 @@ def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard:
             show = trainer.accelerator.is_main_process
             with tqdm(total=total, desc=f"Capturing {name}", unit=" texts", disable=not show) as bar:
                 windows = _windows(dataset, examples_per_shard)
-                while round_ := list(itertools.islice(windows, ranks)):
-                    plans, begun = [_plan(trainer, rows, known) for rows in round_], bar.n
-                    texts = sum(map(len, round_))
-                    for done, planned in _in_step(plans, rank):
+                for texts, plans in _one_ahead(_rounds(trainer, windows, ranks, known)):
+                    begun, own = bar.n, _in_step(plans, rank) if _is_sharded(trainer) else plans[rank]
+                    for step, planned in enumerate(own, 1):
                         signal = ask(trainer, planned.batch)
                         if planned.wanted:
                             encoder.add(planned, signal)
-                        bar.n = begun + int(texts * done)
+                        bar.n = begun + texts * step // len(own)
                         bar.set_postfix_str(encoder.progress())
                     encoder.end_shard()
                     bar.n = begun + texts
                     bar.refresh()
 
 
-def _in_step(plans: list[list[Planned]], rank: int) -> Iterator[tuple[float, Planned]]:
-    """The rank's batches, and how much of the round is done after each. Ranks may share a teacher's layers, so all run
-    as often: one that has nothing left runs a batch of another's for nothing.
+def _rounds(
+    trainer: DistillationTrainer, windows: Iterator[list[dict[str, Any]]], ranks: int, known: KnownKeys
+) -> Iterator[tuple[int, list[list[Planned]]]]:
+    """A window for each rank: how many texts they have, and the batches of each. Every rank plans all windows, so that
+    a text that is in several is one rank's, the same whoever looks.
     """
-    longest = max(plans, key=len)
-    own = plans[rank] if rank < len(plans) else []
-    for step, other in enumerate(longest, 1):
-        yield step / len(longest), own[step - 1] if step <= len(own) else other._replace(wanted=set())
+    while round_ := list(itertools.islice(windows, ranks)):
+        plans = [_plan(trainer, rows, known) for rows in round_]
+        yield sum(map(len, round_)), plans + [[] for _ in range(ranks - len(plans))]
+
+
+def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
+    """The same, each made in a thread while the one before it is worked on."""
+    with ThreadPoolExecutor(1, thread_name_prefix="capture_plans") as thread:
+        made = thread.submit(next, items, None)
+        while (item := made.result()) is not None:
+            made = thread.submit(next, items, None)
+            yield item
+
+
+def _in_step(plans: list[list[Planned]], rank: int) -> list[Planned]:
+    """The rank's batches, as many as any rank has: ranks that share a teacher's layers must run as often, and one that
+    has nothing left runs another's batch for nothing.
+    """
+    own = plans[rank]
+    return own + [other._replace(wanted=set()) for other in max(plans, key=len)[len(own) :]]
+
+
+def _is_sharded(trainer: DistillationTrainer) -> bool:
+    return trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def _windows(dataset: Any, size: int) -> Iterator[list[dict[str, Any]]]:
@@ -249,29 +277,37 @@ class _Encoder:
 
 
 def ask(trainer: DistillationTrainer, batch: Batch) -> Signal:
+    """The live teacher's answer."""
     assert trainer.teacher is not None
     device = trainer.accelerator.device
     with torch.no_grad(), trainer.accelerator.autocast():
         return trainer.teacher.score({n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()})
 
 
-def spread(trainer: DistillationTrainer, batches: int) -> Iterator[Batch]:
-    """Batches from all over the training data (of a stream, the first ones)."""
+def spread(trainer: DistillationTrainer, batches: int) -> Iterator[tuple[int, Batch]]:
+    """Batches from all over the training data (of a stream, the first ones) in which something counts, and of how many
+    texts each is.
+    """
     size, data = trainer.args.per_device_eval_batch_size, trainer.train_dataset
     if isinstance(data, Dataset):
         count = min(batches, -(-len(data) // size))
-        for start in np.linspace(0, max(0, len(data) - size), count).astype(int):
-            yield trainer.data_collator([data[int(i)] for i in range(start, min(start + size, len(data)))])
+        starts = np.linspace(0, max(0, len(data) - size), count).astype(int)
+        chosen: Iterator[list[Any]] = (
+            [data[int(i)] for i in range(start, min(start + size, len(data)))] for start in starts
+        )
     else:
-        for rows in itertools.islice(_windows(data, size), batches):
-            yield trainer.data_collator(rows)
+        chosen = itertools.islice(_windows(data, size), batches)
+    for rows in chosen:
+        batch = trainer.data_collator(rows)
+        if any(True for _ in examples_of(batch)):
+            yield len(rows), batch
 
 
 @torch.no_grad()
 def _estimate(trainer: DistillationTrainer, cache: TeacherCache) -> None:
     """Says what it will take, from a few batches, and refuses what the disk has no room for."""
     manifest, seconds, rows, size, texts = cache.manifest, 0.0, 0, 0, 0
-    for number, batch in enumerate(spread(trainer, MEASURED_BATCHES)):
+    for number, (count, batch) in enumerate(spread(trainer, MEASURED_BATCHES)):
         began = time.perf_counter()
         examples = list(examples_of(batch))
         signal = ask(trainer, batch)
@@ -280,14 +316,16 @@ def _estimate(trainer: DistillationTrainer, cache: TeacherCache) -> None:
         if number == 0:
             seconds = rows = size = texts = 0  # the first warms up
         seconds += time.perf_counter() - began
-        rows, texts, size = rows + len(signal), texts + len(examples), size + packed_size(columns)
+        rows, texts, size = rows + len(signal), texts + count, size + packed_size(columns)
+    if not rows:
+        raise ValueError("nothing counts in the texts that were looked at: is every label masked, or the data empty?")
     trainer.accelerator.print(
         f"{size / rows:.1f} bytes and {rows / seconds:,.0f} tokens a second on each rank (measured on {rows:,} tokens)."
     )
     datasets = [data for _, data in named_datasets(trainer.train_dataset, trainer.eval_dataset)]
     if not all(isinstance(data, Dataset) for data in datasets):
         return
-    left = max(0, sum(map(len, datasets)) - len(cache)) * rows / max(texts, 1)
+    left = max(0.0, sum(map(len, datasets)) * rows / texts - cache.num_rows)
     hours = left * seconds / rows / trainer.accelerator.num_processes / 3600
     needed, free = left * size / rows, shutil.disk_usage(cache.path).free
     trainer.accelerator.print(
@@ -300,31 +338,39 @@ def _estimate(trainer: DistillationTrainer, cache: TeacherCache) -> None:
         )
 
 
-def _prepare_folder(folder: Path, wanted: dict[str, Any], trainer: DistillationTrainer, drop_stale: bool) -> None:
-    """Leaves what is whole and of this cache, and a manifest to fill it by."""
-    shards = sorted(folder.glob("shard-*.parquet"))
-    strange = [p.name for p in folder.iterdir() if p.name != LOCK_FILE] if not shards else []
-    if strange and not (folder / manifests.FILE).is_file() and not all(n.startswith(".partial-") for n in strange):
+def _prepare_folder(folder: Path, wanted: dict[str, Any], head: StoredHead | None, drop_stale: bool) -> None:
+    """Leaves what is whole and of this cache, and a manifest to fill it by. What is not a cache's is never touched."""
+    names = [path.name for path in folder.iterdir()]
+    known = {manifests.FILE, manifests.HEAD_FILE, manifests.PLOT_FILE, manifests.LOCK_FILE, manifests.CARD_FILE}
+    strange = [n for n in names if n not in known and not SHARD_NAME.fullmatch(n) and not n.startswith(".partial-")]
+    if strange and manifests.FILE not in names:
         raise ValueError(f"{folder} is not a teacher cache and has other things in it, such as {strange[0]}.")
-    for partial in folder.glob(".partial-*"):
-        partial.unlink()
     earlier = _earlier_manifest(folder)
+    identity = {} if drop_stale else {name: earlier[name] for name in manifests.IDENTITY if name in earlier}
     stale = manifests.differences(earlier, {name: wanted[name] for name in manifests.IDENTITY})
-    if stale and not drop_stale:
+    manifest = {**wanted, **({} if stale else identity)}
+    damaged, others = [], []
+    shards = [folder / name for name in names if SHARD_NAME.fullmatch(name)]
+    for path in tqdm(shards, desc="Verifying", unit=" shards", disable=len(shards) < 100):
+        if not is_intact(path):
+            damaged.append(path)
+        elif cache_of(path) != manifests.identity(manifest):
+            others.append(path)
+    if (stale or others) and not drop_stale:
+        reasons = stale or [f"{others[0].name} is of another teacher, tokenizer or method"]
         raise ValueError(
-            f"{folder} holds another cache. {'; '.join(stale)}. Choose another folder, or remove what is there: "
+            f"{folder} holds another cache. {'; '.join(reasons)}. Choose another folder, or remove what is there: "
             "--drop_stale."
         )
-    for path in tqdm(shards, desc="Verifying", unit=" shards", disable=len(shards) < 100):
-        if stale:
-            path.unlink()
-        elif not is_intact(path):
-            logger.warning("%s is damaged: what it held is captured again.", path)
-            path.unlink()
-    kept = {} if stale else {name: earlier[name] for name in (*manifests.IDENTITY, "fidelity") if name in earlier}
-    manifest = {**wanted, **kept}
-    if isinstance(make_method(**wanted["method"]), Hidden):
-        manifest |= _write_head(folder, trainer.teacher.head)  # type: ignore[union-attr]
+    for path in damaged:
+        logger.warning("%s is damaged: what it held is captured again.", path)
+    for path in (*damaged, *others, *folder.glob(".partial-*")):
+        path.unlink()
+    if head is not None:
+        manifests.write_atomically(folder / manifests.HEAD_FILE, head.content)
+        manifest |= head.said
+    if not stale and "fidelity" in earlier:
+        manifest["fidelity"] = earlier["fidelity"]
     manifests.write_manifest(folder, manifest)
 
 
@@ -339,11 +385,18 @@ def _earlier_manifest(folder: Path) -> dict[str, Any]:
         return {}
 
 
-def _write_head(folder: Path, head: LMHead) -> dict[str, Any]:
+class StoredHead(NamedTuple):
+    """A head as a file, and what the manifest says of it."""
+
+    content: bytes
+    said: dict[str, Any]
+
+
+def _stored_head(head: LMHead) -> StoredHead:
+    """Called on every rank, which may have to gather it together."""
     with head.weights() as (weight, bias):
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         content = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
         width = weight.shape[1]
-    manifests.write_atomically(folder / HEAD_FILE, content)
-    said = {"sha256": file_hash(folder / HEAD_FILE), "scale": head.scale, "soft_cap": head.soft_cap}
-    return {"head": said, "width": width}
+    said = {"sha256": hashlib.sha256(content).hexdigest(), "scale": head.scale, "soft_cap": head.soft_cap}
+    return StoredHead(content, {"head": said, "width": width})

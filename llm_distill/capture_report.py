@@ -23,8 +23,6 @@ from llm_distill.teachers.describe import vocabulary_size
 from llm_distill.teachers.live import hidden_of_counted_rows
 from llm_distill.trainer import DistillationTrainer
 
-PLOT_FILE = "fidelity.png"
-
 
 def measure_fidelity(
     trainer: DistillationTrainer, methods: Sequence[Method], *, rows: int = 1024, batches: int = 8
@@ -32,7 +30,7 @@ def measure_fidelity(
     """Of each method, by its name, on texts from all over the training data."""
     head, sample, count = LMHead.of(trainer.model, vocabulary_size(trainer.processing_class)), [], 0
     trainer.model.eval().to(trainer.accelerator.device)
-    for batch in spread(trainer, batches):
+    for _, batch in spread(trainer, batches):
         teacher = ask(trainer, batch)
         with torch.no_grad(), trainer.accelerator.autocast():
             inputs = {n: v.to(trainer.accelerator.device) if isinstance(v, Tensor) else v for n, v in batch.items()}
@@ -42,7 +40,7 @@ def measure_fidelity(
         count += len(student)
         if count >= rows:
             break
-    bar = tqdm(methods, desc="Fidelity", disable=not trainer.accelerator.is_main_process, leave=False)
+    bar = tqdm(methods, desc="Fidelity", leave=False)
     return {str(each): fidelity(each, sample, trainer.objective.temperature, trainer.args.seed) for each in bar}
 
 
@@ -61,14 +59,14 @@ def report_fidelity(trainer: DistillationTrainer, cache: TeacherCache) -> None:
     can_keep_hidden = hasattr(trainer.teacher, "head")
     others = [other for other in ALTERNATIVES if can_keep_hidden or not isinstance(other, Hidden)]
     chosen = str(cache.method)
-    measured = measure_fidelity(trainer, [cache.method, *(other for other in others if str(other) != chosen)])
     if not trainer.accelerator.is_main_process:
         return
+    measured = measure_fidelity(trainer, [cache.method, *(other for other in others if str(other) != chosen)])
     table = as_table({chosen: measured[chosen]})
     print(f"{table}\n")
-    if cache.is_local:
+    if cache.is_local and not cache.is_downloaded:
         cache.manifest["fidelity"] = {"table": table, **measured[chosen]._asdict()}
         cache.record_contents()
         with suppress(ImportError):
-            plot(Path(cache.path, PLOT_FILE), measured, chosen)
-            print(f"Other ways to keep it, by bytes and error: {Path(cache.path, PLOT_FILE)}")
+            plot(Path(cache.path, manifests.PLOT_FILE), measured, chosen)
+            print(f"Other ways to keep it, by bytes and error: {Path(cache.path, manifests.PLOT_FILE)}")

@@ -150,7 +150,7 @@ def inspect(argv: Sequence[str]) -> None:
         "training run) the teacher is loaded, and the fidelity measured anew on that run's texts.",
     )
     parser.add_argument("cache", help="a folder, or a dataset repository on the Hub")
-    known, rest = parser.parse_known_args(argv)
+    known, rest = parser.parse_args(argv[:1]), argv[1:]
     with errors_in_one_line():
         from llm_distill.cache import TeacherCache
 
@@ -163,7 +163,7 @@ def inspect(argv: Sequence[str]) -> None:
         if rest:
             from llm_distill.capture_report import report_fidelity
 
-            script, args, model = parse_train(rest)
+            script, args, model, _ = parse_capture(rest)  # so that the YAML of either serves
             args.teacher_cache, args.on_miss = None, "error"
             report_fidelity(build_trainer(script, args, model), cache)
         elif cache.manifest.get("fidelity"):

@@ -146,6 +146,7 @@ class DistillationConfig(SFTConfig):
             "loss_temperature (kd_weight is 0)": self.loss_temperature != 1 and self.kd_weight == 0,
             "divergence_kwargs (kd_weight is 0)": bool(self.divergence_kwargs) and self.kd_weight == 0,
             "teacher_adapters_off (kd_weight is 0)": self.teacher_adapters_off and self.kd_weight == 0,
+            "teacher_cache (kd_weight is 0)": self.teacher_cache is not None and self.kd_weight == 0,
             "on_miss (there is no teacher_cache)": self.on_miss != "error" and self.teacher_cache is None,
             "teacher_adapters_off (teacher_cache has the answers)": self.teacher_adapters_off
             and self.teacher_cache is not None

@@ -83,7 +83,8 @@ class DistillationTrainer(SFTTrainer):
         self.teacher = make_teacher(teacher, args)
         if self.teacher is not None:
             self.teacher.check(self.objective.divergence, self.objective.temperature)
-            self.teacher.fit_to(tokenizer)
+            if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
+                self.teacher.fit_to(tokenizer)
         super().__init__(model=model, args=args, processing_class=tokenizer, **sft)
 
         if args.chat_template_path is not None and self.teacher is not None:
@@ -98,7 +99,8 @@ class DistillationTrainer(SFTTrainer):
             data_checks.require_length(dataset, name, self.teacher.max_length if self.teacher else None)
         self.model.add_model_tags(hub.TAGS)
         if self.teacher is not None:
-            self.data_collator: Any = _LookUp(self.data_collator, self.teacher)
+            if self.teacher.reader is not None:
+                self.data_collator: Any = _Reading(self.data_collator, self.teacher.reader)
             self.add_callback(_FlushTeacher(self.teacher))
         self._record = run_record(self.objective, self.teacher)
         self.add_callback(RecordRun(self._record))
@@ -259,14 +261,14 @@ class DistillationTrainer(SFTTrainer):
         self._since = time.perf_counter()
 
 
-class _LookUp:
-    """A collator that lets the teacher put into a batch what it has of it, where batches are made."""
+class _Reading:
+    """A collator that lets a stored teacher put into a batch what it has of it."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any], teacher: Teacher) -> None:
-        self.collate, self.teacher = collate, teacher
+    def __init__(self, collate: Callable[[list[Any]], Any], read: Callable[[Any], Any]) -> None:
+        self.collate, self.read = collate, read
 
     def __call__(self, rows: list[Any]) -> MutableMapping[str, Any]:
-        return self.teacher.look_up(self.collate(rows))
+        return self.read(self.collate(rows))
 
 
 class _FlushTeacher(TrainerCallback):
@@ -278,7 +280,7 @@ class _FlushTeacher(TrainerCallback):
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         self.teacher.flush()
 
-    on_epoch_end = on_train_end = on_save
+    on_epoch_end = on_train_end = on_evaluate = on_predict = on_save
 
 
 def _last_checkpoint(args: DistillationConfig) -> str | None:

@@ -65,6 +65,12 @@ def test_the_commands_run_as_written(after_the_demo: Path, block: str) -> None:
         run(command, after_the_demo)
 
 
+def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> None:
+    (after_the_demo / "few.jsonl").write_text('{"text": "import os"}\n' * 3)
+    run("accelerate launch recipes/capture.py --dataset_name few.jsonl --packing false", after_the_demo)
+    assert (after_the_demo / "runs" / "capture" / "cache" / "manifest.json").is_file()
+
+
 def test_every_command_of_make_that_is_named_exists() -> None:
     targets = set(re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
     assert targets >= set(re.findall(r"make (\w+)$", README, flags=re.MULTILINE)) >= {"demo", "check", "test"}

@@ -15,8 +15,7 @@ from huggingface_hub import DatasetCardData, HfApi, ModelCard
 from llm_distill.cache import manifest as manifests
 from llm_distill.cache.store import TeacherCache
 
-CARD_FILE, PLOT_FILE = "README.md", "fidelity.png"
-FILES = [manifests.FILE, "shard-*.parquet", "head.safetensors", PLOT_FILE, CARD_FILE]
+FILES = [manifests.FILE, "shard-*.parquet", manifests.HEAD_FILE, manifests.PLOT_FILE, manifests.CARD_FILE]
 TAGS = ["llm-distill", "knowledge-distillation", "teacher-cache"]
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
@@ -46,7 +45,7 @@ def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, toke
         _require_place_for(cache, api, url.repo_id)
         cache.record_contents()
         card = dataset_card(cache, url.repo_id, _licence(cache.manifest["teacher"], api))
-        manifests.write_atomically(Path(cache.path, CARD_FILE), card.encode())
+        manifests.write_atomically(Path(cache.path, manifests.CARD_FILE), card.encode())
         api.upload_folder(
             repo_id=url.repo_id,
             repo_type="dataset",
@@ -99,7 +98,7 @@ def dataset_card(cache: TeacherCache, repo_id: str, licence: dict[str, Any]) -> 
     ]
     terms = licence.get("license_name") or licence.get("license") or "not known here"
     fidelity = (manifest.get("fidelity") or {}).get("table")
-    plot = f"![Fidelity and size]({PLOT_FILE})\n" if Path(cache.path, PLOT_FILE).is_file() else ""
+    plot = f"![Fidelity and size]({manifests.PLOT_FILE})\n" if Path(cache.path, manifests.PLOT_FILE).is_file() else ""
     options = yaml.safe_dump({"teacher_cache": repo_id, **manifest.get("data", {})}, sort_keys=False)
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {data.pretty_name}\n",
@@ -126,7 +125,7 @@ def _require_place_for(cache: TeacherCache, api: HfApi, repo_id: str) -> None:
             ours = {name: cache.manifest[name] for name in manifests.IDENTITY}
             found = "; ".join(manifests.differences(theirs, ours))
             raise ValueError(f"{repo_id} holds another cache. {found}. Choose another name, or delete that one.")
-    elif other := [name for name in there if name not in (".gitattributes", CARD_FILE)]:
+    elif other := [name for name in there if name not in (".gitattributes", manifests.CARD_FILE)]:
         raise ValueError(f"{repo_id} is no teacher cache and has other things in it, such as {other[0]}.")
 
 
@@ -137,7 +136,9 @@ def _licence(teacher: dict[str, Any], api: HfApi) -> dict[str, Any]:
         if not member.get("revision"):
             return {}  # not of the Hub
         try:
-            card = ModelCard.load(api.hf_hub_download(member["model"], CARD_FILE, revision=member["revision"]))
+            card = ModelCard.load(
+                api.hf_hub_download(member["model"], manifests.CARD_FILE, revision=member["revision"])
+            )
         except Exception:  # no right to read it, no network, no card, not YAML
             return {}
         said = card.data.to_dict()

@@ -9,7 +9,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-FILE = "manifest.json"
+FILE, HEAD_FILE, PLOT_FILE, LOCK_FILE, CARD_FILE = (
+    "manifest.json",
+    "head.safetensors",
+    "fidelity.png",
+    ".lock",
+    "README.md",
+)
 FORMAT, VERSION = "llm_distill teacher cache", 1
 IDENTITY = ("teacher", "tokenizer", "vocab_size", "temperature", "method", "seed")
 """The fields that all of a cache's signals share. Another value of one of them makes another cache."""

@@ -46,6 +46,8 @@ class SparseMethod(ABC):
 
     name: ClassVar[str]
     has_tail: ClassVar[bool] = False
+    step: float
+    """Nats from one level to the next."""
 
     @property
     @abstractmethod
@@ -70,9 +72,9 @@ class SparseMethod(ABC):
             Row, id and level of each entry (`[entries]`), and the level of the tail (`[rows]`) if there is one.
         """
 
-    @abstractmethod
-    def log_weights(self, levels: Tensor) -> Float[Tensor, " entries"]:
-        """What the levels stand for, in nats."""
+    def log_weights(self, levels: Int[Tensor, " entries"]) -> Float[Tensor, " entries"]:
+        """What the levels stand for, in nats. Those of a method with a tail are not yet normalised: see `decode`."""
+        return levels * -self.step
 
     def __call__(
         self,
@@ -132,7 +134,7 @@ class TopK(SparseMethod):
         last = self.num_levels - 1
         values, ids = top_tokens(scores, min(self.k, scores.shape[1]))
         log_p = values.float() - log_total[:, None]
-        levels = (-log_p / self.step).round().clamp(max=last).int()
+        levels = (-log_p / self.step).round().clamp(0, last).int()
         p = log_p.double().exp()
         kept = (p.cumsum(-1) - p < self.mass) & (levels < last)
         kept[:, 0] = True
@@ -140,10 +142,6 @@ class TopK(SparseMethod):
         tail = (-rest.log() / self.step).round().clamp(0, last - 1).int()
         tail[kept.sum(-1) == scores.shape[1]] = last  # nothing outside
         return kept.nonzero()[:, 0], ids[kept], levels[kept], tail
-
-    def log_weights(self, levels: Tensor) -> Tensor:
-        """Not yet normalised, as they cannot be without the tail."""
-        return levels * -self.step
 
 
 @dataclass(frozen=True)
@@ -186,12 +184,9 @@ class Hybrid(SparseMethod):
         lower = exact.floor()
         # p = w·e^(−lower·step) + (1 − w)·e^(−(lower + 1)·step) has the weight w of the lower level.
         weight = (((lower - exact) * self.step).exp() - math.exp(-self.step)) / -math.expm1(-self.step)
-        spread = (uniform[row, 1] + ids * 0.6180339887498949) % 1  # other numbers for other tokens
+        spread = (uniform[row, 1] + ids.double() * 0.6180339887498949) % 1  # other numbers for other tokens
         levels = (lower + (spread >= weight)).clamp(max=last)
         return row, ids, levels.int(), None
-
-    def log_weights(self, levels: Tensor) -> Tensor:
-        return levels * -self.step
 
 
 @dataclass(frozen=True)
@@ -263,7 +258,7 @@ def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> tuple[Float[Tenso
     """As `scores.topk(k)`, on a CPU in less time: the k largest lie in the k groups of largest maximum."""
     rows, vocab = scores.shape
     groups = vocab // GROUP
-    if scores.is_cuda or groups < 4 * k:
+    if scores.device.type != "cpu" or groups < 4 * k:
         return scores.topk(k)
     whole = scores[:, : groups * GROUP].view(rows, GROUP, groups)  # a group's tokens lie far apart: amax is vectorised
     best = whole.amax(1).topk(k, sorted=False).indices

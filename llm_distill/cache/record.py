@@ -35,18 +35,22 @@ def keep(
             raise ValueError(
                 f"method=hidden keeps the hidden states of one live teacher, not a {type(signal).__name__}."
             )
-        return signal.hidden.cpu()
+        hidden = signal.hidden.cpu()
+        _require_finite(hidden.sum(-1), slice(0, len(hidden)), examples)
+        return hidden
     if not isinstance(signal, HiddenSignal | MixtureSignal):
         raise ValueError(f"a {type(signal).__name__} is not full distributions, of which a cache is made.")
     uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
     chunks: list[list[Any]] = []
     if isinstance(signal, HiddenSignal):
         for logits in logits_in_chunks(signal.hidden, signal.head, temperature):
-            scores = logits.values if temperature == 1 else logits.values / temperature
+            _require_finite(logits.log_total, logits.rows, examples)
+            scores = logits.values if temperature == 1 else logits.values.float() / temperature
             kept = method(scores, uniform[logits.rows].to(scores.device), logits.log_total, logits.entropy)
             chunks.append([None if part is None else part.cpu() for part in kept])
     else:
         for start, log_p in log_probabilities(signal, temperature):
+            _require_finite(log_p.amax(-1), slice(start, start + len(log_p)), examples)
             kept = method(log_p, uniform[start : start + len(log_p)].to(log_p.device))
             chunks.append([None if part is None else part.cpu() for part in kept])
     parts: Any = (None if part[0] is None else torch.cat(part) for part in zip(*chunks, strict=True))
@@ -71,6 +75,18 @@ def encoded(
     each = zip(counts, kept.ids.split(entries), kept.levels.split(entries), tails, entropy, strict=True)
     for example, columns in zip(examples, each, strict=True):
         yield example, encode(method, Kept(*columns))
+
+
+def _require_finite(values: Float[Tensor, " rows"], rows: slice, examples: Sequence[Example]) -> None:
+    broken = ~values.isfinite()
+    if broken.any():
+        row, ends = rows.start + int(broken.nonzero()[0]), np.cumsum([example.rows for example in examples])
+        example = examples[int(np.searchsorted(ends, row, side="right"))]
+        raise ValueError(
+            f"the teacher gave NaN or infinity for {int(broken.sum())} positions, first in row {example.sample} of a "
+            f"batch, a text of {len(example.positions)} tokens. A teacher in float16 often overflows: load it in "
+            'bfloat16 (teacher_model_init_kwargs=\'{"dtype": "bfloat16"}\'). Nothing of this batch was stored.'
+        )
 
 
 def packed_size(columns: list[dict[str, bytes]]) -> int:

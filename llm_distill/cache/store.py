@@ -9,10 +9,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import uuid
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,10 +33,10 @@ from llm_distill.cache.methods import Method, make_method
 
 GROUP_BYTES = 2**19
 """What is compressed, and read, together: small, because examples are read in any order."""
-PARTS = [manifests.FILE, "shard-*.parquet", "head.safetensors"]
+PARTS = [manifests.FILE, "shard-*.parquet", manifests.HEAD_FILE]
 """What of a repository is downloaded."""
 GROUPS_KEPT, SHARDS_KEPT = 16, 256
-LOCK_FILE = ".lock"
+SHARD_NAME = re.compile(r"shard-[0-9a-f]{32}\.parquet")
 KEYS, ROWS, OF = b"llm_distill.keys", b"llm_distill.rows", b"llm_distill.cache"
 
 
@@ -108,7 +109,7 @@ def the_only_writer(folder: Path) -> filelock.AcquireReturnProxy:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(folder / LOCK_FILE).acquire(timeout=0)
+        return filelock.FileLock(folder / manifests.LOCK_FILE).acquire(timeout=0)
     except filelock.Timeout as error:
         raise ValueError(
             f"another capture, or a training run with on_miss=live, is writing into {folder}. Wait for it, or choose "
@@ -237,10 +238,16 @@ class TeacherCache:
         """Another file of the cache."""
         return self.files.cat_file(f"{self._root}/{name}")
 
-    def verify(self, names: Iterable[str] | None = None) -> list[str]:
-        """The names of the shards (by default of all) whose bytes are not those that were written."""
-        names = [shard.name for shard in self.shards] if names is None else list(names)
-        return [name for name in names if not self._is_intact(name)]
+    def verify(self) -> list[str]:
+        """The names of the files whose bytes are not those that were written."""
+        damaged = [shard.name for shard in self.shards if not self._is_intact(shard.name)]
+        if "head" in self.manifest:
+            content = (
+                self.read(manifests.HEAD_FILE) if self.files.exists(f"{self._root}/{manifests.HEAD_FILE}") else b""
+            )
+            if hashlib.sha256(content).hexdigest() != self.manifest["head"]["sha256"]:
+                damaged.append(manifests.HEAD_FILE)
+        return damaged
 
     @property
     def num_rows(self) -> int:
@@ -362,6 +369,11 @@ def is_intact(path: Path) -> bool:
 
 def shard_name(sha256: str) -> str:
     return f"shard-{sha256[:32]}.parquet"
+
+
+def cache_of(path: Path) -> str | None:
+    """The identity of the cache that an intact shard belongs to."""
+    return (pq.read_metadata(path).metadata or {}).get(OF, b"").decode() or None
 
 
 def _schema(method: Method) -> pa.Schema:

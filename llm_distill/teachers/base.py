@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -15,7 +15,7 @@ from llm_distill.signals import Signal
 
 Batch = Mapping[str, Any]
 """What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`; and what
-`Teacher.look_up` put into it, under SIGNAL."""
+`Teacher.reader` put into it, under SIGNAL."""
 SIGNAL = "signal"
 
 
@@ -31,15 +31,14 @@ def refuse_past_context(length: int, max_length: int | None, where: str) -> None
 class Teacher(ABC):
     """Subclass it with `score` and `describe` to distil from anything."""
 
+    reader: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None
+    """Called with every batch where batches are made, in the loader's workers: what it puts into one, under SIGNAL,
+    travels with it. It may mask the labels of what shall not count.
+    """
+
     @abstractmethod
     def score(self, batch: Batch) -> Signal:
         """What the teacher says about `counted_rows(batch["labels"])`, in that order."""
-
-    def look_up(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        """Called where batches are made, in the loader's workers: what is fetched there travels with the batch. It may
-        mask labels of what shall not count.
-        """
-        return batch
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:

@@ -8,15 +8,17 @@ from collections.abc import MutableMapping
 from pathlib import Path
 from typing import Any
 
+import filelock
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.cache.codec import decode, decode_hidden
 from llm_distill.cache.keys import Example, examples_of
-from llm_distill.cache.manifest import differences
+from llm_distill.cache.manifest import HEAD_FILE, differences
 from llm_distill.cache.methods import Hidden
 from llm_distill.cache.record import encoded, keep
 from llm_distill.cache.store import ShardWriter, TeacherCache, the_only_writer
@@ -29,9 +31,50 @@ from llm_distill.teachers.describe import describe_tokenizer, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
-HEAD_FILE = "head.safetensors"
 EXAMPLES_PER_SHARD = 1024
 """Of those that are written while a student trains."""
+
+
+class CacheReader:
+    """Puts the stored signal of a batch into it, where batches are made: all that a loader's worker needs to have.
+
+    Signals travel as bits: an engine that casts the floats of a batch to 16 bits would round them.
+    """
+
+    def __init__(self, cache: TeacherCache, on_miss: str) -> None:
+        self.cache, self.on_miss = cache, on_miss
+        self._skipped = False
+
+    def __call__(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Where texts are missing: raises, masks their labels, or leaves the batch to `score`, as `on_miss` says."""
+        examples = list(examples_of(batch))
+        stored = [self.cache.load(example.key) for example in examples]
+        missing = [example for example, columns in zip(examples, stored, strict=True) if columns is None]
+        if missing and self.on_miss == "error":
+            raise ValueError(self._what_is_missing(batch, missing, len(examples)))
+        if missing and self.on_miss == "live":
+            return batch
+        if missing and not self._skipped:
+            self._skipped = True
+            logger.warning("texts that are not in %s are left out of the loss.", self.cache.path)
+        for example in missing:
+            batch["labels"][example.sample, example.positions] = IGNORED
+        found = [(e, columns) for e, columns in zip(examples, stored, strict=True) if columns is not None]
+        for example, columns in found:
+            if columns["rows"] != example.rows:
+                raise ValueError(f"{self.cache.path} has {columns['rows']} rows of a text with {example.rows}.")
+        batch[SIGNAL] = decoded(self.cache, [columns for _, columns in found]) if found else no_rows(self.cache)
+        return batch
+
+    def _what_is_missing(self, batch: Batch, missing: list[Example], of: int) -> str:
+        first = batch["input_ids"][missing[0].sample, torch.from_numpy(missing[0].positions)]
+        made = ", ".join(f"{name}={value!r}" for name, value in self.cache.manifest["data"].items())
+        return (
+            f"{len(missing)} of the {of} texts of a batch are not in {self.cache.path}; the first has {len(first)} "
+            f"tokens and begins with the ids {first[:8].tolist()}. The cache was captured with {made}: texts cut in "
+            "another way are other texts. `llm-distill capture` with the settings of this run adds what is missing; or "
+            "choose on_miss: live or skip."
+        )
 
 
 class CachedTeacher(Teacher):
@@ -49,21 +92,20 @@ class CachedTeacher(Teacher):
             raise ValueError(f"on_miss must be error, live or skip, got {on_miss!r}.")
         if (on_miss == "live") != (live is not None):
             raise ValueError("on_miss='live' needs the live teacher, and nothing else has a use for it.")
-        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache(cache)
-        self.on_miss, self.live = on_miss, live
-        if live is not None:
-            if not self.cache.is_local or self.cache.is_downloaded:
-                raise ValueError(f"on_miss='live' adds to the cache, and {self.cache.path} is not a folder of yours.")
-            require_same_teacher(self.cache, live.describe())
+        self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache.open(cache)
+        if live is not None and (not self.cache.is_local or self.cache.is_downloaded):
+            raise ValueError(f"on_miss='live' adds to the cache, and {self.cache.path} is not a folder of yours.")
+        self.live = live
+        self.reader = CacheReader(self.cache, on_miss)
         self._head = _stored_head(self.cache) if isinstance(self.cache.method, Hidden) else None
         self._writer: ShardWriter | None = None
-        self._lock: object = None
         self._written: set[bytes] = set()
-        self._skipped = False
+        self._locks = False
+        self._lock: filelock.AcquireReturnProxy | None = None
 
     def check(self, divergence: Divergence, temperature: float) -> None:
         if self._head is None:
-            self._signal(_no_rows(self.cache)).check(divergence, temperature)
+            self._signal(no_rows(self.cache)).check(divergence, temperature)
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         wanted = {"tokenizer": describe_tokenizer(tokenizer), "vocab_size": vocabulary_size(tokenizer)}
@@ -78,37 +120,20 @@ class CachedTeacher(Teacher):
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         if self._head is not None:
             self._head.module.to(accelerator.device)
-        if self.live is not None:
-            if accelerator.is_main_process and self._lock is None:
-                self._lock = the_only_writer(Path(self.cache.path))
-            self.live.prepare(accelerator, student)
-
-    def look_up(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-        """Puts the stored signal of a batch into it. Where examples are missing, does what `on_miss` says."""
-        examples = list(examples_of(batch))
-        stored = [self.cache.load(example.key) for example in examples]
-        missing = [example for example, columns in zip(examples, stored, strict=True) if columns is None]
-        if missing and self.on_miss == "error":
-            raise ValueError(self._what_is_missing(batch, missing, len(examples)))
-        if missing and self.on_miss == "live":
-            return batch  # without a signal: `score` asks the live teacher
-        if missing and not self._skipped:
-            self._skipped = True
-            logger.warning("examples that are not in %s are left out of the loss.", self.cache.path)
-        for example in missing:
-            batch["labels"][example.sample, example.positions] = IGNORED
-        found = [(e, columns) for e, columns in zip(examples, stored, strict=True) if columns is not None]
-        for example, columns in found:
-            if columns["rows"] != example.rows:
-                raise ValueError(
-                    f"{self.cache.path} has {columns['rows']} rows of a text in which {example.rows} count."
-                )
-        batch[SIGNAL] = self._decoded([columns for _, columns in found]) if found else _no_rows(self.cache)
-        return batch
+        if self.live is None:
+            return
+        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError(
+                "on_miss=live asks on one rank and not on another, and a sharded teacher needs all of them: capture "
+                "first, or use DDP."
+            )
+        self._locks = accelerator.is_main_process
+        self.live.prepare(accelerator, student)
+        require_same_teacher(self.cache, self.live.describe())
 
     def score(self, batch: Batch) -> Signal:
         if SIGNAL not in batch:
-            batch = self.look_up(dict(batch))
+            batch = CacheReader(self.cache, "error" if self.live is None else "live")(dict(batch))
         if SIGNAL not in batch:
             return self._ask_live(batch)
         return self._signal({name: value.to(batch["labels"].device) for name, value in batch[SIGNAL].items()})
@@ -123,21 +148,25 @@ class CachedTeacher(Teacher):
             self._writer = None
             self.cache.refresh()
             self._written.clear()
+        if self._lock is not None:
+            self._lock.lock.release()
+            self._lock = None
 
     def _ask_live(self, batch: Batch) -> Signal:
-        assert self.live is not None, "look_up asks for it"
+        assert self.live is not None, "the reader asks for it"
         cpu = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
         examples, manifest = list(examples_of(cpu)), self.cache.manifest
-        signal = self.live.score({name: value for name, value in batch.items() if name != SIGNAL})
-        kept = keep(self.cache.method, signal, examples, manifest["temperature"], manifest["seed"] or 0)
+        kept = keep(self.cache.method, self.live.score(batch), examples, manifest["temperature"], manifest["seed"] or 0)
         columns = []
         for example, parts in encoded(self.cache.method, kept, examples):
             columns.append(parts)
             if example.key not in self._written and example.key not in self.cache:
                 self._add(example, parts)
-        return self._signal({n: value.to(batch["labels"].device) for n, value in self._decoded(columns).items()})
+        return self._signal({n: value.to(batch["labels"].device) for n, value in decoded(self.cache, columns).items()})
 
     def _add(self, example: Example, parts: dict[str, bytes]) -> None:
+        if self._locks and self._lock is None:
+            self._lock = the_only_writer(Path(self.cache.path))
         if self._writer is None:
             self._writer = ShardWriter(Path(self.cache.path), self.cache.method, self.cache.identity)
         self._writer.add(example.key, example.rows, parts)
@@ -145,39 +174,46 @@ class CachedTeacher(Teacher):
         if len(self._written) >= EXAMPLES_PER_SHARD:
             self.flush()
 
-    def _decoded(self, columns: list[dict[str, Any]]) -> dict[str, Tensor]:
-        method = self.cache.method
-        if isinstance(method, Hidden):
-            return {"hidden": decode_hidden(method, columns, self.cache.manifest["width"])}
-        rows = decode(method, columns)._asdict()
-        return {name: value for name, value in rows.items() if value is not None}
-
-    def _signal(self, tensors: dict[str, Tensor]) -> Signal:
+    def _signal(self, bits: dict[str, Tensor]) -> Signal:
         if self._head is not None:
-            return HiddenSignal(tensors["hidden"].to(self._head.module.weight.dtype), self._head)
+            dtype = torch.bfloat16 if bits["hidden"].dtype == torch.int16 else torch.float32
+            return HiddenSignal(bits["hidden"].view(dtype).to(self._head.module.weight.dtype), self._head)
+        floats = {name: value.view(torch.float32) for name, value in bits.items() if name != "ids"}
         return SparseSignal(
-            tensors["ids"],
-            tensors["log_weights"],
-            tensors.get("log_tail"),
+            bits["ids"],
+            floats["log_weights"],
+            floats.get("log_tail"),
             self.cache.manifest["vocab_size"],
             self.cache.manifest["temperature"],
-            tensors["entropy"],
+            floats["entropy"],
         )
 
-    def _what_is_missing(self, batch: Batch, missing: list[Example], of: int) -> str:
-        first = batch["input_ids"][missing[0].sample, torch.from_numpy(missing[0].positions)]
-        made = ", ".join(f"{name}={value!r}" for name, value in self.cache.manifest["data"].items())
-        return (
-            f"{len(missing)} of the {of} texts of a batch are not in {self.cache.path}; the first has {len(first)} "
-            f"tokens and begins with the ids {first[:8].tolist()}. The cache was captured with {made}: texts cut in "
-            "another way are other texts. `llm-distill capture` with the settings of this run adds what is missing; or "
-            "choose on_miss: live or skip."
-        )
+
+def decoded(cache: TeacherCache, columns: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of a signal, floats as the bits that they are made of."""
+    if isinstance(cache.method, Hidden):
+        tensors: dict[str, Any] = {"hidden": decode_hidden(cache.method, columns, cache.manifest["width"])}
+    else:
+        tensors = decode(cache.method, columns)._asdict()
+    bits = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.int64: torch.int64}
+    return {name: value.view(bits[value.dtype]) for name, value in tensors.items() if value is not None}
+
+
+def no_rows(cache: TeacherCache) -> dict[str, Tensor]:
+    """The tensors of a signal about nothing."""
+    if isinstance(cache.method, Hidden):
+        return {"hidden": torch.zeros(0, cache.manifest["width"], dtype=torch.int32)}
+    empty = {"ids": torch.zeros(0, 1, dtype=torch.long), "log_weights": torch.zeros(0, 1, dtype=torch.int32)}
+    names = ("log_tail", "entropy") if cache.method.has_tail else ("entropy",)
+    return empty | {name: torch.zeros(0, dtype=torch.int32) for name in names}
 
 
 def require_same_teacher(cache: TeacherCache, description: dict[str, Any]) -> None:
     """Raises ValueError with each field in which the teacher asked for is not the cache's."""
-    _refuse(cache, differences(cache.manifest, {"teacher": description}), "teacher")
+    stored = cache.manifest["teacher"]
+    same = any(name in description and description[name] == stored.get(name) for name in ("files", "weights"))
+    unnamed = {name: value for name, value in description.items() if name != "model"}  # a folder may have moved
+    _refuse(cache, differences(cache.manifest, {"teacher": unnamed if same else description}), "teacher")
 
 
 def _refuse(cache: TeacherCache, found: list[str], what: str) -> None:
@@ -202,11 +238,3 @@ def _stored_head(cache: TeacherCache) -> LMHead:
     module = nn.Linear(width, vocab, bias="bias" in tensors, device="meta")
     module.load_state_dict(tensors, assign=True)
     return LMHead(module.requires_grad_(False), cache.manifest["vocab_size"], said["scale"], said["soft_cap"])
-
-
-def _no_rows(cache: TeacherCache) -> dict[str, Tensor]:
-    """The tensors of a signal about nothing."""
-    if isinstance(cache.method, Hidden):
-        return {"hidden": torch.zeros(0, cache.manifest["width"])}
-    empty = {"ids": torch.zeros(0, 1, dtype=torch.long), "log_weights": torch.zeros(0, 1), "entropy": torch.zeros(0)}
-    return empty | ({"log_tail": torch.zeros(0)} if cache.method.has_tail else {})

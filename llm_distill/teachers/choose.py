@@ -39,19 +39,19 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distilla
     if name is None and (unused := [option for option, value in options.items() if value]):
         raise ValueError(f"{', '.join(unused)}: these options load a teacher from a name or folder, and none is given.")
     options["trust_remote_code"] = args.trust_remote_code
-    if args.teacher_cache is not None and args.on_miss != "live":
+    cache = None if args.teacher_cache is None else TeacherCache.open(args.teacher_cache)
+    if cache is not None and args.on_miss != "live":
         if teacher is not None and not isinstance(teacher, str):
             raise ValueError("the teacher would not be asked, because there is a teacher_cache: set on_miss=live.")
-        cached = CachedTeacher(TeacherCache.open(args.teacher_cache), args.on_miss)
         if name is not None:
-            require_same_teacher(cached.cache, describe_checkpoint(name, **options))
-        return cached
+            require_same_teacher(cache, describe_checkpoint(name, **options))
+        return CachedTeacher(cache, args.on_miss)
     live = _live_teacher(teacher, name, options, args)
-    if args.teacher_cache is None:
+    if cache is None:
         return live
     if live is None:
         raise ValueError("on_miss=live asks the teacher, and there is none: teacher_model_name_or_path is missing.")
-    return CachedTeacher(TeacherCache.open(args.teacher_cache), "live", live)
+    return CachedTeacher(cache, "live", live)
 
 
 def _live_teacher(

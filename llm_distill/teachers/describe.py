@@ -35,7 +35,7 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
         "dtype": str(model.dtype).removeprefix("torch."),
         "quantization": quantization.get("quant_method"),
         "bits": 4 if quantization.get("load_in_4bit") else 8 if quantization.get("load_in_8bit") else None,
-        "weights": _weights_hash(model),
+        **_weights_hash(model),
         "tokenizer": None if tokenizer is None else describe_tokenizer(tokenizer)["vocabulary"],
     }
 
@@ -53,16 +53,16 @@ def describe_checkpoint(
     config = AutoConfig.from_pretrained(
         name_or_path, trust_remote_code=options.get("trust_remote_code", False), **hub
     ).get_text_config()
-    dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    dtype = config.dtype if dtype == "auto" else dtype
     said = {
         "model": _public_name(name_or_path),
         "revision": extract_commit_hash(config_file, None),
-        "dtype": str(dtype).removeprefix("torch."),
         "bits": 4 if load_in_4bit else 8 if load_in_8bit else None,
+        **({"dtype": str(dtype).removeprefix("torch.")} if dtype else {}),
     }
     if "quantization_config" in options or getattr(config, "quantization_config", None):
         del said["bits"]
-    return said | files_hash(Path(config_file).parent)
+    return said | files_hash(config_file)
 
 
 def find_config(name_or_path: str, **hub: Any) -> str:
@@ -80,10 +80,13 @@ def find_config(name_or_path: str, **hub: Any) -> str:
         ) from error
 
 
-def files_hash(folder: Path) -> dict[str, str]:
-    """`{"files": hash}` of sizes and samples of the weight files in a folder; nothing where there are none."""
-    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin"))
-    if not files:
+def files_hash(config_file: str) -> dict[str, str]:
+    """`{"files": hash}` of sizes and samples of the weight files beside a `config.json`. Nothing where there are none,
+    or where a commit of the Hub says it all.
+    """
+    folder = Path(config_file).parent
+    files = sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    if not files or extract_commit_hash(config_file, None):
         return {}
     digest = hashlib.sha256()
     for path in files:
@@ -103,20 +106,24 @@ def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     return {"vocabulary": _short_hash(vocabulary), "chat_template": template and _short_hash(template)}
 
 
-def _weights_hash(model: PreTrainedModel) -> str | None:
+def _weights_hash(model: PreTrainedModel) -> dict[str, str]:
+    """`{"weights": hash}`; nothing where they are not in memory, or not whole. Adapters do not count."""
     digest = hashlib.sha256()
     for name, weight in model.state_dict(keep_vars=True).items():
-        if weight.is_meta:
-            return None  # kept on a disk
+        if weight.is_meta or hasattr(weight, "ds_id"):
+            return {}
+        if "lora_" in name:
+            continue
         flat = weight.detach().flatten()
         samples = flat[:: max(1, len(flat) // SAMPLES)].contiguous().cpu()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(samples.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    return {"weights": digest.hexdigest()[:16]}
 
 
 def _public_name(name_or_path: str) -> str | None:
-    return os.path.basename(name_or_path.rstrip("/")) if os.path.isdir(name_or_path) else name_or_path or None
+    is_local = os.path.isdir(name_or_path) or os.path.isabs(name_or_path)
+    return os.path.basename(name_or_path.rstrip("/")) if is_local else name_or_path or None
 
 
 def _short_hash(text: str) -> str:

@@ -6,7 +6,6 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +82,7 @@ class LiveTeacher(Teacher):
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         model.config._commit_hash = extract_commit_hash(config_file, None)  # no longer kept by every transformers
         teacher = cls(model, _own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
-        teacher._description |= files_hash(Path(config_file).parent)
+        teacher._description |= files_hash(config_file)
         return teacher
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -82,7 +82,11 @@ def main() -> None:
         options = json.loads(line)
         child = os.fork()
         if not child:
-            run(trainer, Path(options["folder"]), options)
+            try:
+                run(trainer, Path(options["folder"]), options)
+            except OSError as error:  # the limit on files holds for the log too, but not for a pipe
+                print(error, flush=True)
+                os._exit(1)
             os._exit(0)
         print(child, flush=True)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
