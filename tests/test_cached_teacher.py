@@ -12,6 +12,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
+from runs import copied_state, first_batch, logged, make_trainer
 from tiny import VOCAB, make_config, tiny_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from worker import make_rows
@@ -22,7 +23,6 @@ from llm_distill.cache.methods import Method
 from llm_distill.cache.store import the_only_writer
 from llm_distill.capture import capture
 from llm_distill.signals import HiddenSignal, SparseSignal
-from runs import copied_state, first_batch, logged, make_trainer
 
 EXACT = TopK(VOCAB, step=2**-12)
 

@@ -13,6 +13,7 @@ import filelock
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from runs import make_trainer
 from tiny import VOCAB, tiny_llama
 from transformers import PreTrainedTokenizerBase
 from worker import make_rows
@@ -26,7 +27,6 @@ from llm_distill.cache.methods import Method
 from llm_distill.capture import capture
 from llm_distill.capture_report import measure_fidelity
 from llm_distill.cli import main
-from runs import make_trainer
 
 
 @pytest.fixture
