@@ -27,7 +27,7 @@ both_backends = pytest.mark.parametrize("backend", BACKENDS, indirect=True)
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(head_loss, "_chunk_rows", lambda *_: 16)  # 37 rows in chunks of 16, 16 and 5
+    monkeypatch.setattr(head_loss, "chunk_rows", lambda *_: 16)  # 37 rows in chunks of 16, 16 and 5
     monkeypatch.setattr(torch_backend, "BLOCK_ELEMENTS", {"cpu": 5 * VOCAB})  # and those in blocks of 5
 
 
@@ -345,7 +345,7 @@ def test_a_weight_gradient_in_bfloat16_is_as_near_as_float32_would_be(
     rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many products it is the sum of: one, two (both straight into bfloat16) or eight."""
-    monkeypatch.setattr(head_loss, "_chunk_rows", lambda *_: rows)
+    monkeypatch.setattr(head_loss, "chunk_rows", lambda *_: rows)
     torch.manual_seed(0)
     head = LMHead(nn.Linear(STUDENT, VOCAB).bfloat16(), VOCAB)
     x = torch.randn(128, STUDENT).bfloat16()
