@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, ScriptArguments, TrlParser
 
     from llm_distill.config import CaptureConfig, DistillationConfig
+    from llm_distill.generation.config import GenerateConfig
     from llm_distill.trainer import DistillationTrainer
 
 EXAMPLE = """example:
@@ -92,7 +93,7 @@ def build_trainer(script: ScriptArguments, args: DistillationConfig, model: Mode
 
     from llm_distill.trainer import DistillationTrainer
 
-    dataset = load_data(script)
+    dataset = load_data(script, model.model_name_or_path)
     evaluation = dataset.get(script.dataset_test_split)
     if evaluation is None and args.eval_strategy != "no":
         raise ValueError(
@@ -170,8 +171,58 @@ def inspect(argv: Sequence[str]) -> None:
             print(cache.manifest["fidelity"]["table"])
 
 
+def generate(argv: Sequence[str]) -> None:
+    """Has the teacher write completions and keeps the good ones: `llm-distill generate`."""
+    from accelerate import PartialState
+
+    from llm_distill.generation.choose import make_engine, tokenizer_of
+    from llm_distill.generation.endpoint import BudgetReachedError
+    from llm_distill.generation.generate import ACCEPTED, read_report
+    from llm_distill.generation.generate import generate as write
+    from llm_distill.generation.prompts import prompts_of
+
+    say = PartialState().print
+    with errors_in_one_line():
+        script, config = parse_generate(argv)
+        filters = config.make_filters()
+        if not script.dataset_name:
+            raise ValueError("--dataset_name is missing: prompts, as a Hub id, a folder, a file, or `stdlib`.")
+        dataset = load_data(script)[script.dataset_train_split]
+        engine = make_engine(config)
+        prompts = list(
+            prompts_of(
+                dataset,
+                column=config.prompt_column,
+                as_chat=config.as_chat,
+                system_prompt=config.system_prompt,
+                prompt_tokens=config.prompt_tokens,
+                tokenizer=tokenizer_of(engine),
+                limit=config.max_prompts,
+            )
+        )
+        try:
+            report = write(
+                engine, prompts, config.output_dir, config.sampling(), filters=filters, tokenizer=tokenizer_of(engine)
+            )
+        except BudgetReachedError as reached:
+            say(f"Stopped: {reached}")
+            report = read_report(config.output_dir)
+    say(f"\n{report.as_markdown()}\n")
+    if config.generated_hub_id is not None and PartialState().is_main_process:
+        from llm_distill.generation.hub import push_generated
+
+        with errors_in_one_line():
+            assert isinstance(config.filters, dict), "GenerateConfig has parsed it"
+            where = push_generated(
+                config.output_dir, config.generated_hub_id, filters=config.filters, private=config.generated_hub_private
+            )
+            print(f"Pushed to {where}")
+    say(f"The texts are in {Path(config.output_dir, ACCEPTED)}. Train on them with --dataset_name {config.output_dir}")
+
+
 COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
     "train": (train, "train a student on a teacher's distributions (token-level distillation)"),
+    "generate": (generate, "have the teacher write completions and keep the good ones (sequence-level distillation)"),
     "capture": (capture, "run the teacher once and store what it says"),
     "inspect": (inspect, "what such a cache holds, whether it is whole, how true it is"),
 }
@@ -195,13 +246,28 @@ def parse_capture(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationCon
     return script, args, model, options
 
 
+def parse_generate(argv: Sequence[str]) -> tuple[ScriptArguments, GenerateConfig]:
+    """The dataset's options and those of `GenerateConfig`. Raises as `parse_train`."""
+    from trl import ScriptArguments
+
+    from llm_distill.generation.config import GenerateConfig
+
+    script, config = _parse_groups(argv, "generate", (ScriptArguments, GenerateConfig))
+    return script, config
+
+
 def _parse(argv: Sequence[str], command: str, *more: type) -> list[Any]:
-    from trl import ModelConfig, ScriptArguments, TrlParser
+    from trl import ModelConfig, ScriptArguments
 
     from llm_distill.config import DistillationConfig
 
+    return _parse_groups(argv, command, (ScriptArguments, DistillationConfig, ModelConfig, *more))
+
+
+def _parse_groups(argv: Sequence[str], command: str, groups: tuple[type, ...]) -> list[Any]:
+    from trl import TrlParser
+
     argv = [part for given in argv for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    groups = (ScriptArguments, DistillationConfig, ModelConfig, *more)
     parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     refuse_unknown(parser, argv)
@@ -233,8 +299,9 @@ def refuse_unknown(parser: TrlParser, argv: Sequence[str]) -> None:
             raise ValueError(f"unknown option {where}.{hint} `{parser.prog} --help` lists all.")
 
 
-def load_data(script: ScriptArguments) -> DatasetDict:
-    """The dataset that `--dataset_name` means.
+def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDict:
+    """The dataset that `--dataset_name` means. Of a folder of generated texts, a student with the teacher's tokenizer
+    gets the teacher's own tokens.
 
     Raises:
         ValueError: it cannot be loaded, or has no training split of that name.
@@ -244,6 +311,12 @@ def load_data(script: ScriptArguments) -> DatasetDict:
     from llm_distill import corpus
 
     name = script.dataset_name
+    if Path(name, "generation.json").is_file() and student is not None:
+        from transformers import AutoTokenizer
+
+        from llm_distill.generation.generate import load_generated
+
+        return DatasetDict({script.dataset_train_split: load_generated(name, AutoTokenizer.from_pretrained(student))})
     kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
     try:
         if name == corpus.NAME:

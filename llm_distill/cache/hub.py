@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import DatasetCardData, HfApi, ModelCard
+from huggingface_hub import DatasetCardData, HfApi
 
 from llm_distill.cache import manifest as manifests
 from llm_distill.cache.store import TeacherCache
+from llm_distill.publishing import hub_errors, licence_of, named, size_category, teachers_of
 
 FILES = [manifests.FILE, "shard-*.parquet", manifests.HEAD_FILE, manifests.PLOT_FILE, manifests.CARD_FILE]
 TAGS = ["llm-distill", "knowledge-distillation", "teacher-cache"]
-SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
 
 def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -40,11 +40,11 @@ def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, toke
     if damaged := cache.verify():
         raise ValueError(f"damaged, so not pushed: {', '.join(damaged)}. `llm-distill capture` makes them again.")
     api = HfApi(token=token)
-    try:
+    with hub_errors(repo_id):
         url = api.create_repo(repo_id, private=private or None, repo_type="dataset", exist_ok=True)
         _require_place_for(cache, api, url.repo_id)
         cache.record_contents()
-        card = dataset_card(cache, url.repo_id, _licence(cache.manifest["teacher"], api))
+        card = dataset_card(cache, url.repo_id, licence_of(cache.manifest["teacher"], api))
         manifests.write_atomically(Path(cache.path, manifests.CARD_FILE), card.encode())
         api.upload_folder(
             repo_id=url.repo_id,
@@ -53,17 +53,6 @@ def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, toke
             allow_patterns=FILES,
             commit_message=f"{len(cache):,} texts, {cache.num_rows:,} tokens",
         )
-    except (ValueError, PermissionError):
-        raise
-    except Exception as error:  # of the HTTP client, of Xet, of huggingface_hub: they have no base in common
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403, 404):
-            raise ValueError(
-                f"the Hub does not let you write to {repo_id}. Log in with `hf auth login`, or set HF_TOKEN to a token "
-                f"that may write there. ({error})"
-            ) from error
-        raise ConnectionError(
-            f"the push to {repo_id} broke off. What has arrived stays, and the same push goes on from there. ({error})"
-        ) from error
     return str(url)
 
 
@@ -75,19 +64,19 @@ def dataset_card(cache: TeacherCache, repo_id: str, licence: dict[str, Any]) -> 
         repo_id: where it will be.
         licence: the teacher's `license`, `license_name` and `license_link`, as far as they are known.
     """
-    manifest, texts, teachers = cache.manifest, len(cache), _teachers(cache.manifest["teacher"])
+    manifest, texts, teachers = cache.manifest, len(cache), teachers_of(cache.manifest["teacher"])
     data = DatasetCardData(
         tags=TAGS,
         pretty_name=repo_id.split("/")[-1],
         task_categories=["text-generation"],
         annotations_creators=["machine-generated"],
-        size_categories=["n<1K" if texts < 1000 else "<n<".join(SIZES[len(str(texts)) - 4 :][:2])],
+        size_categories=[size_category(texts)],
         base_model=[teacher["model"] for teacher in teachers if teacher.get("revision")] or None,
         configs=[{"config_name": "default", "data_files": "shard-*.parquet"}],
         **licence,
     )
     table = [
-        *(("teacher", _named(teacher)) for teacher in teachers),
+        *(("teacher", named(teacher)) for teacher in teachers),
         *((f"tokenizer: {name}", value) for name, value in manifest["tokenizer"].items()),
         ("tokenizer: tokens", f"{manifest['vocab_size']:,}"),
         ("kept of each distribution", f"`{cache.method}`"),
@@ -127,30 +116,3 @@ def _require_place_for(cache: TeacherCache, api: HfApi, repo_id: str) -> None:
             raise ValueError(f"{repo_id} holds another cache. {found}. Choose another name, or delete that one.")
     elif other := [name for name in there if name not in (".gitattributes", manifests.CARD_FILE)]:
         raise ValueError(f"{repo_id} is no teacher cache and has other things in it, such as {other[0]}.")
-
-
-def _licence(teacher: dict[str, Any], api: HfApi) -> dict[str, Any]:
-    """What the teacher's own card says; nothing where it cannot be read, or where several teachers disagree."""
-    found: list[dict[str, Any]] = []
-    for member in _teachers(teacher):
-        if not member.get("revision"):
-            return {}  # not of the Hub
-        try:
-            card = ModelCard.load(
-                api.hf_hub_download(member["model"], manifests.CARD_FILE, revision=member["revision"])
-            )
-        except Exception:  # no right to read it, no network, no card, not YAML
-            return {}
-        said = card.data.to_dict()
-        found.append({name: said[name] for name in ("license", "license_name", "license_link") if name in said})
-    return found[0] if all(each == found[0] for each in found) else {}
-
-
-def _teachers(teacher: dict[str, Any]) -> list[dict[str, Any]]:
-    return teacher.get("ensemble", [teacher])
-
-
-def _named(teacher: dict[str, Any]) -> str:
-    name, revision, bits = (teacher.get(field) for field in ("model", "revision", "bits"))
-    name = f"[{name}](https://huggingface.co/{name})" if revision else f"`{name or teacher.get('architecture')}`"
-    return ", ".join(filter(None, [name, revision, teacher.get("dtype"), f"{bits} bits" if bits else None]))

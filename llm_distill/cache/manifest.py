@@ -59,11 +59,11 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
     return manifest
 
 
-def differences(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+def differences(stored: dict[str, Any], wanted: dict[str, Any], holder: str = "the cache") -> list[str]:
     """`field: the cache has …, asked for is …` for each field that is in both and differs."""
     ours, theirs = _flat(stored), _flat(wanted)
     return [
-        f"{name}: the cache has {ours[name]!r}, asked for is {value!r}"
+        f"{name}: {holder} has {ours[name]!r}, asked for is {value!r}"
         for name, value in theirs.items()
         if name in ours and json.dumps(ours[name]) != json.dumps(value)
     ]

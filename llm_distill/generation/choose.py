@@ -1,0 +1,65 @@
+"""The engine that a configuration names."""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llm_distill.generation.config import GenerateConfig
+from llm_distill.generation.endpoint import EndpointEngine
+from llm_distill.generation.engines import Engine, LocalEngine, TransformersEngine
+from llm_distill.generation.store import Entries
+from llm_distill.generation.vllm import VLLMEngine
+from llm_distill.teachers.describe import describe_checkpoint
+from llm_distill.teachers.live import LiveTeacher
+
+
+def make_engine(config: GenerateConfig) -> Engine:
+    """Raises ValueError if its teacher cannot be had, or what it needs is not installed."""
+    name, sampling = config.teacher_model_name_or_path, config.sampling()
+    assert isinstance(config.teacher_model_init_kwargs, dict), "GenerateConfig has parsed it"
+    assert isinstance(config.vllm_kwargs, dict), "likewise"
+    if not name:
+        raise ValueError(
+            "--teacher_model_name_or_path is missing: who writes, a Hub id, a folder or an endpoint's model."
+        )
+    if config.engine == "endpoint":
+        assert config.endpoint_url is not None, "GenerateConfig has seen to it"
+        return EndpointEngine(
+            config.endpoint_url,
+            name,
+            sampling,
+            concurrency=config.concurrency,
+            prices=config.prices(),
+            spent=Entries.cost_in(config.output_dir),
+            timeout=config.request_timeout,
+            max_retries=config.max_retries,
+            log_probs=config.log_probs,
+        )
+    if config.engine == "vllm":
+        revision = config.teacher_model_revision
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+        description = describe_checkpoint(name, revision=revision)
+        options = {"revision": revision, **config.vllm_kwargs}
+        return VLLMEngine(name, tokenizer, sampling, description=description, score=config.log_probs, **options)
+    teacher = LiveTeacher.load(
+        name,
+        revision=config.teacher_model_revision,
+        load_in_4bit=config.teacher_load_in_4bit,
+        load_in_8bit=config.teacher_load_in_8bit,
+        **config.teacher_model_init_kwargs,
+    )
+    if getattr(teacher.model, "hf_device_map", None) is None:  # as it has where it is quantised
+        teacher.model.to(PartialState().device)
+    return TransformersEngine(
+        teacher,
+        sampling,
+        batch_size=config.batch_size,
+        score=config.log_probs,
+        continuous=config.continuous_batching,
+    )
+
+
+def tokenizer_of(engine: Engine) -> PreTrainedTokenizerBase | None:
+    """The teacher's, where it is known."""
+    return engine.tokenizer if isinstance(engine, LocalEngine) else None

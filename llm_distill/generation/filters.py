@@ -1,0 +1,269 @@
+"""Which of the teacher's texts a student shall learn from.
+
+A filter sees the completions of one prompt that are still in, and returns as many: a completion as it was, changed, or
+None, which leaves it out. It is any callable of that form; FILTERS has ours, by the name that reports and YAML files
+use.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llm_distill.generation.private_data import PrivateData
+from llm_distill.generation.prompts import Content
+
+
+class Sample(NamedTuple):
+    """A completion and what belongs to it."""
+
+    prompt: Content
+    text: str
+    row: dict[str, Any]
+    """The other columns of the prompt's row."""
+    finished: bool
+    tokens: int
+    mean_log_prob: float | None
+
+
+Filter = Callable[[Sequence[Sample]], Sequence[Sample | None]]
+
+
+class Each:
+    """A filter that looks at one completion at a time."""
+
+    def keeps(self, sample: Sample) -> bool:
+        raise NotImplementedError  # pragma: no cover
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
+        return [sample if self.keeps(sample) else None for sample in samples]
+
+
+@dataclass(frozen=True)
+class Finished(Each):
+    """Those that the teacher ended itself: from one that was cut off a student learns to stop in mid-sentence."""
+
+    def keeps(self, sample: Sample) -> bool:
+        return sample.finished
+
+
+@dataclass(frozen=True)
+class Length(Each):
+    """Those of so many tokens, and of so many characters besides blanks."""
+
+    min_tokens: int = 1
+    max_tokens: int | None = None
+    min_characters: int = 1
+
+    def keeps(self, sample: Sample) -> bool:
+        return (
+            self.min_tokens <= sample.tokens
+            and (self.max_tokens is None or sample.tokens <= self.max_tokens)
+            and len(sample.text.strip()) >= self.min_characters
+        )
+
+
+@dataclass(frozen=True)
+class Repetition(Each):
+    """Those in which at most `max_share` of the runs of `n` words (or signs) have come before."""
+
+    max_share: float = 0.5
+    n: int = 4
+
+    def keeps(self, sample: Sample) -> bool:
+        words = re.findall(r"\w+|[^\w\s]", sample.text)
+        runs = list(zip(*(words[start:] for start in range(self.n)), strict=False))
+        return not runs or 1 - len(set(runs)) / len(runs) <= self.max_share
+
+
+@dataclass(frozen=True)
+class LogProb(Each):
+    """Those that the teacher finds likely enough: mean log-probability in nats a token, at temperature 1."""
+
+    min: float = -3.0
+
+    def keeps(self, sample: Sample) -> bool:
+        if sample.mean_log_prob is None:
+            raise ValueError(
+                "the filter log_prob needs the teacher's log-probabilities, and these texts came without them: they "
+                "were written by another run or by a server that tells none."
+            )
+        return sample.mean_log_prob >= self.min
+
+
+@dataclass(frozen=True)
+class Verifier(Each):
+    """Those that `check(prompt, completion, row)` finds right: `package.module:function` or `file.py:function`."""
+
+    check: str | Callable[[Content, str, dict[str, Any]], bool]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_check", self.check if callable(self.check) else find_function(self.check))
+
+    def keeps(self, sample: Sample) -> bool:
+        return bool(self._check(sample.prompt, sample.text, sample.row))  # type: ignore[attr-defined]
+
+
+@dataclass
+class ExactDuplicates:
+    """The first of the same text after the same prompt."""
+
+    _seen: set[tuple[str, str]] = field(default_factory=set, init=False, repr=False)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
+        kept: list[Sample | None] = []
+        for sample in samples:
+            key = (str(sample.prompt), sample.text.strip())
+            kept.append(None if key in self._seen else sample)
+            self._seen.add(key)
+        return kept
+
+
+@dataclass
+class NearDuplicates:
+    """The first of texts that share `threshold` of their runs of three words, whatever the prompt (MinHash, LSH).
+
+    Texts under `min_words` are left in: many questions have the same short answer.
+    """
+
+    threshold: float = 0.8
+    min_words: int = 10
+    _sketches: list[Any] = field(default_factory=list, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.threshold < 1:
+            raise ValueError(f"near_duplicates: threshold must be in (0, 1), got {self.threshold}.")
+        from datasketch import MinHashLSH
+
+        self._index = MinHashLSH(threshold=self.threshold, num_perm=128)
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
+        return [sample if self._is_new(sample.text) else None for sample in samples]
+
+    def _is_new(self, text: str) -> bool:
+        from datasketch import MinHash
+
+        words = re.findall(r"\w+", text.lower())
+        if len(words) < self.min_words:
+            return True
+        sketch = MinHash(num_perm=128)
+        sketch.update_batch([" ".join(run).encode() for run in {*zip(words, words[1:], words[2:], strict=False)}])
+        if any(sketch.jaccard(self._sketches[place]) >= self.threshold for place in self._index.query(sketch)):
+            return False
+        self._index.insert(len(self._sketches), sketch)
+        self._sketches.append(sketch)
+        return True
+
+
+@dataclass(frozen=True)
+class Majority:
+    """Those whose answer most of a prompt's completions give (self-consistency, arXiv:2203.11171).
+
+    The answer is what the last match of `answer` (a regular expression; its first group, if it has one) finds. Prompts
+    whose commonest answer has less than `min_share` lose all.
+    """
+
+    answer: str = r"(?s).*"
+    min_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        re.compile(self.answer)
+        if not 0 < self.min_share <= 1:
+            raise ValueError(f"majority: min_share is a share of 1, got {self.min_share}.")
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
+        answers = [self._answer(sample.text) for sample in samples]
+        common = Counter(answer for answer in answers if answer is not None).most_common(1)
+        if not common or common[0][1] < self.min_share * len(samples):
+            return [None] * len(samples)
+        return [sample if answer == common[0][0] else None for sample, answer in zip(samples, answers, strict=True)]
+
+    def _answer(self, text: str) -> str | None:
+        found = [match for match in re.finditer(self.answer, text) if match[0]]
+        return (found[-1][1] if found[-1].re.groups else found[-1][0]).strip() if found else None
+
+
+@dataclass(frozen=True)
+class Private:
+    """Texts without e-mail addresses, telephone numbers, IBANs, card numbers and keys: `drop` them, or `mask` what is
+    found. What is in the prompt stays: it is the user's.
+
+    Telephone numbers without a country code are those of `region` (such as US), if one is given.
+    """
+
+    action: str = "drop"
+    region: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.action not in ("drop", "mask"):
+            raise ValueError(f"private_data: action must be drop or mask, got {self.action!r}.")
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
+        finder, kept = PrivateData(self.region), []
+        for sample in samples:
+            masked = finder.masked(sample.text)
+            clean = masked == sample.text
+            kept.append(sample if clean else sample._replace(text=masked) if self.action == "mask" else None)
+        return kept
+
+
+FILTERS: dict[str, Callable[..., Filter]] = {
+    "finished": Finished,
+    "length": Length,
+    "repetition": Repetition,
+    "log_prob": LogProb,
+    "verifier": Verifier,
+    "private_data": Private,
+    "majority": Majority,
+    "exact_duplicates": ExactDuplicates,
+    "near_duplicates": NearDuplicates,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {"finished": {}, "length": {}, "exact_duplicates": {}}
+
+
+def make_filters(chosen: dict[str, dict[str, Any] | None]) -> dict[str, Filter]:
+    """From `{name: parameters}`, in that order.
+
+    Raises:
+        ValueError: no such filter, parameters that it has not, or a library that is not installed.
+    """
+    made: dict[str, Filter] = {}
+    for name, parameters in chosen.items():
+        if name not in FILTERS:
+            raise ValueError(f"unknown filter {name!r}. There are {', '.join(FILTERS)}.")
+        try:
+            made[name] = FILTERS[name](**(parameters or {}))
+        except TypeError as error:
+            raise ValueError(f"the filter {name} does not take {parameters}. ({error})") from error
+        except ImportError as error:
+            raise ValueError(f"the filter {name} needs {error.name}: pip install 'llm-distill[generation]'.") from error
+    return made
+
+
+def find_function(name: str) -> Callable[..., Any]:
+    """`package.module:function`, or `path/to/file.py:function`, which is run.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    place, _, function = name.rpartition(":")
+    try:
+        if place.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
+            assert spec is not None, "it ends with .py"
+            assert spec.loader is not None, "likewise"
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(place)
+        return getattr(module, function)
+    except (ImportError, OSError, AttributeError, ValueError) as error:
+        raise ValueError(
+            f"no function {name!r}: expected package.module:function or path/to/file.py:function. ({error})"
+        ) from error

@@ -1,0 +1,80 @@
+"""Personal data and secrets in a text, found by well-kept libraries and, where a checksum tells, by that."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+E_MAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
+IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
+CARD = re.compile(r"\b\d(?:[ -]?\d){12,18}\b")
+PLUGINS = (
+    "AWSKeyDetector",
+    "AzureStorageKeyDetector",
+    "BasicAuthDetector",
+    "DiscordBotTokenDetector",
+    "GitHubTokenDetector",
+    "GitLabTokenDetector",
+    "JwtTokenDetector",
+    "MailchimpDetector",
+    "NpmDetector",
+    "OpenAIDetector",
+    "PrivateKeyDetector",
+    "PypiTokenDetector",
+    "SendGridDetector",
+    "SlackDetector",
+    "SquareOAuthDetector",
+    "StripeDetector",
+    "TelegramBotTokenDetector",
+    "TwilioKeyDetector",
+)
+"""Of detect-secrets, those that know the form of a key; its guesses by entropy would take much code for secrets."""
+
+
+class PrivateData:
+    """Finds e-mail addresses, telephone numbers, IBANs, card numbers and keys."""
+
+    def __init__(self, region: str | None = None) -> None:
+        """`region`, such as US, is that of telephone numbers without a country code; without it they are not looked
+        for.
+
+        Raises:
+            ImportError: the libraries are not installed.
+        """
+        import phonenumbers
+        import stdnum.iban
+        import stdnum.luhn
+        from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
+
+        self._region = region
+        self._phones: Any = phonenumbers.PhoneNumberMatcher
+        self._iban, self._luhn = stdnum.iban, stdnum.luhn
+        classes = {each.__name__: each for each in get_mapping_from_secret_type_to_class().values()}
+        self._keys = [classes[name]() for name in PLUGINS if name in classes]
+
+    def masked(self, text: str) -> str:
+        """The text with [EMAIL], [KEY], … in place of what was found; itself if that is nothing."""
+        parts, place = [], 0
+        for start, end, kind in sorted(self._found(text), key=lambda found: (found[0], -found[1])):
+            if start >= place:
+                parts += [text[place:start], f"[{kind}]"]
+            place = max(place, end)  # of two that overlap, the first names both
+        return "".join([*parts, text[place:]])
+
+    def _found(self, text: str) -> Iterator[tuple[int, int, str]]:
+        for match in E_MAIL.finditer(text):
+            yield *match.span(), "EMAIL"
+        for match in IBAN.finditer(text):
+            if self._iban.is_valid(match[0]):
+                yield *match.span(), "IBAN"
+        for match in CARD.finditer(text):
+            if self._luhn.is_valid(re.sub(r"[ -]", "", match[0])):
+                yield *match.span(), "CARD"
+        for phone in self._phones(text, self._region):
+            yield phone.start, phone.end, "PHONE"
+        for plugin in self._keys:
+            for line in re.finditer(r"[^\n]+", text):
+                for secret in plugin.analyze_string(line[0]):
+                    place = line[0].find(secret)
+                    yield line.start() + place, line.start() + place + len(secret), "KEY"
