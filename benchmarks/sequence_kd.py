@@ -1,0 +1,181 @@
+"""What a student learns from a teacher's texts, on a task with answers that can be checked: sums of two numbers.
+
+    python benchmarks/sequence_kd.py --output benchmarks/results/sequence_kd_cpu
+
+A teacher learns `37+58=095` from most sums there are. Students, all with the same start, steps and batch, see
+- gold: few sums with their answers,
+- sequence-level: many sums as the teacher answers them, one sample each,
+- filtered: the same, without the answers that are wrong (the filter `verifier`),
+- filtered, sequence + token level: the same, and the teacher's distribution over each token.
+
+All are asked for sums that none of them has seen; right is what is right to the last digit. Everything runs through
+`llm_distill.generation` and `DistillationTrainer`, as `recipes/sequence_kd.py` does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
+
+import torch
+from datasets import Dataset
+from measure import machine
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+
+from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
+from llm_distill.generation import Sampling, TransformersEngine, generate, load_generated, make_filters, prompts_of
+
+LARGEST, TAUGHT, ASKED, GOLD, HELD_OUT = 100, 6000, 3000, 200, 1000
+SIZES = {"teacher": (128, 2), "student": (64, 2)}
+BATCH = 128
+TEACHER_STEPS, STUDENT_STEPS = 450, 600
+
+
+def tokenizer_of_digits() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.WordLevel({token: place for place, token in enumerate([*"0123456789+=", "<end>"])}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<end>|."), "isolated")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+
+
+def sums() -> dict[str, Dataset]:
+    """Four sets of sums with nothing in common."""
+    pairs = [(a, b) for a in range(LARGEST) for b in range(LARGEST)]
+    random.Random(0).shuffle(pairs)
+    rows = [{"prompt": f"{a:02d}+{b:02d}=", "completion": f"{a + b:03d}"} for a, b in pairs]
+    sizes, start, parts = {"taught": TAUGHT, "asked": ASKED, "gold": GOLD, "held_out": HELD_OUT}, 0, {}
+    for name, size in sizes.items():
+        parts[name], start = Dataset.from_list(rows[start : start + size]), start + size
+    return parts
+
+
+def is_right(prompt: str, completion: str, row: dict[str, Any]) -> bool:
+    """The verifier: `llm-distill generate` takes it as benchmarks/sequence_kd.py:is_right."""
+    first, second = prompt.rstrip("=").split("+")
+    return completion.replace(" ", "") == f"{int(first) + int(second):03d}"
+
+
+def make_model(name: str, seed: int) -> PreTrainedModel:
+    set_seed(seed)
+    width, layers = SIZES[name]
+    return AutoModelForCausalLM.from_config(
+        LlamaConfig(
+            vocab_size=13,
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=16,
+        )
+    )
+
+
+def train(
+    model: PreTrainedModel, data: Dataset, steps: int, seed: int, tokenizer: Any, folder: Path, teacher: Any = None
+) -> PreTrainedModel:
+    weights = {"kd_weight": 0.0, "ce_weight": 1.0} if teacher is None else {"kd_weight": 1.0, "ce_weight": 1.0}
+    args = DistillationConfig(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=BATCH,
+        learning_rate=2e-3,
+        lr_scheduler_type="cosine",
+        warmup_steps=steps // 10,
+        weight_decay=0.1,
+        seed=seed,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        activation_checkpointing=False,
+        dataloader_pin_memory=False,
+        **weights,
+    )
+    DistillationTrainer(model, teacher, args, train_dataset=data, processing_class=tokenizer).train()
+    return model.eval()
+
+
+def accuracy(model: PreTrainedModel, tokenizer: Any, asked: Dataset) -> float:
+    engine = TransformersEngine(
+        LiveTeacher(model, tokenizer), Sampling(max_new_tokens=4, temperature=0), batch_size=250
+    )
+    answers = engine.write(list(prompts_of(asked)))
+    return statistics.fmean(is_right(a.prompt.content, a.completions[0].text, {}) for a in answers)
+
+
+def measure(seeds: int, folder: Path) -> dict[str, Any]:
+    tokenizer, data = tokenizer_of_digits(), sums()
+    began = time.perf_counter()
+    model = train(make_model("teacher", 0), data["taught"], TEACHER_STEPS, 0, tokenizer, folder)
+    rows: dict[str, Any] = {"teacher": {"accuracy": accuracy(model, tokenizer, data["held_out"]), "texts": TAUGHT}}
+    print(f"teacher: {rows['teacher']['accuracy']:.1%} after {time.perf_counter() - began:.0f} s", flush=True)
+    teacher, sampling = LiveTeacher(model, tokenizer), Sampling(max_new_tokens=4)
+    engine, prompts = TransformersEngine(teacher, sampling, batch_size=250), list(prompts_of(data["asked"]))
+    texts, reports = {"gold": data["gold"]}, {}
+    for name, filters in (("sequence-level", {}), ("filtered", {"verifier": {"check": is_right}})):
+        chosen = make_filters({"finished": {}, **filters})  # the second time nothing is written again, only filtered
+        reports[name] = generate(engine, prompts, folder / "generated", sampling, filters=chosen, tokenizer=tokenizer)
+        texts[name] = load_generated(folder / "generated", tokenizer)
+        print(f"{name}\n{reports[name].as_markdown()}", flush=True)
+    cases = {name: (data, None) for name, data in texts.items()}
+    cases["filtered, sequence + token level"] = (texts["filtered"], teacher)
+    found: dict[str, list[float]] = {name: [] for name in cases}
+    for seed in range(1, seeds + 1):
+        for name, (learned, tutor) in cases.items():
+            student = train(make_model("student", seed), learned, STUDENT_STEPS, seed, tokenizer, folder, tutor)
+            found[name].append(accuracy(student, tokenizer, data["held_out"]))
+            print(f"seed {seed}, {name}: {found[name][-1]:.1%}", flush=True)
+    for name, values in found.items():
+        rows[name] = {
+            "accuracy": statistics.fmean(values),
+            "spread": max(values) - min(values),
+            "by seed": values,
+            "texts": len(cases[name][0]),
+        }
+    return {"rows": rows, "reports": {name: report._asdict() for name, report in reports.items()}}
+
+
+def as_markdown(rows: dict[str, Any]) -> str:
+    lines = ["| learned from | texts | right | largest − smallest, by seed |", "|---|---:|---:|---:|"]
+    for name, row in rows.items():
+        spread = f"{row['spread']:.1%}" if "spread" in row else ""
+        lines.append(f"| {name} | {row['texts']:,} | {row['accuracy']:.1%} | {spread} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3, help="students of each kind; default: %(default)s")
+    parser.add_argument("--output", type=Path, default=None, help="writes NAME.json and NAME.md")
+    args = parser.parse_args()
+    torch.set_num_threads(os.cpu_count() or 1)
+    began = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(args.seeds, Path(folder))
+    about = machine("cpu") | {"seconds": time.perf_counter() - began}
+    table = as_markdown(found["rows"])
+    print(table)
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.with_suffix(".json").write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
+        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
+        size = {name: make_model(name, 0).num_parameters() / 1e3 for name in SIZES}
+        sizes = ", ".join(f"{name} {value:,.0f} k parameters" for name, value in size.items())
+        intro = f"Sums of two numbers below {LARGEST}, {HELD_OUT:,} that nobody has seen; {sizes}; {args.seeds} seeds."
+        args.output.with_suffix(".md").write_text(
+            f"# Learning from a teacher's texts\n\n{where}\n\n{intro}\n\n{table}\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
