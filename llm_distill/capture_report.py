@@ -56,6 +56,12 @@ def report_fidelity(trainer: DistillationTrainer, cache: TeacherCache) -> None:
     if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         trainer.accelerator.print("Its fidelity: `llm-distill inspect`, in one process.")
         return
+    if trainer.teacher is not None and trainer.teacher.k is not None:
+        trainer.accelerator.print(
+            "How true it is cannot be measured through a server, which tells the top k alone: `llm-distill inspect` with "
+            "the model itself as teacher_model_name_or_path does."
+        )
+        return
     can_keep_hidden = hasattr(trainer.teacher, "head")
     others = [other for other in ALTERNATIVES if can_keep_hidden or not isinstance(other, Hidden)]
     chosen = str(cache.method)
