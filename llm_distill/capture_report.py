@@ -58,8 +58,7 @@ def report_fidelity(trainer: DistillationTrainer, cache: TeacherCache) -> None:
         return
     if trainer.teacher is not None and trainer.teacher.k is not None:
         trainer.accelerator.print(
-            "How true it is cannot be measured through a server, which tells the top k alone: `llm-distill inspect` with "
-            "the model itself as teacher_model_name_or_path does."
+            "Its fidelity is not measured: that takes the teacher's whole distribution, and this one tells its top k."
         )
         return
     can_keep_hidden = hasattr(trainer.teacher, "head")

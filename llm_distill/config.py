@@ -94,17 +94,16 @@ class DistillationConfig(SFTConfig):
     teacher_server_url: str | None = field(
         default=None,
         metadata={
-            "help": "The teacher is behind vLLM's server: http://host:port, or several with commas between, which share "
-            "the work. No weights are loaded; teacher_model_name_or_path is the name that it is served by. Its answers "
-            "are fetched ahead in the loader's workers: dataloader_num_workers=0 becomes 2. A key is read from "
-            "OPENAI_API_KEY."
+            "help": "The teacher is behind vLLM's server: http://host:port, or several with commas between, which "
+            "share the work. No weights are loaded; teacher_model_name_or_path is the name that it is served by. A "
+            "key is read from OPENAI_API_KEY."
         },
     )
     teacher_server_k: int = field(
         default=20,
         metadata={
-            "help": "Tokens of each row that the server tells, the mass of the others beside them. vLLM allows 20 unless "
-            "it was started with --max-logprobs."
+            "help": "Tokens of each row that the server tells, the mass of the others beside them. vLLM allows 20 "
+            "unless it was started with --max-logprobs."
         },
     )
     teacher_server_timeout: float = field(
@@ -126,6 +125,12 @@ class DistillationConfig(SFTConfig):
         },
     )
 
+    dataloader_num_workers: int = field(
+        default=0,
+        metadata={
+            "help": "Processes that make batches. With teacher_server_url they fetch answers ahead, and 0 becomes 2."
+        },
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bfloat16 mixed precision. By default on where the accelerator has it, unless fp16 is set."},

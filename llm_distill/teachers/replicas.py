@@ -1,4 +1,4 @@
-"""Requests to servers that hold the same model: spread over them, repeated where that can help, one at rest survived."""
+"""Requests to servers that hold the same model: spread over them, repeated where that can help, a dead one survived."""
 
 from __future__ import annotations
 

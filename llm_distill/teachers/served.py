@@ -49,6 +49,8 @@ class ServedTeacher(Teacher):
         timeout: seconds without an answer to a request, from any server, after which the run ends.
     """
 
+    k: int
+
     def __init__(
         self, urls: str | Sequence[str], model: str | None = None, k: int = 20, timeout: float = 600.0
     ) -> None:
@@ -171,7 +173,7 @@ class ServedTeacher(Teacher):
     def _card(self, url: str, cards: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         if self.model is None and len(cards) == 1:
             self.model = next(iter(cards))
-        if self.model not in cards:
+        if self.model is None or self.model not in cards:
             asked = "and no model was named" if self.model is None else f"not {self.model!r}"
             raise ValueError(
                 f"{url} serves {', '.join(map(repr, cards)) or 'nothing'}, {asked}. Name one of those as "
@@ -240,7 +242,7 @@ def top_tokens_of(said: Sequence[Any], places: np.ndarray, k: int) -> tuple[np.n
 
 
 def fitted(ids: np.ndarray, log_p: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities over the student's vocabulary ([rows, k], in place, and in `ids` too), and of all else ([rows]).
+    """Log-probabilities over the student's vocabulary ([rows, k]; `ids` is fitted in place), and of all else ([rows]).
 
     Raises:
         ValueError: NaN, or a row of which the student's vocabulary has nothing.
