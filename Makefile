@@ -4,10 +4,10 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint con
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test bench clean
+.PHONY: help setup demo check format test test-served bench clean
 
 help: ## list the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: .venv/ready ## make the .venv with everything for development
 
@@ -38,6 +38,13 @@ format: setup ## mend what ruff can mend
 test: setup ## the whole test suite
 	$(RUN)/pytest -n auto --maxprocesses 4 --dist worksteal
 
+.venv-vllm/ready: tests/served/vllm_env.sh
+	PYTHON=$(PYTHON) tests/served/vllm_env.sh .venv-vllm
+	touch $@
+
+test-served: setup .venv-vllm/ready ## teachers behind a real vLLM and `transformers serve`, on the CPU
+	$(RUN)/pytest tests/served
+
 .venv/bench: .venv/ready
 	$(PIP) --editable '.[bench]'
 	touch $@
@@ -47,4 +54,4 @@ bench: .venv/bench ## the loss and the training step against their floors and th
 	$(RUN)/python benchmarks/train_step.py --short --output runs/bench/train_step
 
 clean: ## remove the .venv and everything that was made
-	rm -rf .venv runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-vllm runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -12,7 +12,14 @@ if TYPE_CHECKING:
     from llm_distill.cache import TeacherCache
     from llm_distill.config import DistillationConfig
     from llm_distill.heads import LMHead
-    from llm_distill.teachers import AdaptersOffTeacher, CachedTeacher, EnsembleTeacher, LiveTeacher, Teacher
+    from llm_distill.teachers import (
+        AdaptersOffTeacher,
+        CachedTeacher,
+        EnsembleTeacher,
+        LiveTeacher,
+        ServedTeacher,
+        Teacher,
+    )
     from llm_distill.trainer import DistillationTrainer
 
 __version__ = "0.1.0"
@@ -24,6 +31,7 @@ __all__ = [
     "EnsembleTeacher",
     "LMHead",
     "LiveTeacher",
+    "ServedTeacher",
     "Teacher",
     "TeacherCache",
 ]

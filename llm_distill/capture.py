@@ -32,7 +32,7 @@ from llm_distill.cache import manifest as manifests
 from llm_distill.cache.codec import check_widths
 from llm_distill.cache.keys import Example, examples_of
 from llm_distill.cache.methods import Hidden, Hybrid, Method, Sampled, describe_method
-from llm_distill.cache.record import encoded, keep, packed_size
+from llm_distill.cache.record import encoded, keep, packed_size, require_enough
 from llm_distill.cache.store import SHARD_NAME, ShardWriter, TeacherCache, cache_of, is_intact, the_only_writer
 from llm_distill.heads import LMHead
 from llm_distill.signals import Signal
@@ -81,6 +81,7 @@ def capture(
     """
     if trainer.teacher is None or isinstance(trainer.teacher, CachedTeacher):
         raise ValueError("there is no live teacher to capture: teacher_model_name_or_path is missing.")
+    require_enough(method, trainer.teacher.k)
     if isinstance(method, Hidden) and not hasattr(trainer.teacher, "head"):
         raise ValueError(f"method=hidden needs one teacher with its head, not a {type(trainer.teacher).__name__}.")
     for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset):
@@ -144,7 +145,7 @@ def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard:
                 windows = _windows(dataset, examples_per_shard)
                 for texts, plans in _one_ahead(_rounds(trainer, windows, ranks, known)):
                     begun, own = bar.n, _in_step(plans, rank) if _is_sharded(trainer) else plans[rank]
-                    for step, planned in enumerate(own, 1):
+                    for step, planned in enumerate(_answered_ahead(trainer, own), 1):
                         signal = ask(trainer, planned.batch)
                         if planned.wanted:
                             encoder.add(planned, signal)
@@ -183,6 +184,23 @@ def _in_step(plans: list[list[Planned]], rank: int) -> list[Planned]:
     return own + [other._replace(wanted=set()) for other in max(plans, key=len)[len(own) :]]
 
 
+def _answered_ahead(trainer: DistillationTrainer, own: list[Planned]) -> Iterator[Planned]:
+    """The same; a teacher that is asked where batches are made has a few of them at a time."""
+    read = None if trainer.teacher is None else trainer.teacher.reader
+    if read is None:
+        yield from own
+        return
+    with ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="capture_answers") as threads:
+        asked: deque[tuple[Planned, Future[Any]]] = deque()
+        for planned in own:
+            asked.append((planned, threads.submit(read, dict(planned.batch))))
+            if len(asked) > BATCHES_AHEAD:
+                first, answered = asked.popleft()
+                yield first._replace(batch=answered.result())
+        for first, answered in asked:
+            yield first._replace(batch=answered.result())
+
+
 def _is_sharded(trainer: DistillationTrainer) -> bool:
     return trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
@@ -197,7 +215,7 @@ def _plan(trainer: DistillationTrainer, rows: list[dict[str, Any]], known: Known
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
     size, planned = trainer.args.per_device_eval_batch_size, []
     for start in range(0, len(rows), size):
-        batch = trainer.data_collator(rows[start : start + size])
+        batch = trainer.collate(rows[start : start + size])
         examples = list(examples_of(batch))
         wanted = {example.key for example in examples if example.key not in known}
         known.add(wanted)
@@ -298,7 +316,7 @@ def spread(trainer: DistillationTrainer, batches: int) -> Iterator[tuple[int, Ba
     else:
         chosen = itertools.islice(_windows(data, size), batches)
     for rows in chosen:
-        batch = trainer.data_collator(rows)
+        batch = trainer.collate(rows)
         if any(True for _ in examples_of(batch)):
             yield len(rows), batch
 

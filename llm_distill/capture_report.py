@@ -56,6 +56,11 @@ def report_fidelity(trainer: DistillationTrainer, cache: TeacherCache) -> None:
     if trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         trainer.accelerator.print("Its fidelity: `llm-distill inspect`, in one process.")
         return
+    if trainer.teacher is not None and trainer.teacher.k is not None:
+        trainer.accelerator.print(
+            "Its fidelity is not measured: that takes the teacher's whole distribution, and this one tells its top k."
+        )
+        return
     can_keep_hidden = hasattr(trainer.teacher, "head")
     others = [other for other in ALTERNATIVES if can_keep_hidden or not isinstance(other, Hidden)]
     chosen = str(cache.method)

@@ -11,6 +11,8 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+SERVER_WORKERS = 2
+
 
 @dataclass
 class DistillationConfig(SFTConfig):
@@ -89,6 +91,25 @@ class DistillationConfig(SFTConfig):
             "student near what it was, at no extra memory. Use it with ce_weight."
         },
     )
+    teacher_server_url: str | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher is behind vLLM's server: http://host:port, or several with commas between, which "
+            "share the work. No weights are loaded; teacher_model_name_or_path is the name that it is served by. A "
+            "key is read from OPENAI_API_KEY."
+        },
+    )
+    teacher_server_k: int = field(
+        default=20,
+        metadata={
+            "help": "Tokens of each row that the server tells, the mass of the others beside them. vLLM allows 20 "
+            "unless it was started with --max-logprobs."
+        },
+    )
+    teacher_server_timeout: float = field(
+        default=600.0,
+        metadata={"help": "Seconds for which a request is tried again, on any server, before the run ends."},
+    )
     teacher_cache: str | None = field(
         default=None,
         metadata={
@@ -104,6 +125,12 @@ class DistillationConfig(SFTConfig):
         },
     )
 
+    dataloader_num_workers: int = field(
+        default=0,
+        metadata={
+            "help": "Processes that make batches. With teacher_server_url they fetch answers ahead, and 0 becomes 2."
+        },
+    )
     bf16: bool | None = field(
         default=None,
         metadata={"help": "bfloat16 mixed precision. By default on where the accelerator has it, unless fp16 is set."},
@@ -123,6 +150,15 @@ class DistillationConfig(SFTConfig):
         super().__post_init__()
         self.divergence_kwargs = _mapping("divergence_kwargs", self.divergence_kwargs)
         self.teacher_model_init_kwargs = _mapping("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+        if isinstance(self.teacher_server_url, list):  # as YAML may give it
+            self.teacher_server_url = ",".join(self.teacher_server_url)
+        if self.teacher_server_url is not None and self.dataloader_num_workers == 0:
+            self.dataloader_num_workers = SERVER_WORKERS
+        if self.teacher_server_k < 1 or not 0 < self.teacher_server_timeout < math.inf:
+            raise ValueError(
+                f"teacher_server_k={self.teacher_server_k} and teacher_server_timeout={self.teacher_server_timeout}: "
+                "both must be positive."
+            )
         if not 0 < self.loss_temperature < math.inf:
             raise ValueError(f"loss_temperature must be positive and finite, got {self.loss_temperature}.")
         if self.loss_buffer_mib is not None and self.loss_buffer_mib < 1:
@@ -140,7 +176,20 @@ class DistillationConfig(SFTConfig):
             )
         if self.on_miss not in ("error", "skip", "live"):
             raise ValueError(f"on_miss must be error, skip or live, got {self.on_miss!r}.")
+        is_served = self.teacher_server_url is not None
         without_effect = {
+            "teacher_server_k (there is no teacher_server_url)": self.teacher_server_k != 20 and not is_served,
+            "teacher_server_timeout (there is no teacher_server_url)": self.teacher_server_timeout != 600
+            and not is_served,
+            "teacher_adapters_off (teacher_server_url is the teacher)": self.teacher_adapters_off and is_served,
+            "teacher_model_revision, teacher_model_init_kwargs, teacher_load_in_4bit or _8bit (teacher_server_url has "
+            "loaded the teacher)": is_served
+            and bool(
+                self.teacher_model_revision
+                or self.teacher_model_init_kwargs
+                or self.teacher_load_in_4bit
+                or self.teacher_load_in_8bit
+            ),
             "squared_temperature=False (at loss_temperature=1 it is 1 anyway)": not self.squared_temperature
             and self.loss_temperature == 1,
             "loss_temperature (kd_weight is 0)": self.loss_temperature != 1 and self.kd_weight == 0,

@@ -45,10 +45,10 @@ class DistillationTrainer(SFTTrainer):
 
     Logs `loss`, its parts `kd` and `ce`, and of the student beside the teacher `kl`, `entropy`, `top1_agreement`,
     `acceptance`, in nats (or shares) per token that counts, over all ranks and micro-batches since the last log;
-    `tokens_per_second` and `teacher_share`, the share of time in the teacher's forward (its head's product is part of
-    the loss); for a mixture of experts `aux_loss`, its router's. Evaluation adds `perplexity` and
-    `teacher_ce`; its `loss` is kd_weight · kd + ce_weight · ce. Over several ranks, packed evaluation batches may count
-    the few samples twice that fill up the last batch.
+    `tokens_per_second`; `teacher_share`, the share of time in the teacher's forward (its head's product is part of
+    the loss), and `data_share`, that of waiting for batches, and so for a server's answers; for a mixture of experts
+    `aux_loss`, its router's. Evaluation adds `perplexity` and `teacher_ce`; its `loss` is kd_weight · kd + ce_weight ·
+    ce. Over several ranks, packed evaluation batches may count the few samples twice that fill up the last batch.
 
     Raises:
         ValueError: teacher and student that do not fit, data with nothing to learn from, options without effect.
@@ -98,14 +98,15 @@ class DistillationTrainer(SFTTrainer):
             data_checks.require_rows(dataset, name)
             data_checks.require_length(dataset, name, self.teacher.max_length if self.teacher else None)
         self.model.add_model_tags(hub.TAGS)
+        self.collate: Any = self.data_collator
         if self.teacher is not None:
-            if self.teacher.reader is not None:
-                self.data_collator: Any = _Reading(self.data_collator, self.teacher.reader)
+            if self.teacher.reader is not None and self.objective.kd_weight:
+                self.data_collator: Any = _Reading(self.collate, self.teacher.reader)
             self.add_callback(_FlushTeacher(self.teacher))
         self._record = run_record(self.objective, self.teacher)
         self.add_callback(RecordRun(self._record))
 
-        self._in_teacher = Stopwatch(self.accelerator.device)
+        self._in_teacher, self._in_data = Stopwatch(self.accelerator.device), Stopwatch(torch.device("cpu"))
         self._eval_tally = empty_tally(self.accelerator.device)
         self._start_counting()
 
@@ -130,7 +131,11 @@ class DistillationTrainer(SFTTrainer):
         self.require_resumable(resume_from_checkpoint)
         self._checkpoint_found = None  # from here on, what lies there is ours
         self._start_counting()
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            if self.teacher is not None:
+                self.teacher.flush()
 
     def require_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
         """Raises ValueError if training can neither start nor go on like this in this output folder."""
@@ -155,7 +160,8 @@ class DistillationTrainer(SFTTrainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The micro-batches of a step, and over how many rows their loss is a mean: those of every rank."""
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        with self._in_data:
+            batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
         rows = torch.stack([count_rows(batch["labels"]) for batch in batches]).sum().to(device)
@@ -229,6 +235,7 @@ class DistillationTrainer(SFTTrainer):
             logs.update(means(totals[:-1].view_as(self._tally)))
             logs["tokens_per_second"] = float(totals[-1]) / elapsed
             logs["teacher_share"] = self._in_teacher.reset() / elapsed
+            logs["data_share"] = self._in_data.reset() / elapsed
             self._start_counting()
         super().log(logs, start_time)
 
@@ -258,6 +265,7 @@ class DistillationTrainer(SFTTrainer):
         self._tally = empty_tally(self.accelerator.device)
         self._tokens: Tensor | int = 0
         self._in_teacher.reset()
+        self._in_data.reset()
         self._since = time.perf_counter()
 
 

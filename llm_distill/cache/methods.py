@@ -93,7 +93,7 @@ class SparseMethod(ABC):
             ids=ids,
             levels=levels,
             tail=tail,
-            entropy=(entropy / ENTROPY_STEP).round().clamp(0, 255).int(),
+            entropy=in_entropy_steps(entropy),
         )
 
 
@@ -252,6 +252,11 @@ def make_method(name: str, **parameters: Any) -> Method:
 def describe_method(method: Method) -> dict[str, Any]:
     """Name and parameters, as JSON."""
     return {"name": method.name, **asdict(method)}  # type: ignore[arg-type]
+
+
+def in_entropy_steps(entropy: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+    """As it is stored, in a byte."""
+    return (entropy / ENTROPY_STEP).round().clamp(0, 255).int()
 
 
 def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:

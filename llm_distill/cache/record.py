@@ -14,9 +14,9 @@ from torch import Tensor
 
 from llm_distill.cache.codec import encode, encode_hidden
 from llm_distill.cache.keys import Example
-from llm_distill.cache.methods import Hidden, Kept, Method, SparseMethod
+from llm_distill.cache.methods import Hidden, Kept, Method, SparseMethod, TopK, in_entropy_steps
 from llm_distill.fused.logits import logits_in_chunks
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal
+from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
 CHUNK_BYTES = 2**26
 """Of float32 log-probabilities at a time."""
@@ -38,8 +38,8 @@ def keep(
         hidden = signal.hidden.cpu()
         _require_finite(hidden.sum(-1), slice(0, len(hidden)), examples)
         return hidden
-    if not isinstance(signal, HiddenSignal | MixtureSignal):
-        raise ValueError(f"a {type(signal).__name__} is not full distributions, of which a cache is made.")
+    if isinstance(signal, SparseSignal):
+        return _keep_top(method, signal, examples)
     uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
     chunks: list[list[Any]] = []
     if isinstance(signal, HiddenSignal):
@@ -55,6 +55,33 @@ def keep(
             chunks.append([None if part is None else part.cpu() for part in kept])
     parts: Any = (None if part[0] is None else torch.cat(part) for part in zip(*chunks, strict=True))
     return Kept(*parts)
+
+
+def require_enough(method: Method, k: int | None) -> None:
+    """Raises ValueError if `method` keeps more of a row than a teacher tells, whose top k it is (None: everything)."""
+    if k is not None and not (isinstance(method, TopK) and method.k <= k):
+        raise ValueError(
+            f"{method} keeps more than the {k} likeliest tokens that this teacher tells of each row: keep its top k "
+            f"(cache_method=top_k, cache_kwargs={{k: {k}}}), or have it tell more (teacher_server_k)."
+        )
+
+
+def _keep_top(method: Method, signal: SparseSignal, examples: Sequence[Example]) -> Kept:
+    """Of the top k of a teacher. The entropy that is kept is that of its k + 1 cells, a lower bound."""
+    if signal.log_tail is None:
+        raise ValueError("sampled tokens are not full distributions nor their top k, of which a cache is made.")
+    require_enough(method, signal.ids.shape[1])
+    assert isinstance(method, TopK), "or it was refused"
+    _require_finite(signal.log_probs.amax(-1), slice(0, len(signal)), examples)
+    cells = torch.cat([signal.log_probs, signal.log_tail[:, None]], -1).double()
+    entropy = -(cells.exp() * cells.clamp(min=-1e4)).sum(-1)
+    scores = signal.log_probs
+    if scores.shape[1] < signal.vocab_size:  # one column that is never kept, as there are others outside
+        scores = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)
+    row, column, levels, tail = method.keep(scores, scores.new_zeros(len(scores)), scores.new_zeros(len(scores), 2))
+    counts = torch.bincount(row, minlength=len(scores))
+    kept = Kept(counts, signal.ids[row, column], levels, tail, in_entropy_steps(entropy))
+    return Kept(*(None if part is None else part.cpu() for part in kept))  # type: ignore[arg-type]
 
 
 def encoded(

@@ -5,5 +5,15 @@ from llm_distill.teachers.cached import CachedTeacher
 from llm_distill.teachers.choose import make_teacher
 from llm_distill.teachers.ensemble import EnsembleTeacher
 from llm_distill.teachers.live import AdaptersOffTeacher, LiveTeacher
+from llm_distill.teachers.served import ServedTeacher
 
-__all__ = ["AdaptersOffTeacher", "Batch", "CachedTeacher", "EnsembleTeacher", "LiveTeacher", "Teacher", "make_teacher"]
+__all__ = [
+    "AdaptersOffTeacher",
+    "Batch",
+    "CachedTeacher",
+    "EnsembleTeacher",
+    "LiveTeacher",
+    "ServedTeacher",
+    "Teacher",
+    "make_teacher",
+]

@@ -28,9 +28,20 @@ def refuse_past_context(length: int, max_length: int | None, where: str) -> None
         )
 
 
+def different_ids(teachers: str, student: PreTrainedTokenizerBase, what: str) -> ValueError:
+    """To be raised. `teachers` follows "the teacher's tokenizer", and `what` names what has other ids."""
+    return ValueError(
+        f"the teacher's tokenizer ({teachers}) and the student's ({len(student.get_vocab()):,} tokens, "
+        f"{type(student).__name__}) give different ids for {what}, so their distributions cannot be compared token by "
+        "token. Distil from the teacher's text instead (sequence-level distillation), or give both the same tokenizer."
+    )
+
+
 class Teacher(ABC):
     """Subclass it with `score` and `describe` to distil from anything."""
 
+    k: int | None = None
+    """How many tokens of each row it tells of; None for all."""
     reader: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None
     """Called with every batch where batches are made, in the loader's workers: what it puts into one, under SIGNAL,
     travels with it. It may mask the labels of what shall not count.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from llm_distill.cache.codec import decode, decode_hidden
 from llm_distill.cache.keys import Example, examples_of
 from llm_distill.cache.manifest import HEAD_FILE, differences
 from llm_distill.cache.methods import Hidden
-from llm_distill.cache.record import encoded, keep
+from llm_distill.cache.record import encoded, keep, require_enough
 from llm_distill.cache.store import ShardWriter, TeacherCache, the_only_writer
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
@@ -31,6 +31,8 @@ from llm_distill.teachers.describe import describe_tokenizer, vocabulary_size
 
 logger = logging.getLogger(__name__)
 
+STORED = {"hidden", "log_weights"}
+"""One of these is in what comes from a cache, and not in what a live teacher's reader has put there."""
 EXAMPLES_PER_SHARD = 1024
 """Of those that are written while a student trains."""
 
@@ -41,8 +43,14 @@ class CacheReader:
     Signals travel as bits: an engine that casts the floats of a batch to 16 bits would round them.
     """
 
-    def __init__(self, cache: TeacherCache, on_miss: str) -> None:
-        self.cache, self.on_miss = cache, on_miss
+    def __init__(
+        self,
+        cache: TeacherCache,
+        on_miss: str,
+        ask: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None,
+    ) -> None:
+        """`ask` puts the live teacher's answer into a batch that is not stored, where it can be asked here."""
+        self.cache, self.on_miss, self.ask = cache, on_miss, ask
         self._skipped = False
 
     def __call__(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -53,7 +61,7 @@ class CacheReader:
         if missing and self.on_miss == "error":
             raise ValueError(self._what_is_missing(batch, missing, len(examples)))
         if missing and self.on_miss == "live":
-            return batch
+            return batch if self.ask is None else self.ask(batch)
         if missing and not self._skipped:
             self._skipped = True
             logger.warning("texts that are not in %s are left out of the loss.", self.cache.path)
@@ -95,8 +103,10 @@ class CachedTeacher(Teacher):
         self.cache = cache if isinstance(cache, TeacherCache) else TeacherCache.open(cache)
         if live is not None and (not self.cache.is_local or self.cache.is_downloaded):
             raise ValueError(f"on_miss='live' adds to the cache, and {self.cache.path} is not a folder of yours.")
+        if live is not None:
+            require_enough(self.cache.method, live.k)
         self.live = live
-        self.reader = CacheReader(self.cache, on_miss)
+        self.reader = CacheReader(self.cache, on_miss, None if live is None else live.reader)
         self._head = _stored_head(self.cache) if isinstance(self.cache.method, Hidden) else None
         self._writer: ShardWriter | None = None
         self._written: set[bytes] = set()
@@ -134,7 +144,7 @@ class CachedTeacher(Teacher):
     def score(self, batch: Batch) -> Signal:
         if SIGNAL not in batch:
             batch = CacheReader(self.cache, "error" if self.live is None else "live")(dict(batch))
-        if SIGNAL not in batch:
+        if SIGNAL not in batch or STORED.isdisjoint(batch[SIGNAL]):
             return self._ask_live(batch)
         return self._signal({name: value.to(batch["labels"].device) for name, value in batch[SIGNAL].items()})
 

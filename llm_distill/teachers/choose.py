@@ -1,4 +1,4 @@
-"""The teacher that a configuration names: live, without adapters, or from a cache."""
+"""The teacher that a configuration names: live, without adapters, behind a server, or from a cache."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.cached import CachedTeacher, require_same_teacher
 from llm_distill.teachers.describe import describe_checkpoint
 from llm_distill.teachers.live import AdaptersOffTeacher, LiveTeacher
+from llm_distill.teachers.served import ServedTeacher
 
 
 def make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: DistillationConfig) -> Teacher | None:
@@ -36,12 +37,14 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distilla
         "load_in_8bit": args.teacher_load_in_8bit,
         **args.teacher_model_init_kwargs,
     }
+    if args.teacher_server_url is not None and teacher is not None and not isinstance(teacher, str):
+        raise ValueError(f"there are two teachers, a {type(teacher).__name__} and teacher_server_url: give one.")
     if name is None and (unused := [option for option, value in options.items() if value]):
         raise ValueError(f"{', '.join(unused)}: these options load a teacher from a name or folder, and none is given.")
     options["trust_remote_code"] = args.trust_remote_code
     cache = None if args.teacher_cache is None else TeacherCache.open(args.teacher_cache)
     if cache is not None and args.on_miss != "live":
-        if teacher is not None and not isinstance(teacher, str):
+        if args.teacher_server_url is not None or (teacher is not None and not isinstance(teacher, str)):
             raise ValueError("the teacher would not be asked, because there is a teacher_cache: set on_miss=live.")
         if name is not None:
             require_same_teacher(cache, describe_checkpoint(name, **options))
@@ -61,13 +64,16 @@ def _live_teacher(
         if teacher is not None or name is not None:
             raise ValueError("teacher_adapters_off makes the student's base model the teacher: give no other one.")
         return AdaptersOffTeacher()
+    if args.teacher_server_url is not None:
+        return ServedTeacher(args.teacher_server_url, name, args.teacher_server_k, args.teacher_server_timeout)
     if name is not None:
         return LiveTeacher.load(name, **options)
     if isinstance(teacher, PreTrainedModel):
         return LiveTeacher(teacher)
     if teacher is None and args.kd_weight > 0:
         raise ValueError(
-            "there is no teacher: pass teacher=... or teacher_model_name_or_path, teacher_cache for a stored one, "
+            "there is no teacher: pass teacher=... or teacher_model_name_or_path, teacher_server_url for one behind a "
+            "server, teacher_cache for a stored one, "
             "teacher_adapters_off for the student's own base model, or kd_weight=0 with ce_weight=1 to train on the "
             "text alone."
         )

@@ -28,7 +28,7 @@ def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | 
     quantization: Any = getattr(model.config, "quantization_config", None) or {}
     quantization = quantization.to_dict() if hasattr(quantization, "to_dict") else quantization
     return {
-        "model": _public_name(model.config._name_or_path),
+        "model": public_name(model.config._name_or_path),
         "revision": getattr(model.config, "_commit_hash", None),
         "architecture": type(model).__name__,
         "parameters": model.num_parameters(),
@@ -55,7 +55,7 @@ def describe_checkpoint(
     ).get_text_config()
     dtype = config.dtype if dtype == "auto" else dtype
     said = {
-        "model": _public_name(name_or_path),
+        "model": public_name(name_or_path),
         "revision": extract_commit_hash(config_file, None),
         "bits": 4 if load_in_4bit else 8 if load_in_8bit else None,
         **({"dtype": str(dtype).removeprefix("torch.")} if dtype else {}),
@@ -121,7 +121,8 @@ def _weights_hash(model: PreTrainedModel) -> dict[str, str]:
     return {"weights": digest.hexdigest()[:16]}
 
 
-def _public_name(name_or_path: str) -> str | None:
+def public_name(name_or_path: str) -> str | None:
+    """As it is recorded: of a folder its last part."""
     is_local = os.path.isdir(name_or_path) or os.path.isabs(name_or_path)
     return os.path.basename(name_or_path.rstrip("/")) if is_local else name_or_path or None
 

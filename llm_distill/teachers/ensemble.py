@@ -43,6 +43,8 @@ class EnsembleTeacher(Teacher):
 
     def check(self, divergence: Divergence, temperature: float) -> None:
         for teacher in self.teachers:
+            if teacher.k is not None:
+                raise ValueError(f"an ensemble mixes full distributions, and a {type(teacher).__name__} has its top k.")
             teacher.check(divergence, temperature)
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -28,7 +28,7 @@ from trl.models import prepare_deepspeed
 from llm_distill.heads import LMHead, intercepted
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
-from llm_distill.teachers.base import SIGNAL, Batch, Teacher, refuse_past_context
+from llm_distill.teachers.base import SIGNAL, Batch, Teacher, different_ids, refuse_past_context
 from llm_distill.teachers.describe import HUB_OPTIONS, describe_model, files_hash, find_config, vocabulary_size
 
 
@@ -227,12 +227,8 @@ def _require_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedToken
     different = [token for token, token_id in ours.items() if theirs.get(token) != token_id]
     if different:
         examples = ", ".join(f"{token!r}: {ours[token]} against {theirs.get(token)}" for token in different[:3])
-        raise ValueError(
-            f"the teacher's tokenizer ({len(theirs):,} tokens, {type(teacher).__name__}) and the student's "
-            f"({len(ours):,}, {type(student).__name__}) give different ids for {len(different):,} tokens ({examples}), "
-            "so their distributions cannot be compared token by token. Distil from the teacher's text instead "
-            "(sequence-level distillation), or give both the same tokenizer."
-        )
+        said = f"{len(theirs):,} tokens, {type(teacher).__name__}"
+        raise different_ids(said, student, f"{len(different):,} tokens ({examples})")
 
 
 def _shard_as_the_student(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

@@ -1,0 +1,266 @@
+"""A teacher behind vLLM's OpenAI-compatible server: its top k at every position of a text, and the mass of the others.
+
+The texts of a batch are asked for where batches are made, so that with workers in the loader (`dataloader_num_workers`)
+the answers to the next batches are on their way while the student trains.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, MutableMapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.cache.keys import Example, examples_of
+from llm_distill.divergences import Divergence
+from llm_distill.rows import IGNORED
+from llm_distill.signals import SparseSignal
+from llm_distill.teachers.base import SIGNAL, Batch, Teacher, different_ids, refuse_past_context
+from llm_distill.teachers.describe import public_name, vocabulary_size
+from llm_distill.teachers.replicas import RefusedError, Replicas
+
+logger = logging.getLogger(__name__)
+
+START_SECONDS = 5.0
+"""How long a server may take to say what it serves,"""
+CHECK_SECONDS = 120.0
+"""and to answer one of the other questions at the start, when it may be at work for others."""
+IDS_A_REQUEST = 8192
+SMALLEST_TAIL = 2.0**-24
+"""Log-probabilities come as float32: less mass than this is not told apart from none."""
+
+
+class ServedTeacher(Teacher):
+    """Asks one or more vLLM servers (`prompt_logprobs`). No weights are loaded here.
+
+    Its signal is at temperature 1 and of k + 1 cells, a lower bound of the divergence. A server with more logits than
+    the student's tokenizer has tokens (a padded matrix) may name some of those: they are dropped, and the others
+    divided by what is left.
+
+    Args:
+        urls: `http://host:port`, one or several that serve the same model, in a list or with commas between.
+        model: as the server names it; None for the only one that it serves.
+        k: how many tokens of each row. vLLM gives 20 at most, unless it was started with `--max-logprobs`.
+        timeout: seconds without an answer to a request, from any server, after which the run ends.
+    """
+
+    k: int
+
+    def __init__(
+        self, urls: str | Sequence[str], model: str | None = None, k: int = 20, timeout: float = 600.0
+    ) -> None:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}.")
+        self.k, self.model = k, model
+        self.reader = self.read
+        self._replicas = Replicas(urls, timeout)
+        self._max_length: int | None = None
+        self._up: list[str] = []
+        self._vocab_size = 0
+
+    def check(self, divergence: Divergence, temperature: float) -> None:
+        no_rows = torch.zeros(0, 1)
+        SparseSignal(no_rows.long(), no_rows, no_rows[:, 0], vocab_size=1).check(divergence, temperature)
+
+    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Raises ConnectionError where no server answers; ValueError where one serves another model, another
+        tokenizer, or fewer than k tokens a row.
+        """
+        self._vocab_size = vocabulary_size(tokenizer)
+        if self.k > self._vocab_size:
+            raise ValueError(f"k = {self.k} is larger than the vocabulary of {self._vocab_size:,}.")
+        self._connect()
+        for url in self._up:
+            self._require_k(url)
+            self._require_same_ids(url, tokenizer)
+
+    @property
+    def max_length(self) -> int | None:
+        self._connect()
+        return self._max_length
+
+    def describe(self) -> dict[str, Any]:
+        self._connect()
+        return {"model": public_name(self.model or ""), "served": "vllm", "k": self.k}
+
+    def read(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+        """Puts the answer into the batch, floats as the bits that they are made of: see `CacheReader`."""
+        batch[SIGNAL] = self._ask(batch)
+        return batch
+
+    def score(self, batch: Batch) -> SparseSignal:
+        bits, device = batch.get(SIGNAL), batch["labels"].device
+        if bits is None:
+            bits = self._ask({name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)})
+        floats = {name: bits[name].to(device).view(torch.float32) for name in ("log_probs", "log_tail")}
+        return SparseSignal(bits["ids"].to(device), floats["log_probs"], floats["log_tail"], self._vocab_size)
+
+    def _ask(self, batch: Batch) -> dict[str, Tensor]:
+        examples = list(examples_of(batch))
+        texts, places = [], []
+        for example in examples:
+            refuse_past_context(len(example.positions), self._max_length, "the batch")
+            texts.append(batch["input_ids"][example.sample, torch.from_numpy(example.positions)].tolist())
+            places.append(counted_tokens(batch, example))
+        answers = self._replicas.ask_all(
+            "/v1/completions",
+            [self._request(text) for text in texts],
+            lambda answer, n: top_tokens_of(self._prompt_logprobs(answer, len(texts[n])), places[n], self.k),
+        )
+        ids = np.concatenate([np.zeros((0, self.k), np.int64), *(answer[0] for answer in answers)])
+        log_p = np.concatenate([np.zeros((0, self.k)), *(answer[1] for answer in answers)])
+        log_p, log_tail = fitted(ids, log_p, self._vocab_size)
+        return {
+            "ids": torch.from_numpy(ids),
+            "log_probs": torch.from_numpy(log_p).float().view(torch.int32),
+            "log_tail": torch.from_numpy(log_tail).float().view(torch.int32),
+        }
+
+    def _request(self, ids: list[int]) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "prompt": ids,
+            "prompt_logprobs": self.k,
+            "max_tokens": 1,
+            "temperature": 0,
+            "add_special_tokens": False,
+        }
+
+    def _prompt_logprobs(self, answer: Mapping[str, Any], length: int) -> list[Any]:
+        if answer.get("model") != self.model:
+            raise ValueError(f"{self.model!r} was asked, and {answer.get('model')!r} has answered.")
+        said = answer["choices"][0].get("prompt_logprobs") if answer.get("choices") else None
+        if not isinstance(said, list) or len(said) != length:
+            raise ValueError(
+                f"the server of {self.model!r} gives no prompt_logprobs for the {length:,} tokens that it was sent: is "
+                "it vLLM? Other servers give text alone, for sequence-level distillation."
+            )
+        return said
+
+    def _connect(self) -> None:
+        """Asks what is served, once.
+
+        Raises:
+            ConnectionError: no server answers.
+            ValueError: a server has not the model.
+        """
+        if self._up:
+            return
+        down = []
+        for url in self._replicas.urls:
+            try:
+                cards = self._replicas.ask_one(url, "/v1/models", None, START_SECONDS)["data"]
+            except ConnectionError as error:
+                down.append(f"{url} ({error})")
+                continue
+            card = self._card(url, {card["id"]: card for card in cards})
+            if limit := card.get("max_model_len"):
+                # one token is always written after the text
+                self._max_length = min(limit - 1, self._max_length or limit)
+            self._up.append(url)
+        if not self._up:
+            raise ConnectionError(
+                f"the teacher's server cannot be reached: {'; '.join(down)}. Start it, or mend teacher_server_url."
+            )
+        for reason in down:
+            logger.warning("the teacher's server %s cannot be reached; the others go on.", reason)
+
+    def _card(self, url: str, cards: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+        if self.model is None and len(cards) == 1:
+            self.model = next(iter(cards))
+        if self.model is None or self.model not in cards:
+            asked = "and no model was named" if self.model is None else f"not {self.model!r}"
+            raise ValueError(
+                f"{url} serves {', '.join(map(repr, cards)) or 'nothing'}, {asked}. Name one of those as "
+                "teacher_model_name_or_path, or start the server with `vllm serve MODEL`."
+            )
+        return cards[self.model]
+
+    def _require_k(self, url: str) -> None:
+        try:
+            answer = self._replicas.ask_one(url, "/v1/completions", self._request([0, 0]), CHECK_SECONDS)
+        except RefusedError as error:
+            if "logprobs" not in str(error):
+                raise
+            raise ValueError(
+                f"teacher_server_k={self.k}: {error} vLLM gives 20 at most unless it is started with more: "
+                f"`vllm serve {self.model} --max-logprobs {self.k}`; or ask for fewer."
+            ) from error
+        self._prompt_logprobs(answer, 2)
+
+    def _require_same_ids(self, url: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        """The text of every id must be the same there: whole runs of ids are compared, and halved where they differ."""
+        ids = sorted(tokenizer.get_vocab().values())
+        different: list[str] = []
+        runs = [ids[start : start + IDS_A_REQUEST] for start in range(0, len(ids), IDS_A_REQUEST)][::-1]
+        while runs and len(different) < 3:
+            run = runs.pop()
+            question = {"model": self.model, "tokens": run}
+            theirs = self._replicas.ask_one(url, "/detokenize", question, CHECK_SECONDS)["prompt"]
+            ours = tokenizer.decode(run)
+            if theirs == ours:
+                continue
+            if len(run) == 1:
+                different.append(f"{run[0]}: {ours!r} against {theirs!r}")
+            else:
+                runs += [run[len(run) // 2 :], run[: len(run) // 2]]
+        if different:
+            raise different_ids(f"of {self.model!r} at {url}", tokenizer, f"ids ({', '.join(different)}, …)")
+
+
+def counted_tokens(batch: Batch, example: Example) -> np.ndarray:
+    """Which tokens of an example are learned (`[rows]`): those whose labels count, but for the first.
+
+    Raises:
+        ValueError: the first token of a packed document is learned, from the document before.
+    """
+    labels = batch["labels"][example.sample].numpy()[example.positions]
+    places = np.flatnonzero(labels[1:] != IGNORED) + 1
+    if len(places) != example.rows:
+        raise ValueError(
+            "the first token of a packed document counts, and a server that reads one document at a time cannot say "
+            f"how likely it is after another: set its label to {IGNORED}."
+        )
+    return places
+
+
+def top_tokens_of(said: Sequence[Any], places: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids and log-probabilities ([rows, k] each, −inf where a row has fewer) of the k likeliest tokens at some places.
+
+    A token of the text that is not among them is listed too, with its own rank: it belongs to the tail.
+    """
+    ids, log_p = np.zeros((len(places), k), np.int64), np.full((len(places), k), -math.inf)
+    for row, place in enumerate(places):
+        top = [(int(token), cell["logprob"]) for token, cell in said[place].items() if cell["rank"] <= k]
+        ids[row, : len(top)], log_p[row, : len(top)] = zip(*top, strict=True)
+    return ids, log_p
+
+
+def fitted(ids: np.ndarray, log_p: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities over the student's vocabulary ([rows, k]; `ids` is fitted in place), and of all else ([rows]).
+
+    Raises:
+        ValueError: NaN, or a row of which the student's vocabulary has nothing.
+    """
+    if np.isnan(log_p).any():
+        raise ValueError("the teacher's server gave NaN. A teacher in float16 often overflows: serve it in bfloat16.")
+    padding = ids >= vocab_size
+    if padding.any():
+        lost = np.where(padding, np.exp(log_p), 0).sum(-1)
+        order = np.argsort(padding, axis=-1, kind="stable")  # the first of a row must be there
+        padding = np.take_along_axis(padding, order, -1)
+        if padding[:, 0].any():
+            raise ValueError(
+                f"the teacher's likeliest tokens are all past the {vocab_size:,} of the student's tokenizer."
+            )
+        ids[:] = np.where(padding, 0, np.take_along_axis(ids, order, -1))
+        log_p = np.where(padding, -np.inf, np.take_along_axis(log_p, order, -1) - np.log1p(-lost)[:, None])
+    rest = 1 - np.exp(log_p).sum(-1)
+    nothing = np.isfinite(log_p).sum(-1) == vocab_size
+    with np.errstate(divide="ignore"):
+        return log_p, np.log(np.where(nothing, 0, rest.clip(min=SMALLEST_TAIL)))
