@@ -173,15 +173,14 @@ def inspect(argv: Sequence[str]) -> None:
 
 def generate(argv: Sequence[str]) -> None:
     """Has the teacher write completions and keeps the good ones: `llm-distill generate`."""
-    from accelerate import PartialState
-
     from llm_distill.generation.choose import make_engine, tokenizer_of
     from llm_distill.generation.endpoint import BudgetReachedError
     from llm_distill.generation.generate import ACCEPTED, read_report
     from llm_distill.generation.generate import generate as write
     from llm_distill.generation.prompts import prompts_of
+    from llm_distill.ranks import ranks
 
-    say = PartialState().print
+    say = ranks().print
     with errors_in_one_line():
         script, config = parse_generate(argv)
         filters = config.make_filters()
@@ -208,7 +207,7 @@ def generate(argv: Sequence[str]) -> None:
             say(f"Stopped: {reached}")
             report = read_report(config.output_dir)
     say(f"\n{report.as_markdown()}\n")
-    if config.generated_hub_id is not None and PartialState().is_main_process:
+    if config.generated_hub_id is not None and ranks().is_main_process:
         from llm_distill.generation.hub import push_generated
 
         with errors_in_one_line():

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.corpus import load_corpus, token_blocks, train_tokenizer
+from llm_distill.ranks import ranks
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ def plot(path: Path, teacher: dict[str, float], runs: dict[str, list[dict[str, A
 
 def use_all_cores() -> None:
     """`accelerate launch` gives each process one thread unless told otherwise, which on a CPU wastes the others."""
-    state = PartialState()
+    state = ranks()
     if state.device.type == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // state.num_processes))
 

@@ -74,13 +74,11 @@ def main() -> None:
 
 def between(configs: dict[str, Path | None], stage: str) -> list[str]:
     """What training takes from the other configuration."""
-    if (
-        stage == "generate"
-        or configs["generate"] is None
-        or "dataset_name" in yaml.safe_load(configs[stage].read_text())
-    ):
+    first, second = ({} if path is None else yaml.safe_load(path.read_text()) for path in configs.values())
+    if stage == "generate" or not first or "dataset_name" in second:
         return []
-    return ["--dataset_name", str(yaml.safe_load(configs["generate"].read_text()).get("output_dir", "generated"))]
+    return ["--dataset_name", str(first.get("output_dir", "generated"))]
+
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from llm_distill.generation.config import GenerateConfig
@@ -10,6 +9,7 @@ from llm_distill.generation.endpoint import EndpointEngine
 from llm_distill.generation.engines import Engine, LocalEngine, TransformersEngine
 from llm_distill.generation.store import Entries
 from llm_distill.generation.vllm import VLLMEngine
+from llm_distill.ranks import ranks
 from llm_distill.teachers.describe import describe_checkpoint
 from llm_distill.teachers.live import LiveTeacher
 
@@ -50,7 +50,7 @@ def make_engine(config: GenerateConfig) -> Engine:
         **config.teacher_model_init_kwargs,
     )
     if getattr(teacher.model, "hf_device_map", None) is None:  # as it has where it is quantised
-        teacher.model.to(PartialState().device)
+        teacher.model.to(ranks().device)
     return TransformersEngine(
         teacher,
         sampling,

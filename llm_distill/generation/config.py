@@ -94,7 +94,8 @@ class GenerateConfig:
         default=None,
         metadata={
             "help": "What is kept, in this order, as JSON or YAML: {name: {parameter: value}} of "
-            f"{', '.join(FILTERS)}. By default {', '.join(DEFAULTS)}; {{}} keeps all. A run that is complete is only filtered anew."
+            f"{', '.join(FILTERS)}. By default {', '.join(DEFAULTS)}; {{}} keeps all. A run that is complete is only "
+            "filtered anew."
         },
     )
     generated_hub_id: str | None = field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -199,25 +200,39 @@ class TransformersEngine(LocalEngine):
     @torch.inference_mode()
     def _together(self, batch: list[list[int]]) -> list[list[int]]:
         inputs, mask = self._padded(batch, left=True)
-        output = self.teacher.model.generate(inputs, attention_mask=mask, generation_config=self._generation_config())
+        with self._nothing_but_ours() as config:
+            output = self.teacher.model.generate(inputs, attention_mask=mask, generation_config=config)
         return output[:, inputs.shape[1] :].tolist()
 
     @torch.inference_mode()
     def _continuously(self, batch: list[list[int]]) -> list[list[int]]:
         copies = [prompt for prompt in batch for _ in range(self.sampling.num_completions)]
-        config = self._generation_config()
-        config.num_return_sequences = 1
         options = ContinuousBatchingConfig(seed=torch.initial_seed() % 2**31)
-        made = self.teacher.model.generate_batch(
-            copies, generation_config=config, continuous_batching_config=options, persistent_manager=True, warmup=False
-        )
+        with self._nothing_but_ours() as config:
+            config.num_return_sequences = 1
+            made = self.teacher.model.generate_batch(
+                copies,
+                generation_config=config,
+                continuous_batching_config=options,
+                persistent_manager=True,
+                warmup=False,
+            )
         in_order = sorted(made.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))
         if failed := [output.error for _, output in in_order if output.error]:
             raise ValueError(f"continuous batching failed, try without it: {failed[0]}")
         return [output.generated_tokens for _, output in in_order]
 
+    @contextmanager
+    def _nothing_but_ours(self) -> Iterator[GenerationConfig]:
+        """What was asked for: a checkpoint's generation_config.json would fill in a penalty that nobody asked for."""
+        model = self.teacher.model
+        own, model.generation_config = model.generation_config, GenerationConfig()
+        try:
+            yield self._generation_config()
+        finally:
+            model.generation_config = own
+
     def _generation_config(self) -> GenerationConfig:
-        """Ours alone: a checkpoint's own generation_config.json may sample in a way that nobody asked for here."""
         sampling = self.sampling
         chosen = {} if sampling.temperature == 0 else {"temperature": sampling.temperature, "top_p": sampling.top_p}
         if sampling.temperature > 0:

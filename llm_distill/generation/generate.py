@@ -25,6 +25,7 @@ from llm_distill.generation.engines import Completion, Engine, Sampling, describ
 from llm_distill.generation.filters import Each, Filter, Private, Sample
 from llm_distill.generation.prompts import Prompt
 from llm_distill.generation.store import Entries, Journal, open_folder, read_settings, save_settings, the_only_run
+from llm_distill.ranks import ranks
 from llm_distill.rows import IGNORED
 from llm_distill.teachers.describe import describe_tokenizer
 
@@ -90,7 +91,7 @@ def generate(
     """
     if not prompts:
         raise ValueError("there are no prompts: is the dataset empty, or every text shorter than prompt_tokens?")
-    state, folder, filters = PartialState(), Path(folder), filters or {}
+    state, folder, filters = ranks(), Path(folder), filters or {}
     settings = {
         "teacher": engine.describe(),
         "sampling": describe_sampling(sampling),
