@@ -8,7 +8,7 @@ from accelerate.utils import parse_flag_from_env
 
 
 def ranks() -> PartialState:
-    """accelerate's state, which by itself does not see that a launch of several ranks is for CPUs: each would take
+    """The state of accelerate, which by itself does not see that a launch of several ranks is for CPUs: each would take
     itself for the only one.
     """
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available())

@@ -80,6 +80,5 @@ def between(configs: dict[str, Path | None], stage: str) -> list[str]:
     return ["--dataset_name", str(first.get("output_dir", "generated"))]
 
 
-
 if __name__ == "__main__":
     main()

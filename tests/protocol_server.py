@@ -74,8 +74,9 @@ class Handler(BaseHTTPRequestHandler):
         with torch.no_grad():
             output = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=asked["max_tokens"])
         new = output[0, len(ids) :].tolist()
-        ended = tokenizer.eos_token_id in new
-        written = tokenizer.decode(new, skip_special_tokens=True)
+        ends = model.generation_config.eos_token_id
+        ended = new[-1] in (ends if isinstance(ends, list) else [ends, tokenizer.eos_token_id])
+        written = tokenizer.decode(new[:-1] if ended else new, skip_special_tokens=True)
         choice = {"index": 0, "finish_reason": "stop" if ended else "length"}
         choice |= {"message": {"role": "assistant", "content": written}} if chat else {"text": written}
         usage = {"prompt_tokens": len(ids), "completion_tokens": len(new), "total_tokens": len(ids) + len(new)}

@@ -374,7 +374,8 @@ def test_two_ranks_share_the_prompts(saved: Path, tmp_path: Path) -> None:
     launch = [str(Path(sys.executable).with_name("accelerate")), "launch", "--config_file", str(config)]
     subprocess.run(run_command(saved, two, *greedy, launch=launch), check=True, capture_output=True)
     assert rows_of(two) == rows_of(one)
-    assert sorted(len(path.read_bytes().splitlines()) for path in two.glob("journal-*")) == [100, 100]
+    fewer, more = sorted(len(path.read_bytes().splitlines()) for path in two.glob("journal-*"))
+    assert more - fewer <= 1
 
 
 def test_a_second_run_in_the_same_folder_is_refused(saved: Path, tmp_path: Path) -> None:
@@ -400,16 +401,12 @@ def test_the_command_filters_and_trains(saved: Path, tmp_path: Path, texts: Data
 
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("\n".join(json.dumps({"prompt": text[:20]}) for text in texts["text"][:8]))
-    main(
-        ["generate", "--dataset_name", str(prompts), "--teacher_model_name_or_path", str(saved / "teacher")]
-        + ["--num_completions", "2", "--max_new_tokens", "8", "--filters", "{log_prob: {min: -9}, repetition: {}}"]
-        + ["--output_dir", str(tmp_path / "generated")]
-    )
-    main(
-        ["train", "--model_name_or_path", str(saved / "student"), "--dataset_name", str(tmp_path / "generated")]
-        + ["--kd_weight", "0", "--ce_weight", "1", "--max_steps", "2", "--output_dir", str(tmp_path / "out")]
-        + ["--use_cpu", "true", "--report_to", "none", "--save_strategy", "no"]
-    )
+    generated = f"--dataset_name {prompts} --teacher_model_name_or_path {saved}/teacher --num_completions 2"
+    generated += f" --max_new_tokens 8 --output_dir {tmp_path}/generated"
+    main(["generate", *generated.split(), "--filters", "{log_prob: {min: -9}, repetition: {}}"])
+    trained = f"--model_name_or_path {saved}/student --dataset_name {tmp_path}/generated --kd_weight 0 --ce_weight 1"
+    trained += f" --max_steps 2 --output_dir {tmp_path}/out --use_cpu true --report_to none --save_strategy no"
+    main(["train", *trained.split()])
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 

@@ -11,11 +11,8 @@ from llm_distill.generation.engines import Sampling
 from llm_distill.generation.filters import DEFAULTS, FILTERS, Filter, make_filters
 
 ENGINES = ("transformers", "vllm", "endpoint")
-
-
-def _as_in_training(name: str) -> Any:
-    found = next(each for each in fields(DistillationConfig) if each.name == name)
-    return field(default=found.default, metadata=found.metadata)
+TRAINING = {each.name: each.metadata for each in fields(DistillationConfig)}
+"""The same options say the same there and here."""
 
 
 @dataclass
@@ -30,11 +27,13 @@ class GenerateConfig:
         default="generated",
         metadata={"help": "Folder for texts, report and journal. The same command goes on where it was killed."},
     )
-    teacher_model_name_or_path: str | None = _as_in_training("teacher_model_name_or_path")
-    teacher_model_revision: str | None = _as_in_training("teacher_model_revision")
-    teacher_model_init_kwargs: dict[str, Any] | str | None = _as_in_training("teacher_model_init_kwargs")
-    teacher_load_in_4bit: bool = _as_in_training("teacher_load_in_4bit")
-    teacher_load_in_8bit: bool = _as_in_training("teacher_load_in_8bit")
+    teacher_model_name_or_path: str | None = field(default=None, metadata=TRAINING["teacher_model_name_or_path"])
+    teacher_model_revision: str | None = field(default=None, metadata=TRAINING["teacher_model_revision"])
+    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata=TRAINING["teacher_model_init_kwargs"]
+    )
+    teacher_load_in_4bit: bool = field(default=False, metadata=TRAINING["teacher_load_in_4bit"])
+    teacher_load_in_8bit: bool = field(default=False, metadata=TRAINING["teacher_load_in_8bit"])
     engine: str | None = field(
         default=None,
         metadata={
