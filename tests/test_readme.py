@@ -71,6 +71,12 @@ def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> No
     assert (after_the_demo / "runs" / "capture" / "cache" / "manifest.json").is_file()
 
 
+def test_the_recipe_writes_and_teaches_without_an_argument(after_the_demo: Path) -> None:
+    run("accelerate launch recipes/sequence_kd.py", after_the_demo)
+    assert (after_the_demo / "runs" / "sequence_kd" / "generated" / "train.parquet").is_file()
+    assert (after_the_demo / "runs" / "sequence_kd" / "student" / "model.safetensors").is_file()
+
+
 def test_every_command_of_make_that_is_named_exists() -> None:
-    targets = set(re.findall(r"^(\w+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert targets >= set(re.findall(r"make (\w+)$", README, flags=re.MULTILINE)) >= {"demo", "check", "test"}
+    targets = set(re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    assert targets >= set(re.findall(r"make ([\w-]+)$", README, flags=re.MULTILINE)) >= {"demo", "check", "test"}

@@ -41,6 +41,8 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "top_p"):
+            object.__setattr__(self, name, float(getattr(self, name)))  # 0 and 0.0 are one setting
         for name, least in (("num_completions", 1), ("max_new_tokens", 1), ("num_beams", 1), ("top_k", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}.")

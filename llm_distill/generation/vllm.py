@@ -72,6 +72,7 @@ class VLLMEngine(LocalEngine):
                 yield place, [self._completion(each) for each in request.outputs]
 
     def _completion(self, output: Any) -> Completion:
-        ids = list(output.token_ids)
+        ids, ended = list(output.token_ids), output.finish_reason == "stop"
+        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
         mean = output.cumulative_logprob / max(len(ids), 1) if self.score else None
-        return Completion(output.text, output.finish_reason == "stop", len(ids), ids, mean)
+        return Completion(text, ended, len(ids), ids, mean)
