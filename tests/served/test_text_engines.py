@@ -68,6 +68,7 @@ def test_vllm_offline_writes_the_same(served_model: Path, live: dict[str, Answer
         "PYTHONPATH": os.pathsep.join(ours),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_NO_USAGE_STATS": "1",
+        "TRITON_INTERPRET": "0",
     }
     command = [VLLM.with_name("python"), Path(__file__).with_name("write_with_vllm.py"), served_model, asked, answered]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
