@@ -38,6 +38,7 @@ from llm_distill import (
 from llm_distill.cache import Hidden, Hybrid, TopK
 from llm_distill.capture import capture
 from llm_distill.capture_report import report_fidelity
+from llm_distill.cli import main
 from llm_distill.config import DistillationConfig
 from llm_distill.divergences import ForwardKL
 from llm_distill.fused.logits import logits_in_chunks
@@ -483,6 +484,22 @@ def test_what_was_answered_before_an_outage_is_in_the_cache(
         with pytest.raises(ConnectionError, match="no answer"):
             trainer.train()
     assert len(TeacherCache(cache.path)) > 2
+
+
+def test_the_command_line_captures_from_a_server(
+    tmp_path: Path, student: str, server: str, texts: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts.select(range(12)).to_json(tmp_path / "texts.jsonl")
+    command = ["capture", "--model_name_or_path", student, "--dataset_name", str(tmp_path / "texts.jsonl")]
+    command += ["--teacher_server_url", server, "--output_dir", str(tmp_path / "out"), "--max_length", "64"]
+    command += ["--use_cpu", "true", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "TopK(k=32, mass=1.0, step=0.0625) keeps more than the 20 likeliest" in capsys.readouterr().err
+    main([*command, "--cache_kwargs", "{k: 20}"])
+    assert len(TeacherCache(tmp_path / "cache")) == 12
+    assert TeacherCache(tmp_path / "cache").manifest["teacher"] == {"model": "teacher", "served": "vllm", "k": 20}
+    assert "Its fidelity is not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", [TopK(21), Hybrid(0.05), Hidden()], ids=str)

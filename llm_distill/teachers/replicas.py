@@ -28,6 +28,7 @@ FIRST_REST, LONGEST_REST = 0.5, 30.0
 """Seconds, doubled with each failure in between."""
 
 Answer = TypeVar("Answer")
+_BEGINNING = threading.Lock()
 
 
 class RefusedError(ValueError):
@@ -56,8 +57,8 @@ class _Server:
 
 
 class Replicas:
-    """Each request goes to the server with the fewest in flight. One that fails rests, for longer each time, while its
-    requests go to the others. The key comes from OPENAI_API_KEY, and is in no message.
+    """Each request goes to the server with the fewest in flight. One that fails twice in a row rests, for longer each
+    time, while its requests go to the others. The key comes from OPENAI_API_KEY, and is in no message.
 
     Threads, connections and what is known of the servers are made in each process anew, when first used there.
 
@@ -166,13 +167,14 @@ class Replicas:
         return self.timeout / ATTEMPTS_IN_TIMEOUT
 
     def _begin_process(self) -> None:
-        if self._process == os.getpid():
-            return
-        self._lock = threading.Lock()
-        self._servers = [_Server(url) for url in self.urls]
-        self._pool = urllib3.PoolManager(num_pools=len(self.urls), maxsize=IN_FLIGHT)
-        self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="teacher_requests")
-        self._process = os.getpid()
+        with _BEGINNING:
+            if self._process == os.getpid():
+                return
+            self._lock = threading.Lock()
+            self._servers = [_Server(url) for url in self.urls]
+            self._pool = urllib3.PoolManager(num_pools=len(self.urls), maxsize=IN_FLIGHT)
+            self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="teacher_requests")
+            self._process = os.getpid()
 
     def _take(self) -> _Server:
         """The one that is up and has the fewest in flight; if none is, the one that rests least."""
@@ -185,16 +187,19 @@ class Replicas:
 
     def _rests(self, server: _Server, failure: PassingError, began: float) -> None:
         with self._lock:
-            server.reason, was_up = str(failure), not server.failures
+            server.reason = str(failure)
             if began < server.failed_at:  # of the same outage
                 return
             server.failures += 1
             server.failed_at = time.monotonic()
-            longest = min(LONGEST_REST, FIRST_REST * 2 ** min(server.failures, 10))
+            longest = min(LONGEST_REST, FIRST_REST * 2.0 ** (min(server.failures, 10) - 1))
+            if server.failures == 1:  # it may just have closed a connection that nobody used
+                longest = 0.0
             rest = random.uniform(0, longest) if failure.rest is None else failure.rest
             server.rests_until = server.failed_at + rest
+            is_news = server.failures == 2 and failure.rest is None
         worker = get_worker_info()
-        if was_up and failure.rest is None and (worker is None or worker.id == 0):
+        if is_news and (worker is None or worker.id == 0):
             others = f"{len(self.urls) - 1} others go on" if len(self.urls) > 1 else "there is no other"
             logger.warning("the teacher's server %s fails (%s): it is tried again, %s.", server.url, failure, others)
 
