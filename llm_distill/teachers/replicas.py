@@ -91,9 +91,12 @@ class Replicas:
         deadline = time.monotonic() + self.timeout
         while not stop.is_set():
             server, began = self._take(), time.monotonic()
-            rest = server.rests_until - began
+            rest = max(server.rests_until - began, 0.0)
             try:
-                if rest <= 0:
+                if began + rest >= deadline:
+                    reasons = "; ".join(f"{each.url}: {each.reason}" for each in self._servers if each.reason)
+                    raise ConnectionError(f"no answer to {path} in {self.timeout:g} seconds. {reasons}.")
+                if not rest:
                     answer = self.ask_one(server.url, path, body, min(deadline - began, self._attempt_seconds))
                     self._recovered(server)
                     return answer
@@ -102,10 +105,7 @@ class Replicas:
             finally:
                 with self._lock:
                     server.in_flight -= 1
-            if max(rest, 0) + time.monotonic() >= deadline:
-                reasons = "; ".join(f"{each.url}: {each.reason}" for each in self._servers if each.reason)
-                raise ConnectionError(f"no answer to {path} in {self.timeout:g} seconds. {reasons}.")
-            if rest > 0:
+            if rest:
                 stop.wait(rest + random.uniform(0, min(rest, FIRST_REST)))  # and not all at once
         raise ConnectionError("another request of the same batch has failed.")
 
