@@ -17,6 +17,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import socket
 import statistics
 import tempfile
@@ -133,10 +134,12 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         )
         trainer.add_callback(clock)
         trainer.train()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that have ended: the workers
     if served:
         answers.terminate()
     share = next(entry["data_share"] for entry in trainer.state.log_history if "data_share" in entry)
-    return {"seconds": clock.seconds[LEFT_OUT:], "data_share": share}
+    workers = (used.ru_utime + used.ru_stime) / steps
+    return {"seconds": clock.seconds[LEFT_OUT:], "data_share": share, "worker_cpu_seconds": workers}
 
 
 def _wait_for(port: int) -> None:
@@ -165,6 +168,7 @@ def run_all(ks: list[int], steps: int, rounds: int) -> dict[int, dict[str, Any]]
             "ratio": statistics.median(ratios),
             "ratios_by_round": ratios,
             "data_share": statistics.median(each["data_share"] for each in results["served"]),
+            "worker_cpu_seconds": statistics.median(each["worker_cpu_seconds"] for each in results["served"]),
             "answer_kib": len(answer_of(k, SIZES[SIZE]["length"], SIZES[SIZE]["vocab"])) / 1024,
             "rounds": results,
         }
@@ -174,14 +178,15 @@ def run_all(ks: list[int], steps: int, rounds: int) -> dict[int, dict[str, Any]]
 def table(found: dict[int, dict[str, Any]]) -> str:
     """Markdown, a line per k."""
     lines = [
-        "| k | in memory, s a step | served, s a step | × in memory (by round) | waiting for batches | KiB an answer |",
-        "|---:|---:|---:|---:|---:|---:|",
+        "| k | in memory, s a step | served, s a step | × in memory (by round) | waiting for batches "
+        "| workers, CPU s a step | KiB an answer |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for k, case in found.items():
         rounds = ", ".join(f"{ratio:.3f}" for ratio in case["ratios_by_round"])
         lines.append(
             f"| {k} | {case['in memory seconds']:.3f} | {case['served seconds']:.3f} | {case['ratio']:.3f} ({rounds}) "
-            f"| {case['data_share']:.1%} | {case['answer_kib']:,.0f} |"
+            f"| {case['data_share']:.1%} | {case['worker_cpu_seconds']:.3f} | {case['answer_kib']:,.0f} |"
         )
     return "\n".join(lines)
 
