@@ -5,7 +5,8 @@
 The server answers faster than the student trains: it runs in a process of its own and sends an answer in vLLM's form
 that was made before, so that what is measured is what the toolkit adds: requests, JSON, tensors, and their way from the
 loader's two workers into the loss. The goal is a ratio of at most 1.05. Server, workers and student share the machine's
-cores; with a real server elsewhere, and more cores than two, less of this is seen.
+cores; with a real server elsewhere, and more cores than two, less of this is seen. CPU seconds (of the student's
+process, and of the workers) tell about the same where others are at work on the machine, which its load average says.
 
 Each case runs in a fresh process, in turn, for a few rounds; a ratio is taken within a round. A step lasts from the end
 of the one before to its own end; the first two are left out.
@@ -133,13 +134,20 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             processing_class=tokenizer,
         )
         trainer.add_callback(clock)
+        before = resource.getrusage(resource.RUSAGE_SELF)
         trainer.train()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of those that have ended: the workers
     if served:
         answers.terminate()
     share = next(entry["data_share"] for entry in trainer.state.log_history if "data_share" in entry)
-    workers = (used.ru_utime + used.ru_stime) / steps
-    return {"seconds": clock.seconds[LEFT_OUT:], "data_share": share, "worker_cpu_seconds": workers}
+    own = resource.getrusage(resource.RUSAGE_SELF)
+    return {
+        "seconds": clock.seconds[LEFT_OUT:],
+        "data_share": share,
+        "worker_cpu_seconds": (used.ru_utime + used.ru_stime) / steps,
+        "cpu_seconds": (own.ru_utime + own.ru_stime - before.ru_utime - before.ru_stime) / steps,
+        "load": os.getloadavg()[0],
+    }
 
 
 def _wait_for(port: int) -> None:
@@ -165,6 +173,8 @@ def run_all(ks: list[int], steps: int, rounds: int) -> dict[int, dict[str, Any]]
         ratios = [ours / floor for ours, floor in zip(medians["served"], medians["in memory"], strict=True)]
         found[k] = {
             **{f"{name} seconds": statistics.median(values) for name, values in medians.items()},
+            **{f"{name} cpu": statistics.median(each["cpu_seconds"] for each in results[name]) for name in CASES},
+            "load": statistics.median(each["load"] for name in CASES for each in results[name]),
             "ratio": statistics.median(ratios),
             "ratios_by_round": ratios,
             "data_share": statistics.median(each["data_share"] for each in results["served"]),
@@ -179,14 +189,15 @@ def table(found: dict[int, dict[str, Any]]) -> str:
     """Markdown, a line per k."""
     lines = [
         "| k | in memory, s a step | served, s a step | × in memory (by round) | waiting for batches "
-        "| workers, CPU s a step | KiB an answer |",
-        "|---:|---:|---:|---:|---:|---:|---:|",
+        "| CPU s a step: in memory | served | its workers | KiB an answer | load average |",
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for k, case in found.items():
         rounds = ", ".join(f"{ratio:.3f}" for ratio in case["ratios_by_round"])
         lines.append(
             f"| {k} | {case['in memory seconds']:.3f} | {case['served seconds']:.3f} | {case['ratio']:.3f} ({rounds}) "
-            f"| {case['data_share']:.1%} | {case['worker_cpu_seconds']:.3f} | {case['answer_kib']:,.0f} |"
+            f"| {case['data_share']:.1%} | {case['in memory cpu']:.3f} | {case['served cpu']:.3f} "
+            f"| {case['worker_cpu_seconds']:.3f} | {case['answer_kib']:,.0f} | {case['load']:.1f} |"
         )
     return "\n".join(lines)
 

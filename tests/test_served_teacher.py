@@ -335,6 +335,26 @@ def test_a_server_that_is_down_is_said_within_seconds(
     assert time.monotonic() - began < 10
 
 
+def test_a_fault_at_the_start_passes_too(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
+    with FaultyProxy(server, ["500", "reset"]) as proxy:
+        ServedTeacher(proxy.url).fit_to(tokenizer)
+        assert sum(proxy.met.values()) == 2
+        proxy.faults.extend(["500"] * 3)
+        with pytest.raises(ConnectionError, match=rf"{proxy.url} \(HTTP 500 \(injected\)\)"):
+            ServedTeacher(proxy.url).fit_to(tokenizer)
+
+
+def test_a_refusal_does_not_wait_for_the_other_requests(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
+    with FaultyProxy(server, slow_seconds=20) as proxy:
+        teacher = ServedTeacher(proxy.url)
+        teacher.fit_to(tokenizer)
+        proxy.faults.extend(["slow", "other_model"])
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="'another' has answered"):
+            teacher.score(_batch([[1, 2, 3], [4, 5, 6]]))
+        assert time.monotonic() - began < 10
+
+
 def test_one_of_two_servers_is_down_at_the_start(
     tokenizer: PreTrainedTokenizerBase, server: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,6 +24,7 @@ IN_FLIGHT = 32
 CONNECT_SECONDS = 5.0
 ATTEMPTS_IN_TIMEOUT = 4
 """A server that does not answer for this part of the time allowed is asked again, or another one is."""
+ATTEMPTS_HERE = 3
 FIRST_REST, LONGEST_REST = 0.5, 30.0
 """Seconds, doubled with each failure in between."""
 
@@ -120,11 +121,22 @@ class Replicas:
             for n, body in enumerate(bodies)
         ]
         try:
-            return [each.result() for each in waiting]
+            done = wait(waiting, return_when=FIRST_EXCEPTION).done
+            return [each.result() for each in sorted(done, key=waiting.index)]
         finally:
             stop.set()
             for each in waiting:
                 each.cancel()
+
+    def ask_here(self, url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
+        """The answer of one server, asked a few times. Raises RefusedError; ConnectionError if it gives none."""
+        for attempt in range(ATTEMPTS_HERE):
+            try:
+                return self.ask_one(url, path, body, seconds)
+            except PassingError as failure:
+                reason = failure
+                time.sleep(random.uniform(0, FIRST_REST * 2.0**attempt))
+        raise ConnectionError(f"{url} ({reason})") from reason
 
     def ask_one(self, url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
         """One attempt at one server, a GET without a body. Raises RefusedError, or PassingError."""
