@@ -107,11 +107,11 @@ def tokens(task: dict[str, Any], sequences: int) -> Tensor:
 class PrecomputedTeacher(Teacher):
     """The top k of every row as they would come from a cache: no model runs."""
 
-    def __init__(self, rows: int, vocab: int, device: str) -> None:
-        self.vocab, stratum = vocab, vocab // K
-        first = torch.arange(K, device=device) * stratum
-        self.ids = first + torch.randint(0, stratum, (rows, K), device=device)  # distinct, and all over the vocabulary
-        self.cells = torch.randn(rows, K + 1, device=device).log_softmax(-1)
+    def __init__(self, rows: int, vocab: int, device: str, k: int = K) -> None:
+        self.vocab, stratum = vocab, vocab // k
+        first = torch.arange(k, device=device) * stratum
+        self.ids = first + torch.randint(0, stratum, (rows, k), device=device)  # distinct, and all over the vocabulary
+        self.cells = torch.randn(rows, k + 1, device=device).log_softmax(-1)
 
     def score(self, batch: Batch) -> SparseSignal:
         return SparseSignal(self.ids, self.cells[:, :-1].contiguous(), self.cells[:, -1].contiguous(), self.vocab)

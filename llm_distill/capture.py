@@ -190,15 +190,14 @@ def _answered_ahead(trainer: DistillationTrainer, own: list[Planned]) -> Iterato
     if read is None:
         yield from own
         return
-    with ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="capture_answers") as threads:
-        asked: deque[tuple[Planned, Future[Any]]] = deque()
-        for planned in own:
-            asked.append((planned, threads.submit(read, dict(planned.batch))))
-            if len(asked) > BATCHES_AHEAD:
-                first, answered = asked.popleft()
-                yield first._replace(batch=answered.result())
-        for first, answered in asked:
-            yield first._replace(batch=answered.result())
+    threads, asked = ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="capture_answers"), deque[Future[Any]]()
+    try:
+        for number, planned in enumerate(own):
+            while len(asked) <= BATCHES_AHEAD and number + len(asked) < len(own):
+                asked.append(threads.submit(read, dict(own[number + len(asked)].batch)))
+            yield planned._replace(batch=asked.popleft().result())
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _is_sharded(trainer: DistillationTrainer) -> bool:

@@ -132,6 +132,7 @@ def main() -> None:
         Path(folder).name: (AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder))
         for folder in sys.argv[4:]
     }
+    ThreadingHTTPServer.request_queue_size = 128
     ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 

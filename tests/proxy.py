@@ -17,6 +17,13 @@ import urllib3
 FAULTS = ("slow", "reset", "429", "500", "truncated", "not_json", "other_model")
 
 
+class Server(ThreadingHTTPServer):
+    """Takes as many connections at once as a client opens."""
+
+    daemon_threads = True
+    request_queue_size = 128
+
+
 class FaultyProxy:
     """`with FaultyProxy(url) as proxy`: what is sent to `proxy.url` goes on to `url`, but for the faults.
 
@@ -42,8 +49,7 @@ class FaultyProxy:
         """When each of them came."""
         self._lock = threading.Lock()
         self._pool = urllib3.PoolManager(maxsize=64)
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self._server.daemon_threads = True
+        self._server = Server(("127.0.0.1", 0), self._handler())
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def __enter__(self) -> FaultyProxy:

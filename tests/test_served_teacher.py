@@ -38,6 +38,7 @@ from llm_distill import (
 from llm_distill.cache import Hidden, Hybrid, TopK
 from llm_distill.capture import capture
 from llm_distill.capture_report import report_fidelity
+from llm_distill.cli import main
 from llm_distill.config import DistillationConfig
 from llm_distill.divergences import ForwardKL
 from llm_distill.fused.logits import logits_in_chunks
@@ -334,6 +335,26 @@ def test_a_server_that_is_down_is_said_within_seconds(
     assert time.monotonic() - began < 10
 
 
+def test_a_fault_at_the_start_passes_too(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
+    with FaultyProxy(server, ["500", "reset"]) as proxy:
+        ServedTeacher(proxy.url).fit_to(tokenizer)
+        assert sum(proxy.met.values()) == 2
+        proxy.faults.extend(["500"] * 3)
+        with pytest.raises(ConnectionError, match=rf"{proxy.url} \(HTTP 500 \(injected\)\)"):
+            ServedTeacher(proxy.url).fit_to(tokenizer)
+
+
+def test_a_refusal_does_not_wait_for_the_other_requests(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
+    with FaultyProxy(server, slow_seconds=20) as proxy:
+        teacher = ServedTeacher(proxy.url)
+        teacher.fit_to(tokenizer)
+        proxy.faults.extend(["slow", "other_model"])
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="'another' has answered"):
+            teacher.score(_batch([[1, 2, 3], [4, 5, 6]]))
+        assert time.monotonic() - began < 10
+
+
 def test_one_of_two_servers_is_down_at_the_start(
     tokenizer: PreTrainedTokenizerBase, server: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -483,6 +504,22 @@ def test_what_was_answered_before_an_outage_is_in_the_cache(
         with pytest.raises(ConnectionError, match="no answer"):
             trainer.train()
     assert len(TeacherCache(cache.path)) > 2
+
+
+def test_the_command_line_captures_from_a_server(
+    tmp_path: Path, student: str, server: str, texts: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    texts.select(range(12)).to_json(tmp_path / "texts.jsonl")
+    command = ["capture", "--model_name_or_path", student, "--dataset_name", str(tmp_path / "texts.jsonl")]
+    command += ["--teacher_server_url", server, "--output_dir", str(tmp_path / "out"), "--max_length", "64"]
+    command += ["--use_cpu", "true", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "TopK(k=32, mass=1.0, step=0.0625) keeps more than the 20 likeliest" in capsys.readouterr().err
+    main([*command, "--cache_kwargs", "{k: 20}"])
+    assert len(TeacherCache(tmp_path / "cache")) == 12
+    assert TeacherCache(tmp_path / "cache").manifest["teacher"] == {"model": "teacher", "served": "vllm", "k": 20}
+    assert "Its fidelity is not measured" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("method", [TopK(21), Hybrid(0.05), Hidden()], ids=str)

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -24,10 +24,12 @@ IN_FLIGHT = 32
 CONNECT_SECONDS = 5.0
 ATTEMPTS_IN_TIMEOUT = 4
 """A server that does not answer for this part of the time allowed is asked again, or another one is."""
+ATTEMPTS_HERE = 3
 FIRST_REST, LONGEST_REST = 0.5, 30.0
 """Seconds, doubled with each failure in between."""
 
 Answer = TypeVar("Answer")
+_BEGINNING = threading.Lock()
 
 
 class RefusedError(ValueError):
@@ -56,8 +58,8 @@ class _Server:
 
 
 class Replicas:
-    """Each request goes to the server with the fewest in flight. One that fails rests, for longer each time, while its
-    requests go to the others. The key comes from OPENAI_API_KEY, and is in no message.
+    """Each request goes to the server with the fewest in flight. One that fails twice in a row rests, for longer each
+    time, while its requests go to the others. The key comes from OPENAI_API_KEY, and is in no message.
 
     Threads, connections and what is known of the servers are made in each process anew, when first used there.
 
@@ -90,9 +92,12 @@ class Replicas:
         deadline = time.monotonic() + self.timeout
         while not stop.is_set():
             server, began = self._take(), time.monotonic()
-            rest = server.rests_until - began
+            rest = max(server.rests_until - began, 0.0)
             try:
-                if rest <= 0:
+                if began + rest >= deadline:
+                    reasons = "; ".join(f"{each.url}: {each.reason}" for each in self._servers if each.reason)
+                    raise ConnectionError(f"no answer to {path} in {self.timeout:g} seconds. {reasons}.")
+                if not rest:
                     answer = self.ask_one(server.url, path, body, min(deadline - began, self._attempt_seconds))
                     self._recovered(server)
                     return answer
@@ -101,10 +106,7 @@ class Replicas:
             finally:
                 with self._lock:
                     server.in_flight -= 1
-            if max(rest, 0) + time.monotonic() >= deadline:
-                reasons = "; ".join(f"{each.url}: {each.reason}" for each in self._servers if each.reason)
-                raise ConnectionError(f"no answer to {path} in {self.timeout:g} seconds. {reasons}.")
-            if rest > 0:
+            if rest:
                 stop.wait(rest + random.uniform(0, min(rest, FIRST_REST)))  # and not all at once
         raise ConnectionError("another request of the same batch has failed.")
 
@@ -119,11 +121,22 @@ class Replicas:
             for n, body in enumerate(bodies)
         ]
         try:
-            return [each.result() for each in waiting]
+            done = wait(waiting, return_when=FIRST_EXCEPTION).done
+            return [each.result() for each in sorted(done, key=waiting.index)]
         finally:
             stop.set()
             for each in waiting:
                 each.cancel()
+
+    def ask_here(self, url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
+        """The answer of one server, asked a few times. Raises RefusedError; ConnectionError if it gives none."""
+        for attempt in range(ATTEMPTS_HERE):
+            try:
+                return self.ask_one(url, path, body, seconds)
+            except PassingError as failure:
+                reason = failure
+                time.sleep(random.uniform(0, FIRST_REST * 2.0**attempt))
+        raise ConnectionError(f"{url} ({reason})") from reason
 
     def ask_one(self, url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
         """One attempt at one server, a GET without a body. Raises RefusedError, or PassingError."""
@@ -166,13 +179,14 @@ class Replicas:
         return self.timeout / ATTEMPTS_IN_TIMEOUT
 
     def _begin_process(self) -> None:
-        if self._process == os.getpid():
-            return
-        self._lock = threading.Lock()
-        self._servers = [_Server(url) for url in self.urls]
-        self._pool = urllib3.PoolManager(num_pools=len(self.urls), maxsize=IN_FLIGHT)
-        self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="teacher_requests")
-        self._process = os.getpid()
+        with _BEGINNING:
+            if self._process == os.getpid():
+                return
+            self._lock = threading.Lock()
+            self._servers = [_Server(url) for url in self.urls]
+            self._pool = urllib3.PoolManager(num_pools=len(self.urls), maxsize=IN_FLIGHT)
+            self._threads = ThreadPoolExecutor(IN_FLIGHT, thread_name_prefix="teacher_requests")
+            self._process = os.getpid()
 
     def _take(self) -> _Server:
         """The one that is up and has the fewest in flight; if none is, the one that rests least."""
@@ -185,16 +199,19 @@ class Replicas:
 
     def _rests(self, server: _Server, failure: PassingError, began: float) -> None:
         with self._lock:
-            server.reason, was_up = str(failure), not server.failures
+            server.reason = str(failure)
             if began < server.failed_at:  # of the same outage
                 return
             server.failures += 1
             server.failed_at = time.monotonic()
-            longest = min(LONGEST_REST, FIRST_REST * 2 ** min(server.failures, 10))
+            longest = min(LONGEST_REST, FIRST_REST * 2.0 ** (min(server.failures, 10) - 1))
+            if server.failures == 1:  # it may just have closed a connection that nobody used
+                longest = 0.0
             rest = random.uniform(0, longest) if failure.rest is None else failure.rest
             server.rests_until = server.failed_at + rest
+            is_news = server.failures == 2 and failure.rest is None
         worker = get_worker_info()
-        if was_up and failure.rest is None and (worker is None or worker.id == 0):
+        if is_news and (worker is None or worker.id == 0):
             others = f"{len(self.urls) - 1} others go on" if len(self.urls) > 1 else "there is no other"
             logger.warning("the teacher's server %s fails (%s): it is tried again, %s.", server.url, failure, others)
 

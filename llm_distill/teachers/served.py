@@ -154,9 +154,9 @@ class ServedTeacher(Teacher):
         down = []
         for url in self._replicas.urls:
             try:
-                cards = self._replicas.ask_one(url, "/v1/models", None, START_SECONDS)["data"]
+                cards = self._replicas.ask_here(url, "/v1/models", None, START_SECONDS)["data"]
             except ConnectionError as error:
-                down.append(f"{url} ({error})")
+                down.append(str(error))
                 continue
             card = self._card(url, {card["id"]: card for card in cards})
             if limit := card.get("max_model_len"):
@@ -183,7 +183,7 @@ class ServedTeacher(Teacher):
 
     def _require_k(self, url: str) -> None:
         try:
-            answer = self._replicas.ask_one(url, "/v1/completions", self._request([0, 0]), CHECK_SECONDS)
+            answer = self._replicas.ask_here(url, "/v1/completions", self._request([0, 0]), CHECK_SECONDS)
         except RefusedError as error:
             if "logprobs" not in str(error):
                 raise
@@ -201,7 +201,7 @@ class ServedTeacher(Teacher):
         while runs and len(different) < 3:
             run = runs.pop()
             question = {"model": self.model, "tokens": run}
-            theirs = self._replicas.ask_one(url, "/detokenize", question, CHECK_SECONDS)["prompt"]
+            theirs = self._replicas.ask_here(url, "/detokenize", question, CHECK_SECONDS)["prompt"]
             ours = tokenizer.decode(run)
             if theirs == ours:
                 continue
