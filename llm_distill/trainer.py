@@ -28,7 +28,7 @@ from llm_distill.rows import count_rows, counted_rows
 from llm_distill.run_record import RecordRun, require_same_run, run_record
 from llm_distill.students import Lesson, add_lesson_forward
 from llm_distill.teachers import Teacher, make_teacher
-from llm_distill.teachers.base import SIGNAL
+from llm_distill.teachers.base import SIGNAL, SKIPPED
 from llm_distill.teachers.describe import vocabulary_size
 
 
@@ -101,6 +101,8 @@ class DistillationTrainer(SFTTrainer):
         if self.teacher is not None:
             if self.teacher.reader is not None:
                 self.data_collator: Any = _Reading(self.data_collator, self.teacher.reader)
+                for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
+                    data_checks.require_readable(dataset, name, self.data_collator)
             self.add_callback(_FlushTeacher(self.teacher))
         self._record = run_record(self.objective, self.teacher)
         self.add_callback(RecordRun(self._record))
@@ -191,7 +193,8 @@ class DistillationTrainer(SFTTrainer):
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs["aux_loss"] / micro_batches
 
-        tallies = tally_by_sample(lesson.metrics, rows.sample, len(inputs["labels"]), outputs["aux_loss"])
+        skipped = inputs.get(SIGNAL, {}).get(SKIPPED)
+        tallies = tally_by_sample(lesson.metrics, rows.sample, len(inputs["labels"]), outputs["aux_loss"], skipped)
         if training:
             self._tally += tallies.sum(0)
             self._tokens += (
