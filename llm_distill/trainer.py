@@ -46,9 +46,9 @@ class DistillationTrainer(SFTTrainer):
     Logs `loss`, its parts `kd` and `ce`, and of the student beside the teacher `kl`, `entropy`, `top1_agreement`,
     `acceptance`, in nats (or shares) per token that counts, over all ranks and micro-batches since the last log;
     `tokens_per_second` and `teacher_share`, the share of time in the teacher's forward (its head's product is part of
-    the loss); for a mixture of experts `aux_loss`, its router's; with `on_miss=skip` `skipped_share`, of the tokens that
-    would count. Evaluation adds `perplexity` and `teacher_ce`; its `loss` is kd_weight · kd + ce_weight · ce. Over several ranks, packed evaluation batches may count
-    the few samples twice that fill up the last batch.
+    the loss); for a mixture of experts `aux_loss`, its router's; with `on_miss=skip` `skipped_share`, of the tokens
+    that would count. Evaluation adds `perplexity` and `teacher_ce`; its `loss` is kd_weight · kd + ce_weight · ce.
+    Over several ranks, packed evaluation batches may count the few samples twice that fill up the last batch.
 
     Raises:
         ValueError: teacher and student that do not fit, data with nothing to learn from, options without effect, a
