@@ -173,7 +173,7 @@ def test_the_yaml_of_a_capture_trains_from_its_cache(tmp_path: Path, run: dict[s
     assert parse_capture(both)[3].cache_kwargs == {"draws": 12}
     with pytest.raises(ValueError, match="unknown option --cache_method on the command line"):
         parse_train([*both, "--cache_method", "top_k"])
-    with pytest.raises(ValueError, match=r"unknown option 'cache_method' in .*run\.yaml"):
+    with pytest.raises(ValueError, match=r"unknown option 'cache_kwargs' in .*run\.yaml"):
         parse_train(as_yaml(tmp_path / "run.yaml", run | kept))
     with pytest.raises(ValueError, match="unknown option 'cache_methods'"):
         parse_train(as_yaml(tmp_path / "run.yaml", run | {"teacher_cache": "x", "cache_methods": "top_k"}))
