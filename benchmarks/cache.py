@@ -12,7 +12,8 @@ ours, so that the same code measures them; their levels of 1/4096 nat are as fin
 train: the same student from scratch with the live teacher, from caches, and from what others store.
 
 time: a step from the cache against one of transformers' `Trainer` (cross-entropy, same student and batches), and a
-capture against the teacher's forward with logits. Every case runs in a process of its own, in turn with the others.
+capture against the teacher's forward with logits. The capture's first two batches are left out; what it takes
+once, to compile and begin, is a figure of its own. Every case runs in a process of its own, in turn with the others.
 
 start: a cache of many shards that the system has not in memory: opened, then read in random order.
 
@@ -281,10 +282,12 @@ def measure_training(recipe: Recipe, corpus: Corpus, live: LiveTeacher, folder: 
     return {"Students": rows}
 
 
-def seconds_a_batch(task: dict[str, Any], folder: str) -> float:
-    """One case, in this process. What a trainer does before its first batch is not in it."""
+def seconds_a_batch(task: dict[str, Any], folder: str) -> list[float]:
+    """One case, in this process; of a capture also how much longer than that its first batches take, all together: it
+    compiles, allocates and opens files, once. What a trainer does before its first batch is not in it.
+    """
     if task["case"] == "Trainer step":
-        return step_seconds(train_step.trainer_of({**task, "trainer": "hf"}, folder))
+        return [step_seconds(train_step.trainer_of({**task, "trainer": "hf"}, folder))]
     teacher, batches = train_step.build(task, "teacher").eval(), task["steps"] + train_step.LEFT_OUT
     inputs = train_step.tokens(task, batches * 8).split(8)
     with torch.no_grad():
@@ -293,14 +296,24 @@ def seconds_a_batch(task: dict[str, Any], folder: str) -> float:
             began = time.perf_counter()
             for ids in inputs:
                 _ = teacher(input_ids=ids, use_cache=False).logits
-            return (time.perf_counter() - began) / batches
+            return [(time.perf_counter() - began) / batches]
     live = LiveTeacher(teacher, train_step.tokenizer_of(train_step.SIZES[task["size"]]["vocab"]))
     trainer = our_trainer(task, live, folder)
-    with mock.patch.object(capturing, "_estimate"):  # of three batches, however many there are
+    starts, ask = [], capturing.ask
+
+    def clocked(*of: Any) -> Any:
+        starts.append(time.perf_counter())
+        return ask(*of)
+
+    # No estimate, which takes three batches however many there are.
+    with mock.patch.object(capturing, "_estimate"), mock.patch.object(capturing, "ask", clocked):
         began = time.perf_counter()
         cache = capturing.capture(trainer, f"{folder}/cache", TopK(32))
-        seconds = (time.perf_counter() - began) / batches
-    return seconds if task["case"] == "capture" else step_seconds(our_trainer(task, CachedTeacher(cache), folder))
+        ended, counted = time.perf_counter(), starts[train_step.LEFT_OUT]  # to the end, with all that is written last
+    if task["case"] == "capture":
+        seconds = (ended - counted) / task["steps"]
+        return [seconds, counted - began - train_step.LEFT_OUT * seconds]
+    return [step_seconds(our_trainer(task, CachedTeacher(cache), folder))]
 
 
 def our_trainer(task: dict[str, Any], teacher: Teacher, folder: str) -> transformers.Trainer:
@@ -323,9 +336,13 @@ def measure_time(steps: int, rounds: int) -> dict[str, Table]:
         "capture's throughput / the forward's, at least 0.95": ("teacher's forward", "capture"),
     }
     cases: dict[str, list[float]] = {case: [] for pair in pairs.values() for case in pair}
+    starts: list[float] = []
     for _, case in itertools.product(range(rounds), cases):
-        cases[case].append(child(case=case, device="cpu", size="small", steps=steps))
+        seconds, *start = child(case=case, device="cpu", size="small", steps=steps)
+        cases[case].append(seconds)
+        starts += start
     cases |= {name: [a / b for a, b in zip(*map(cases.get, pair), strict=True)] for name, pair in pairs.items()}
+    cases["capture: seconds at its start, once"] = starts
     return {"Seconds a batch": {name: {"median": statistics.median(v), "by round": v} for name, v in cases.items()}}
 
 
@@ -411,7 +428,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", default=parts, choices=parts)
     parser.add_argument("--seeds", type=int, default=3, help="students of each teacher; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=8, help=f"batches timed, after {train_step.LEFT_OUT} others")
+    parser.add_argument("--steps", type=int, default=16, help=f"batches timed, after {train_step.LEFT_OUT} others")
     parser.add_argument("--rounds", type=int, default=3, help="how often every timed case gets a fresh process")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/cache"), help="for teacher, students, caches")
     parser.add_argument("--short", action="store_true", help="everything small: under a minute")

@@ -11,12 +11,13 @@ import difflib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
-    from trl import ModelConfig, ScriptArguments, TrlParser
+    from trl import ModelConfig, ScriptArguments
 
     from llm_distill.config import CaptureConfig, DistillationConfig
     from llm_distill.generation.config import GenerateConfig
@@ -228,20 +229,19 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 
 def parse_train(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig]:
-    """TRL's three groups of options: defaults < `--config` YAML < command line.
+    """TRL's three groups of options: defaults < `--config` YAML < command line. A YAML that sets `teacher_cache` may
+    say for `capture` what is kept, which has no effect here.
 
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), or a value that cannot be.
     """
-    script, args, model = _parse(argv, "train")
+    script, args, model, *_ = _parse(argv, "train")
     return script, args, model
 
 
 def parse_capture(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, CaptureConfig]:
     """Those of `train` (so that its YAML serves here too), and what is kept. Raises as `parse_train`."""
-    from llm_distill.config import CaptureConfig
-
-    script, args, model, options = _parse(argv, "capture", CaptureConfig)
+    script, args, model, options = _parse(argv, "capture")
     return script, args, model, options
 
 
@@ -255,47 +255,63 @@ def parse_generate(argv: Sequence[str]) -> tuple[ScriptArguments, GenerateConfig
     return script, config
 
 
-def _parse(argv: Sequence[str], command: str, *more: type) -> list[Any]:
+def _parse(argv: Sequence[str], command: str) -> list[Any]:
+    """What `train` and `capture` take."""
     from trl import ModelConfig, ScriptArguments
 
-    from llm_distill.config import DistillationConfig
+    from llm_distill.config import CaptureConfig, DistillationConfig
 
-    return _parse_groups(argv, command, (ScriptArguments, DistillationConfig, ModelConfig, *more))
+    groups = (ScriptArguments, DistillationConfig, ModelConfig)
+    if command == "capture":
+        return _parse_groups(argv, command, (*groups, CaptureConfig))
+    kept = {field.name for field in fields(CaptureConfig)}
+    return _parse_groups(argv, command, groups, {"teacher_cache": (CaptureConfig, kept)})
 
 
-def _parse_groups(argv: Sequence[str], command: str, groups: tuple[type, ...]) -> list[Any]:
+def _parse_groups(
+    argv: Sequence[str], command: str, groups: tuple[Any, ...], beside: dict[str, tuple[Any, set[str]]] | None = None
+) -> list[Any]:
+    """One object for each group. A YAML with a key of `beside` may hold the options of that other command's group too,
+    which come last.
+    """
     from trl import TrlParser
 
     argv = [part for given in argv for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
+    path = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
+    content = {} if path is None else _read_yaml(path)
+    others = [other for key, other in (beside or {}).items() if content.get(key)]
+    groups = (*groups, *(group for group, _ in others))
     parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
-    refuse_unknown(parser, argv)
+    known = {flag.lstrip("-").replace("-", "_") for action in parser._actions for flag in action.option_strings}
+    in_file = [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]
+    given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
+    _refuse_unknown(parser.prog, in_file, known)
+    _refuse_unknown(parser.prog, given, known.difference(*(names for _, names in others)))
     return list(parser.parse_args_and_config(argv))[: len(groups)]
 
 
-def refuse_unknown(parser: TrlParser, argv: Sequence[str]) -> None:
-    """Names the nearest known option for each one that does not exist, on the command line and in the YAML."""
+def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    flags = {flag for action in parser._actions for flag in action.option_strings}
-    known = {flag.lstrip("-").replace("-", "_") for flag in flags}
-    given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
-    if "--config" in argv[:-1]:
-        path = Path(argv[argv.index("--config") + 1])
-        if not path.is_file():
-            raise FileNotFoundError(f"--config {path}: there is no such file.")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(f"--config {path} is not YAML. ({error})") from error
-        if not isinstance(content, dict):
-            raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
-        given += [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML. ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
+    return content
+
+
+def _refuse_unknown(program: str, given: list[tuple[str, str]], known: set[str]) -> None:
+    """Names the nearest known option for each one, with where it was given, that does not exist."""
     for where, name in given:
         if name.replace("-", "_") not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown option {where}.{hint} `{parser.prog} --help` lists all.")
+            raise ValueError(f"unknown option {where}.{hint} `{program} --help` lists all.")
 
 
 def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
@@ -13,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill.rows import IGNORED, Rows
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 from llm_distill.teachers.base import refuse_past_context
+
+SAMPLED_TEXTS = 16
 
 
 def require_rows(dataset: Any, name: str) -> None:
@@ -36,6 +38,17 @@ def require_length(dataset: Any, name: str, max_length: int | None) -> None:
         lengths = pc.list_flatten(table[column]) if column == "seq_lengths" else pc.list_value_length(table[column])
         longest = max(longest, pc.max(lengths).as_py() or 0)
     refuse_past_context(longest, max_length, f"the {name} dataset")
+
+
+def require_readable(dataset: Any, name: str, read: Callable[[list[Any]], Any]) -> None:
+    """Raises ValueError if one of a few texts from all over a prepared dataset cannot be read as a batch is read, with
+    what a stored teacher says. A sample, not a proof: what it does not meet is found in its step. Streams are not read.
+    """
+    if isinstance(dataset, Dataset):
+        try:
+            read([dataset[i] for i in range(0, len(dataset), -(-len(dataset) // SAMPLED_TEXTS))])
+        except ValueError as error:
+            raise ValueError(f"the {name} dataset: {error}") from error
 
 
 def refuse_broken_signal(

@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-METRICS = ("kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce", "aux_loss")
-"""The values per row of `fused_head_loss`, and the router's auxiliary loss, a value per micro-batch."""
+METRICS = ("kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce", "aux_loss", "skipped_share")
+"""The values per row of `fused_head_loss`; the router's auxiliary loss, a value per micro-batch; the share of rows that
+are left out because a stored teacher lacks their text."""
 
 Tally = Float[Tensor, "2 metrics"]
 """Sums of METRICS, and over how many values each of them was taken: a signal may not know them all."""
@@ -23,7 +24,11 @@ def empty_tally(device: torch.device, *samples: int) -> Tensor:
 
 
 def tally_by_sample(
-    metrics: dict[str, Float[Tensor, " rows"]], sample: Int[Tensor, " rows"], samples: int, aux_loss: Tensor | None
+    metrics: dict[str, Float[Tensor, " rows"]],
+    sample: Int[Tensor, " rows"],
+    samples: int,
+    aux_loss: Tensor | None,
+    skipped: Int[Tensor, " samples"] | None = None,
 ) -> Float[Tensor, "samples 2 metrics"]:
     """A tally for each sequence of a batch, so that those that only fill up a batch can be left out."""
     tallies = empty_tally(sample.device, samples)
@@ -35,6 +40,10 @@ def tally_by_sample(
         tallies[0, :, METRICS.index("aux_loss")] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)]).to(
             tallies
         )
+    if skipped is not None:
+        column = METRICS.index("skipped_share")
+        tallies[:, 0, column] = skipped.to(tallies)
+        tallies[:, 1, column] = skipped.to(tallies) + torch.bincount(sample, minlength=samples)
     return tallies
 
 

@@ -27,8 +27,8 @@ from llm_distill.progress import Stopwatch, empty_tally, means, tally_by_sample
 from llm_distill.rows import count_rows, counted_rows
 from llm_distill.run_record import RecordRun, require_same_run, run_record
 from llm_distill.students import Lesson, add_lesson_forward
-from llm_distill.teachers import Teacher, make_teacher
-from llm_distill.teachers.base import SIGNAL
+from llm_distill.teachers import CachedTeacher, Teacher, make_teacher
+from llm_distill.teachers.base import SIGNAL, SKIPPED
 from llm_distill.teachers.describe import vocabulary_size
 
 
@@ -47,11 +47,13 @@ class DistillationTrainer(SFTTrainer):
     `acceptance`, in nats (or shares) per token that counts, over all ranks and micro-batches since the last log;
     `tokens_per_second`; `teacher_share`, the share of time in the teacher's forward (its head's product is part of
     the loss), and `data_share`, that of waiting for batches, and so for a server's answers; for a mixture of experts
-    `aux_loss`, its router's. Evaluation adds `perplexity` and `teacher_ce`; its `loss` is kd_weight · kd + ce_weight ·
-    ce. Over several ranks, packed evaluation batches may count the few samples twice that fill up the last batch.
+    `aux_loss`, its router's; with `on_miss=skip` `skipped_share`, of the tokens that would count. Evaluation adds
+    `perplexity` and `teacher_ce`; its `loss` is kd_weight · kd + ce_weight · ce. Over several ranks, packed evaluation
+    batches may count the few samples twice that fill up the last batch.
 
     Raises:
-        ValueError: teacher and student that do not fit, data with nothing to learn from, options without effect.
+        ValueError: teacher and student that do not fit, data with nothing to learn from, options without effect, a
+            `teacher_cache` that lacks one of a few texts that are looked up in it.
     """
 
     # The loss is divided by the rows of the whole step, so `Trainer` has nothing left to scale.
@@ -102,6 +104,9 @@ class DistillationTrainer(SFTTrainer):
         if self.teacher is not None:
             if self.teacher.reader is not None and self.objective.kd_weight:
                 self.data_collator: Any = _Reading(self.collate, self.teacher.reader)
+                if isinstance(self.teacher, CachedTeacher) and self.teacher.live is None:
+                    for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
+                        data_checks.require_readable(dataset, name, self.data_collator)
             self.add_callback(_FlushTeacher(self.teacher))
         self._record = run_record(self.objective, self.teacher)
         self.add_callback(RecordRun(self._record))
@@ -197,7 +202,8 @@ class DistillationTrainer(SFTTrainer):
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs["aux_loss"] / micro_batches
 
-        tallies = tally_by_sample(lesson.metrics, rows.sample, len(inputs["labels"]), outputs["aux_loss"])
+        skipped = inputs.get(SIGNAL, {}).get(SKIPPED)
+        tallies = tally_by_sample(lesson.metrics, rows.sample, len(inputs["labels"]), outputs["aux_loss"], skipped)
         if training:
             self._tally += tallies.sum(0)
             self._tokens += (

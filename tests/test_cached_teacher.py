@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from llm_distill.cache.methods import Method
 from llm_distill.cache.store import the_only_writer
 from llm_distill.capture import capture
 from llm_distill.signals import HiddenSignal, SparseSignal
+from llm_distill.teachers.base import SIGNAL
 
 EXACT = TopK(VOCAB, step=2**-12)
 
@@ -160,16 +162,31 @@ def half(tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokeniz
 
 
 def test_a_missing_text_is_an_error_that_says_which(
-    tmp_path: Path, student: str, tokenizer: PreTrainedTokenizerBase, half: str
+    tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokenizerBase, half: str
 ) -> None:
-    trainer = make_trainer(tmp_path, tokenizer, student, teacher_cache=half, max_steps=20)
-    ids = make_rows([])[12]["input_ids"][:8]
-    with pytest.raises(
-        ValueError, match=r"2 of the 2 texts of a batch are not in .*half.*begins with the ids"
-    ) as error:
-        trainer.train()
-    assert str(ids) in str(error.value)
-    assert "on_miss: live or skip" in str(error.value)
+    collate = make_trainer(tmp_path, tokenizer, student, LiveTeacher(tiny_llama(2), tokenizer)).data_collator
+    read, rows = CachedTeacher(half).reader, list(make_rows([]))
+    assert SIGNAL in read(collate(rows[10:12]))
+    missing = re.escape(str(rows[12]["input_ids"][:8]))
+    with pytest.raises(ValueError, match=f"2 of the 2 texts of a batch are .*half.* ids {missing}.*live or skip"):
+        read(collate(rows[12:14]))
+
+
+@pytest.mark.parametrize("name", ["train", "eval", "second"])
+def test_missing_texts_of_any_dataset_are_found_when_the_trainer_is_built(
+    tmp_path: Path, student: str, tokenizer: PreTrainedTokenizerBase, half: str, name: str
+) -> None:
+    data = {each: make_rows([]).select(range(12)) for each in ("train", "eval", "second")} | {name: make_rows([])}
+
+    prepared = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None}
+    with pytest.raises(ValueError, match=f"the {name} dataset: 6 of the 12 texts of a batch are not in"):
+        DistillationTrainer(
+            student,
+            args=make_config(tmp_path / "out", teacher_cache=half, **prepared),
+            train_dataset=data.pop("train"),
+            eval_dataset=data,
+            processing_class=tokenizer,
+        )
 
 
 def test_missing_texts_can_be_skipped(
@@ -181,6 +198,18 @@ def test_missing_texts_can_be_skipped(
     losses = logged(trainer, "loss")
     assert all(loss > 0 for loss in losses[:6])
     assert losses[6:] == [0.0] * 6
+    assert logged(trainer, "skipped_share") == [0.0] * 6 + [1.0] * 6
+
+
+def test_the_share_of_rows_that_are_skipped_is_logged(
+    tmp_path: Path, student: str, tokenizer: PreTrainedTokenizerBase, half: str
+) -> None:
+    options = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4, "dataloader_num_workers": 2}
+    trainer = train(tmp_path, tokenizer, student, teacher_cache=half, on_miss="skip", max_steps=3, **options)
+    counts = [sum(label != -100 for label in row["labels"][1:]) for row in make_rows([])]
+    expected = [0.0, sum(counts[12:16]) / sum(counts[8:16]), 1.0]
+    assert logged(trainer, "skipped_share") == pytest.approx(expected)
+    assert trainer.evaluate(make_rows([]))["eval_skipped_share"] == pytest.approx(sum(counts[12:]) / sum(counts))
 
 
 def test_missing_texts_can_be_asked_for_and_are_kept(

@@ -24,7 +24,7 @@ from trl import SFTConfig
 
 import llm_distill
 from llm_distill import DistillationConfig
-from llm_distill.cli import load_data, main, parse_train, train
+from llm_distill.cli import load_data, main, parse_capture, parse_train, train
 from llm_distill.divergences import JSD
 from llm_distill.objective import Objective
 
@@ -164,6 +164,19 @@ def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
     _, args, _ = parse_train([f"--config={path}", *as_flags(flags)])
     assert (args.learning_rate, args.divergence, args.divergence_kwargs) == (1e-3, "jsd", {"beta": 0.7})
     assert args.teacher_model_init_kwargs == {"attn_implementation": "eager"}
+
+
+def test_the_yaml_of_a_capture_trains_from_its_cache(tmp_path: Path, run: dict[str, Any]) -> None:
+    kept = {"cache_method": "sampled", "cache_kwargs": {"draws": 12}, "examples_per_shard": 64}
+    both = as_yaml(tmp_path / "run.yaml", run | kept | {"teacher_cache": str(tmp_path / "cache")})
+    assert parse_train(both)[1].teacher_cache == str(tmp_path / "cache")
+    assert parse_capture(both)[3].cache_kwargs == {"draws": 12}
+    with pytest.raises(ValueError, match="unknown option --cache_method on the command line"):
+        parse_train([*both, "--cache_method", "top_k"])
+    with pytest.raises(ValueError, match=r"unknown option 'cache_kwargs' in .*run\.yaml"):
+        parse_train(as_yaml(tmp_path / "run.yaml", run | kept))
+    with pytest.raises(ValueError, match="unknown option 'cache_methods'"):
+        parse_train(as_yaml(tmp_path / "run.yaml", run | {"teacher_cache": "x", "cache_methods": "top_k"}))
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,7 @@ def test_sequences_are_decoded_together_as_alone() -> None:
 def test_top_tokens_are_those_of_topk(vocab: int, k: int) -> None:
     log_p = torch.randn(9, vocab).log_softmax(-1)
     k = min(k, vocab)
-    values, ids = top_tokens(log_p, k)
+    values, ids, _ = top_tokens(log_p, k)
     assert torch.equal(values, log_p.topk(k).values)
     assert torch.equal(log_p.gather(1, ids), values)
 

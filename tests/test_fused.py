@@ -12,8 +12,10 @@ from test_divergences import CASES, from_the_paper
 from torch import Tensor, nn
 
 from llm_distill.divergences import Divergence, make_divergence
-from llm_distill.fused import cpp_backend, fused_head_loss, head_loss, products, torch_backend
-from llm_distill.fused.job import Job
+from llm_distill.fused import cpp_backend, fused_head_loss, head_loss, logits, products, torch_backend
+from llm_distill.fused.head_loss import opened_projection
+from llm_distill.fused.job import Job, Top
+from llm_distill.fused.logits import logits_in_chunks
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
@@ -356,6 +358,39 @@ def test_a_weight_gradient_in_bfloat16_is_as_near_as_float32_would_be(
     (gradient,) = torch.autograd.grad(loss, head.module.weight)
     exact = torch.cat(chunks).double().T @ x.double() / 128
     assert (gradient.double() - exact).norm() < 3e-3 * exact.norm()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("k", [1, 7, VOCAB, 100])
+@pytest.mark.parametrize(("temperature", "scale", "soft_cap"), [(1.0, 1.0, None), (2.0, 1.7, 3.0)])
+def test_the_likeliest_tokens_come_with_the_statistics(
+    k: int, temperature: float, scale: float, soft_cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logits, "chunk_rows", lambda *_: 16)
+    head, hidden = make_head(STUDENT, 1, scale, soft_cap), hidden_states(STUDENT, 1)
+    log_p = (head(hidden) / temperature).log_softmax(-1)
+    for found in logits_in_chunks(hidden, head, temperature, k):
+        assert isinstance(found.scores, Top)
+        expected = log_p[found.rows].topk(min(k, VOCAB))
+        assert torch.allclose(found.scores.values - found.log_total[:, None], expected.values)
+        assert torch.equal(found.scores.ids, expected.indices)
+
+
+@pytest.mark.parametrize("vocab", [3, 300, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_of_tied_tokens_the_first_are_the_likeliest(vocab: int, dtype: torch.dtype) -> None:
+    raw = torch.randint(0, 9, (5, vocab)).to(dtype)
+    raw[4, 1:] = -torch.inf
+    head = LMHead(nn.Linear(1, vocab, bias=False), vocab)
+    student = opened_projection(head, torch.zeros(5, 1, dtype=dtype), torch.zeros(vocab, 1, dtype=dtype), None)
+    k = min(70, vocab)
+    job = Job(student, None, [], make_divergence("forward_kl"), 1.0, 0.0, 1.0, 0.0, None)
+    top = cpp_backend.statistics_and_top(job, raw, k)[1]
+    expected = raw.float().sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(top.values[:4], expected.values[:4, :k])
+    assert torch.equal(top.ids[:4], expected.indices[:4, :k])
+    assert top.ids[4, 0] == 0
+    assert (top.values[4, 1:] < -1e29).all()
 
 
 @both_backends

@@ -21,6 +21,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from llm_distill.fused.job import Top
+
 DEPTH = 16.0
 """Log-probabilities below −DEPTH nats (1e-7) are not told apart."""
 ENTROPY_STEP = 1 / 16
@@ -46,6 +48,8 @@ class SparseMethod(ABC):
 
     name: ClassVar[str]
     has_tail: ClassVar[bool] = False
+    top: int = 0
+    """How many of the likeliest tokens are all that it looks at; 0: it looks at all."""
     step: float
     """Nats from one level to the next."""
 
@@ -61,12 +65,12 @@ class SparseMethod(ABC):
 
     @abstractmethod
     def keep(
-        self, scores: Float[Tensor, "rows vocab"], log_total: Float[Tensor, " rows"], uniform: Float[Tensor, "rows 2"]
+        self, scores: Any, log_total: Float[Tensor, " rows"], uniform: Float[Tensor, "rows 2"]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Chooses, with two uniform numbers per row.
 
         Args:
-            scores: log p = scores − log_total.
+            scores: log p = scores − log_total: [rows, vocab], or a `Top` where `top` asks for no more.
 
         Returns:
             Row, id and level of each entry (`[entries]`), and the level of the tail (`[rows]`) if there is one.
@@ -78,18 +82,19 @@ class SparseMethod(ABC):
 
     def __call__(
         self,
-        scores: Float[Tensor, "rows vocab"],
+        scores: Float[Tensor, "rows vocab"] | Top,
         uniform: Float[Tensor, "rows 2"],
         log_total: Float[Tensor, " rows"] | None = None,
         entropy: Float[Tensor, " rows"] | None = None,
     ) -> Kept:
         """What is kept of each row; without `log_total` the scores are log-probabilities."""
         if log_total is None or entropy is None:
+            assert isinstance(scores, Tensor)
             log_total = scores.new_zeros(len(scores))
             entropy = -(scores.exp() * scores.clamp(min=-1e4)).sum(-1)
         row, ids, levels, tail = self.keep(scores, log_total, uniform)
         return Kept(
-            counts=torch.bincount(row, minlength=len(scores)),
+            counts=torch.bincount(row, minlength=len(log_total)),
             ids=ids,
             levels=levels,
             tail=tail,
@@ -130,9 +135,15 @@ class TopK(SparseMethod):
     def max_entries(self) -> int:
         return self.k
 
-    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    @property
+    def top(self) -> int:  # type: ignore[override]
+        return self.k
+
+    def keep(
+        self, scores: Tensor | Top, log_total: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         last = self.num_levels - 1
-        values, ids = top_tokens(scores, min(self.k, scores.shape[1]))
+        values, ids, vocab_size = top_tokens(scores, self.k) if isinstance(scores, Tensor) else scores
         log_p = values.float() - log_total[:, None]
         levels = (-log_p / self.step).round().clamp(0, last).int()
         p = log_p.double().exp()
@@ -140,7 +151,7 @@ class TopK(SparseMethod):
         kept[:, 0] = True
         rest = (1 - (p * kept).sum(-1)).clamp(min=0)
         tail = (-rest.log() / self.step).round().clamp(0, last - 1).int()
-        tail[kept.sum(-1) == scores.shape[1]] = last  # nothing outside
+        tail[kept.sum(-1) == vocab_size] = last  # nothing outside
         return kept.nonzero()[:, 0], ids[kept], levels[kept], tail
 
 
@@ -259,18 +270,18 @@ def in_entropy_steps(entropy: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     return (entropy / ENTROPY_STEP).round().clamp(0, 255).int()
 
 
-def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> tuple[Float[Tensor, "rows k"], Int[Tensor, "rows k"]]:
+def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> Top:
     """As `scores.topk(k)`, on a CPU in less time: the k largest lie in the k groups of largest maximum."""
     rows, vocab = scores.shape
-    groups = vocab // GROUP
+    groups, k = vocab // GROUP, min(k, vocab)
     if scores.device.type != "cpu" or groups < 4 * k:
-        return scores.topk(k)
+        return Top(*scores.topk(k), vocab)
     whole = scores[:, : groups * GROUP].view(rows, GROUP, groups)  # a group's tokens lie far apart: amax is vectorised
     best = whole.amax(1).topk(k, sorted=False).indices
     ids = (best[:, :, None] + groups * torch.arange(GROUP)).flatten(1)
     ids = torch.cat([ids, torch.arange(groups * GROUP, vocab).expand(rows, -1)], -1)
     values, order = scores.gather(-1, ids).topk(k)
-    return values, ids.gather(-1, order)
+    return Top(values, ids.gather(-1, order), vocab)
 
 
 def _systematic(

@@ -43,10 +43,10 @@ def keep(
     uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
     chunks: list[list[Any]] = []
     if isinstance(signal, HiddenSignal):
-        for logits in logits_in_chunks(signal.hidden, signal.head, temperature):
+        for logits in logits_in_chunks(signal.hidden, signal.head, temperature, method.top):
             _require_finite(logits.log_total, logits.rows, examples)
-            scores = logits.values if temperature == 1 else logits.values.float() / temperature
-            kept = method(scores, uniform[logits.rows].to(scores.device), logits.log_total, logits.entropy)
+            draws = uniform[logits.rows].to(logits.log_total.device)
+            kept = method(logits.scores, draws, logits.log_total, logits.entropy)
             chunks.append([None if part is None else part.cpu() for part in kept])
     else:
         for start, log_p in log_probabilities(signal, temperature):

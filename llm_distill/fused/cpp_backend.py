@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llm_distill.divergences import Divergence
 from llm_distill.fused.formula import Language, UntranslatableError, translate
-from llm_distill.fused.job import Job, Projection, RowStatistics
+from llm_distill.fused.job import Job, Projection, RowStatistics, Top
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +67,9 @@ class Kernels:
             "student teacher | gradient targets | temperature kd_slope ce_weight | "
             "kd entropy kl acceptance agreement ce teacher_ce"
         )
-        self.Statistics = self._structure("student | | temperature | maximum log_total tempered_log_total mean")
+        self.Statistics = self._structure(
+            "student | | temperature top | maximum log_total tempered_log_total mean top_values top_ids"
+        )
         self.Gradient = self._structure(
             "student | gradient | temperature | maximum slope log_total slope_T tempered_log_total"
         )
@@ -121,17 +123,29 @@ def dense(
 
 def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
     """As `torch_backend.statistics`."""
+    return statistics_and_top(job, raw, 0)[0]
+
+
+def statistics_and_top(job: Job, raw: Float[Tensor, "rows vocab"], k: int) -> tuple[RowStatistics, Top]:
+    """The same, and in the same pass the k largest logits, of equal ones the first. Where less than k are larger than
+    −1e30, the others are too, and of no token.
+    """
     kernels = compiled(job.divergence, raw.dtype, raw.dtype)
     assert kernels is not None
     result = RowStatistics(*job.metrics["entropy"].new_empty(4, len(raw)))
-    pointers = {name: _pointer(value) for name, value in result._asdict().items()}
-    side = _side(kernels, job.student, raw)
-    kernels.run(
-        "statistics",
-        kernels.Statistics(student=side, temperature=job.temperature, vocab=raw.shape[1], **pointers),
-        len(raw),
+    values = result.maximum.new_empty(len(raw), k)
+    top = Top(values, torch.empty_like(values, dtype=torch.long), raw.shape[1])
+    arguments = kernels.Statistics(
+        student=_side(kernels, job.student, raw),
+        temperature=job.temperature,
+        top=k,
+        **{name: _pointer(value) for name, value in result._asdict().items()},
+        top_values=_pointer(top.values),
+        top_ids=_pointer(top.ids),
+        vocab=raw.shape[1],
     )
-    return result
+    kernels.run("statistics", arguments, len(raw))
+    return result, top
 
 
 def softmax_gradient(

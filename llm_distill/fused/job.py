@@ -62,6 +62,15 @@ class RowStatistics(NamedTuple):
     """Σ (z − maximum) · softmax(z)."""
 
 
+class Top(NamedTuple):
+    """The likeliest tokens of each row, the likeliest first."""
+
+    values: Float[Tensor, "rows k"]
+    ids: Int[Tensor, "rows k"]
+    vocab_size: int
+    """Of how many tokens."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is wanted of every row. `metrics` is filled on the way: name -> [rows]."""

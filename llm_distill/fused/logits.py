@@ -10,8 +10,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_distill.divergences import ForwardKL
+from llm_distill.fused import cpp_backend
 from llm_distill.fused.head_loss import choose_backend, chunk_rows, opened_projection
-from llm_distill.fused.job import Job
+from llm_distill.fused.job import Job, Top
 from llm_distill.fused.products import chunk_buffers, logits_dtype, multiply
 from llm_distill.heads import LMHead
 
@@ -23,18 +24,25 @@ class Logits(NamedTuple):
     """Of some rows, one after the other."""
 
     rows: slice
-    values: Float[Tensor, "rows vocab"]
-    """Overwritten by the next."""
+    scores: Float[Tensor, "rows vocab"] | Top
+    """Divided by T. Overwritten by the next."""
     log_total: Float[Tensor, " rows"]
-    """log p = values / T − log_total."""
+    """log p = scores − log_total."""
     entropy: Float[Tensor, " rows"]
     """At temperature 1, in nats."""
 
 
 @torch.no_grad()
-def logits_in_chunks(hidden: Float[Tensor, "rows hidden"], head: LMHead, temperature: float) -> Iterator[Logits]:
-    """One product of the head, one pass for the statistics; nothing of `[rows, vocab]` is kept."""
-    device = hidden.device
+def logits_in_chunks(
+    hidden: Float[Tensor, "rows hidden"], head: LMHead, temperature: float, top: int = 0
+) -> Iterator[Logits]:
+    """One product of the head, one pass for the statistics; nothing of `[rows, vocab]` is kept.
+
+    Args:
+        top: how many of the likeliest tokens are all that is wanted (0: all are). They are found in the pass for the
+            statistics where that is compiled; elsewhere all tokens come nevertheless.
+    """
+    device, top = hidden.device, min(top, head.vocab_size)
     with head.weights() as (weight, bias), torch.autocast(device.type, enabled=False):
         student = opened_projection(head, hidden, weight, bias)
         job = Job(student, None, [], ForwardKL(), temperature, 0.0, 1.0, 0.0, None)
@@ -47,11 +55,20 @@ def logits_in_chunks(hidden: Float[Tensor, "rows hidden"], head: LMHead, tempera
                 part = student.hidden[start : start + size]
                 raw = buffer[: len(part)]
                 multiply(part, student.weight.T, out=raw)
-                found = backend.statistics(job, raw)
+                found, best = (
+                    cpp_backend.statistics_and_top(job, raw, top)
+                    if top and backend is cpp_backend
+                    else (backend.statistics(job, raw), None)
+                )
                 log_total = found.maximum / temperature + found.tempered_log_total
                 entropy = found.log_total - found.mean
+                if best is not None:
+                    best = best._replace(values=best.values / temperature)
+                    yield Logits(slice(start, start + len(part)), best, log_total, entropy)
+                    continue
                 for first in range(0, len(part), tile):
                     of = slice(first, first + tile)
                     rows = slice(start + first, min(start + first + tile, start + len(part)))
                     values = raw[of] if head.is_linear and student.bias is None else student.logits(raw[of])
+                    values = values if temperature == 1 else values.float() / temperature
                     yield Logits(rows, values, log_total[of], entropy[of])

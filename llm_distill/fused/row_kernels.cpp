@@ -4,6 +4,7 @@
 // another, or bfloat16), and FORMULA, the divergence's φ and ψ as statements. A row goes through a few short passes; what
 // lies between them stays in the cache of the core.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -95,8 +96,10 @@ struct Dense {
 
 struct Statistics {
     Side student;
-    double temperature;
+    double temperature, top;
     real *maximum, *log_total, *tempered_log_total, *mean;  // [rows]
+    real* top_values;  // [rows, top], the largest first and of equals the one of smaller id; null: not wanted
+    int64_t* top_ids;
     long vocab;
 };
 
@@ -267,11 +270,57 @@ extern "C" void dense(const Dense* args, long first, long last) {
 
 namespace {
 
+const long LANES = 256, STRIP = 64;
+
+long lanes_for(long k) { return 4 * k <= LANES ? LANES : 2 * lanes_for((k + 1) / 2); }
+
+struct Token {
+    real value;
+    int64_t id;
+    bool operator<(const Token& other) const { return value > other.value || (value == other.value && id < other.id); }
+};
+
+void write_top(Token* tokens, long count, long k, real* values, int64_t* ids) {
+    std::partial_sort(tokens, tokens + std::min(k, count), tokens + count);
+    std::fill(tokens + std::min(k, count), tokens + k, Token{2 * NOTHING, 0});
+    for (long i = 0; i < k; i++) values[i] = tokens[i].value, ids[i] = tokens[i].id;
+}
+
+// The tokens i, i + lanes, i + 2 lanes, … make a lane. At least k tokens reach the k-th largest of the lanes' maxima, and
+// few more than k do: those are sought in a second pass and sorted. Returns the maximum of all; NaN is passed over.
 template <class Row>
-void statistics_row(const Statistics& a, long row, Row z) {
-    const long V = a.vocab;
+real top_of(Row z, long V, long k, real* values, int64_t* ids, real* lane, Token* tokens) {
+    const long lanes = lanes_for(k);
+    std::fill(lane, lane + lanes, 2 * NOTHING);
+    for (long start = 0; start < V; start += lanes) {
+        const long n = std::min(lanes, V - start);
+        SIMD(omp simd)
+        for (long i = 0; i < n; i++) lane[i] = z[start + i] > lane[i] ? z[start + i] : lane[i];
+    }
+    real maximum = 2 * NOTHING;
+    for (long i = 0; i < lanes; i++) maximum = max_(maximum, lane[i]);
+    std::nth_element(lane, lane + lanes - k, lane + lanes);
+    const real least = lane[lanes - k];
+    long count = 0;
+    for (long start = 0; start < V; start += STRIP) {
+        const long end = std::min(start + STRIP, V);
+        int reach = 0;
+        SIMD(omp simd reduction(+ : reach))
+        for (long i = start; i < end; i++) reach += z[i] >= least;
+        for (long i = start; reach && i < end; i++)
+            if (z[i] >= least) tokens[count++] = {z[i], i};
+    }
+    write_top(tokens, count, k, values, ids);
+    return maximum;
+}
+
+template <class Row>
+void statistics_row(const Statistics& a, long row, Row z, real* lane, Token* tokens) {
+    const long V = a.vocab, k = a.top;
     const bool tempered = a.temperature != 1;
-    const real inverse_T = 1 / a.temperature, maximum = maximum_of(z, V);
+    const real inverse_T = 1 / a.temperature;
+    const real maximum =
+        k ? top_of(z, V, k, a.top_values + row * k, a.top_ids + row * k, lane, tokens) : maximum_of(z, V);
     double total = 0, weighted = 0, total_T = 0;
     BLOCKS {
         real sum = 0, mean = 0, sum_T = 0;
@@ -321,12 +370,13 @@ void gradient_row(const Gradient& a, long row, Row z, real* d) {
 extern "C" void statistics(const Statistics* args, long first, long last) {
     const Statistics& a = *args;
     const long V = a.vocab;
-    std::unique_ptr<real[]> z_(new real[V]);
+    std::unique_ptr<real[]> z_(new real[V]), lane(new real[lanes_for(a.top)]);
+    std::unique_ptr<Token[]> tokens(new Token[V]);
     for (long row = first; row < last; row++) {
         if (is_plain(a.student))
-            statistics_row(a, row, plain<student_logit>(a.student, row, V));
+            statistics_row(a, row, plain<student_logit>(a.student, row, V), lane.get(), tokens.get());
         else
-            statistics_row(a, row, processed<student_logit>(a.student, row, V, z_.get()));
+            statistics_row(a, row, processed<student_logit>(a.student, row, V, z_.get()), lane.get(), tokens.get());
     }
 }
 

@@ -17,6 +17,8 @@ Batch = Mapping[str, Any]
 """What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`; and what
 `Teacher.reader` put into it, under SIGNAL."""
 SIGNAL = "signal"
+SKIPPED = "skipped"
+"""In what lies under SIGNAL, if labels were masked there: of how many rows, [batch]."""
 
 
 def refuse_past_context(length: int, max_length: int | None, where: str) -> None:

@@ -26,7 +26,7 @@ from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
 from llm_distill.rows import IGNORED
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
-from llm_distill.teachers.base import SIGNAL, Batch, Teacher
+from llm_distill.teachers.base import SIGNAL, SKIPPED, Batch, Teacher
 from llm_distill.teachers.describe import describe_tokenizer, vocabulary_size
 
 logger = logging.getLogger(__name__)
@@ -65,13 +65,17 @@ class CacheReader:
         if missing and not self._skipped:
             self._skipped = True
             logger.warning("texts that are not in %s are left out of the loss.", self.cache.path)
+        skipped = torch.zeros(len(batch["labels"]), dtype=torch.long)
         for example in missing:
             batch["labels"][example.sample, example.positions] = IGNORED
+            skipped[example.sample] += example.rows
         found = [(e, columns) for e, columns in zip(examples, stored, strict=True) if columns is not None]
         for example, columns in found:
             if columns["rows"] != example.rows:
                 raise ValueError(f"{self.cache.path} has {columns['rows']} rows of a text with {example.rows}.")
         batch[SIGNAL] = decoded(self.cache, [columns for _, columns in found]) if found else no_rows(self.cache)
+        if self.on_miss == "skip":
+            batch[SIGNAL][SKIPPED] = skipped
         return batch
 
     def _what_is_missing(self, batch: Batch, missing: list[Example], of: int) -> str:
@@ -188,7 +192,7 @@ class CachedTeacher(Teacher):
         if self._head is not None:
             dtype = torch.bfloat16 if bits["hidden"].dtype == torch.int16 else torch.float32
             return HiddenSignal(bits["hidden"].view(dtype).to(self._head.module.weight.dtype), self._head)
-        floats = {name: value.view(torch.float32) for name, value in bits.items() if name != "ids"}
+        floats = {name: value.view(torch.float32) for name, value in bits.items() if value.dtype == torch.int32}
         return SparseSignal(
             bits["ids"],
             floats["log_weights"],

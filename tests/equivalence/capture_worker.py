@@ -26,6 +26,8 @@ from transformers import PreTrainedTokenizerFast
 from llm_distill import DistillationTrainer, LiveTeacher
 from llm_distill.cache import TopK
 from llm_distill.capture import capture
+from llm_distill.divergences import ForwardKL
+from llm_distill.fused.cpp_backend import compiled
 
 TEXTS, TEXTS_PER_SHARD = 240, 16
 
@@ -77,6 +79,7 @@ def main() -> None:
         run(make_trainer(folder, options.get("texts", TEXTS)), folder, options)
         return
     trainer = make_trainer(folder, TEXTS)
+    compiled(ForwardKL(), torch.float32, torch.float32)  # once, and not as most of the time of every fork
     print("ready", flush=True)
     for line in sys.stdin:
         options = json.loads(line)

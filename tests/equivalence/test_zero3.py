@@ -6,20 +6,29 @@ from collections.abc import Callable
 from pathlib import Path
 from shutil import which
 
+import capture_worker
 import pytest
 import yaml
-from launch import CPU, Run
+from launch import CPU, Run, start
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill import TeacherCache
 
 pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's")
 pytestmark = pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs")
 KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance")
 
 
-def test_zero3_gives_the_losses_of_one_rank(run_worker: Callable[..., Run], tmp_path: Path) -> None:
+@pytest.fixture
+def on_cpu(tmp_path: Path) -> Path:
+    """The recipe's configuration of accelerate, for a CPU."""
     recipe = yaml.safe_load(CPU.with_name("zero3.yaml").read_text())
-    on_cpu = tmp_path / "zero3.yaml"
-    on_cpu.write_text(yaml.safe_dump(recipe | {"use_cpu": True, "mixed_precision": "no"}))
+    path = tmp_path / "zero3.yaml"
+    path.write_text(yaml.safe_dump(recipe | {"use_cpu": True, "mixed_precision": "no"}))
+    return path
 
+
+def test_zero3_gives_the_losses_of_one_rank(run_worker: Callable[..., Run], on_cpu: Path) -> None:
     options = {"dtype": "float32", "masked": [2, 3, 9], "config": {"ce_weight": 0.5, "learning_rate": 1.0}}
     sizes = {1: {"per_device_train_batch_size": 4}, 2: {"per_device_train_batch_size": 2}}
     one = run_worker("one", 1, **options | {"config": options["config"] | sizes[1]})
@@ -28,3 +37,19 @@ def test_zero3_gives_the_losses_of_one_rank(run_worker: Callable[..., Run], tmp_
         assert two.logged(key) == pytest.approx(one.logged(key), rel=1e-4), key
         assert two.log["evaluation"][f"eval_{key}"] == pytest.approx(one.log["evaluation"][f"eval_{key}"], rel=1e-4)
     assert one.logged("kd")[2] < one.logged("kd")[0], "nothing was learned, so nothing was compared"
+
+
+def test_a_capture_of_a_sharded_teacher_writes_the_files_of_one_rank(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, on_cpu: Path
+) -> None:
+    """Of 15 shards: one rank has nothing left in the last round, and must run its share of the layers all the same."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for ranks, launcher in ((1, CPU), (2, on_cpu)):
+        (tmp_path / str(ranks)).mkdir()
+        process = start(Path(capture_worker.__file__), str(tmp_path / str(ranks)), "{}", ranks=ranks, launcher=launcher)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-5000:]
+    one, two = (TeacherCache(tmp_path / ranks / "cache") for ranks in ("1", "2"))
+    assert two.verify() == []
+    assert len(two.shards) == 15
+    assert {shard.name for shard in two.shards} == {shard.name for shard in one.shards}
