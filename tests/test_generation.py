@@ -328,7 +328,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 def test_killed_runs_end_in_the_texts_of_one_that_was_not(saved: Path, tmp_path: Path) -> None:
     """Greedy, so that texts do not depend on batches. Twenty kills at random moments while it writes."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    greedy = ("--sampling_temperature", "0")
+    greedy = ("--sampling_temperature", "0", "--batch_size", "2", "--max_new_tokens", "24")
     subprocess.run(run_command(saved, whole, *greedy), check=True, capture_output=True)
     script = f"""
 import os, random, signal, sys, threading, time
@@ -345,7 +345,7 @@ for kill in range(20):
     before, end = journals(), time.monotonic() + 60
     while journals() == before and time.monotonic() < end and os.waitpid(child, os.WNOHANG)[0] == 0:
         time.sleep(0.002)
-    time.sleep(random.Random(kill).random() * 0.05)
+    time.sleep(random.Random(kill).random() * 0.03)
     try:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
@@ -354,7 +354,7 @@ for kill in range(20):
 """
     subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
     journals = list(killed.glob("journal-*"))
-    assert len(journals) >= 10, "each run that wrote has a journal of its own"
+    assert len(journals) >= 8, "each run that wrote has a journal of its own"
     subprocess.run(run_command(saved, killed, *greedy), check=True, capture_output=True)
     assert rows_of(killed) == rows_of(whole)
     ids = [

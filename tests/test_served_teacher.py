@@ -566,4 +566,4 @@ def _batch(ids: list[list[int]]) -> dict[str, torch.Tensor]:
 def _log_p(teacher: Any, batch: Any) -> torch.Tensor:
     signal = teacher.score(batch)
     chunks = logits_in_chunks(signal.hidden, signal.head, 1.0)
-    return torch.cat([part.values.float() - part.log_total[:, None] for part in chunks])
+    return torch.cat([part.scores.float() - part.log_total[:, None] for part in chunks])
