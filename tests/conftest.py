@@ -29,6 +29,7 @@ from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from hub_server import home, hub  # noqa: F401
 from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedTokenizerBase
 

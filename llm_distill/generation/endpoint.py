@@ -12,6 +12,7 @@ import os
 import random
 import re
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -131,22 +132,19 @@ class EndpointEngine(Engine):
 
     def write(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
         """Raises BudgetReachedError when the budget is used up; answers under way are handed over before."""
-        waiting, todo = set[Future[Answer]](), iter(prompts)
-        dearest, over = 0.0, False
+        waiting, todo, over = set[Future[Answer]](), deque(prompts), False
+        dearest = 0.0
         pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
         try:
             while True:
-                while not over and len(waiting) < self.concurrency:
+                while todo and len(waiting) < self.concurrency:
                     budget = self.prices.budget
                     if budget is not None and self.spent + (len(waiting) + 1) * dearest >= budget:
                         over = not waiting
                         break
                     if budget is not None and not dearest and waiting:
                         break  # until the first has told what one costs
-                    prompt = next(todo, None)
-                    if prompt is None:
-                        break
-                    waiting.add(pool.submit(self._answer, prompt))
+                    waiting.add(pool.submit(self._answer, todo.popleft()))
                 if not waiting:
                     break
                 done, waiting = wait(waiting, return_when=FIRST_COMPLETED)

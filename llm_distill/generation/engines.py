@@ -184,6 +184,13 @@ class TransformersEngine(LocalEngine):
         return self.teacher.describe()
 
     def continued(self, ids: Sequence[list[int]]) -> Iterator[tuple[int, list[Completion]]]:
+        try:
+            yield from self._in_batches(ids)
+        finally:
+            if self.continuous:
+                self.teacher.model.destroy_cached_continuous_batching_manager()
+
+    def _in_batches(self, ids: Sequence[list[int]]) -> Iterator[tuple[int, list[Completion]]]:
         order = sorted(range(len(ids)), key=lambda place: -len(ids[place]))
         size = self.batch_size * (self.WINDOW if self.continuous else 1)
         for start in range(0, len(order), size):

@@ -78,7 +78,7 @@ def generate(
     - `generation.json` and journals: the settings and the answers as they came.
 
     Args:
-        engine: who writes; on every rank of accelerate, if it can.
+        engine: who writes; transformers on every rank of accelerate, others in one process.
         prompts: the same on every rank.
         folder: of this run; the same call goes on where a kill stopped it.
         sampling: the engine's.
@@ -86,12 +86,18 @@ def generate(
         tokenizer: the teacher's, if it is known: what `load_generated` compares a student's with.
 
     Raises:
-        ValueError: no prompts, none that fits, a folder of another configuration, another run at work in it.
+        ValueError: no prompts, none that fits, a folder of another configuration, another run at work in it, several
+            ranks for an engine that is one process.
         BudgetReachedError: after all files are written, if the budget was.
     """
     if not prompts:
         raise ValueError("there are no prompts: is the dataset empty, or every text shorter than prompt_tokens?")
     state, folder, filters = ranks(), Path(folder), filters or {}
+    if state.num_processes > 1 and not engine.runs_on_every_rank:
+        raise ValueError(
+            f"a {type(engine).__name__} does all by itself, and this is a launch of {state.num_processes} ranks: run "
+            "`llm-distill generate` (or --stage generate of the recipe) in one process."
+        )
     settings = {
         "teacher": engine.describe(),
         "sampling": describe_sampling(sampling),
@@ -135,8 +141,8 @@ def _write(
     answered = Entries(folder)
     state.wait_for_everyone()  # so that all have seen the same
     left = [prompt for prompt in prompts if prompt.id not in answered]
-    own = left[state.process_index :: state.num_processes] if engine.runs_on_every_rank else left
-    if not left or not (engine.runs_on_every_rank or state.is_main_process):
+    own = left[state.process_index :: state.num_processes]
+    if not left:
         return
     engine.check()
     alone = {name: keep for name, keep in filters.items() if isinstance(keep, Each | Private)}

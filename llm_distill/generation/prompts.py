@@ -11,7 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "text")
 """Where prompts are looked for, in this order."""
-OURS = ("prompt", "completion", "prompt_id", "sample", "finished", "tokens", "mean_log_prob", "seed", "time", "teacher")
+OURS = (
+    *("prompt", "completion", "prompt_id", "sample", "finished", "tokens", "mean_log_prob", "seed", "time", "teacher"),
+    *("prompt_ids", "completion_ids", "reason"),
+)
 """Columns of what is written, which the dataset's own cannot have."""
 
 Content = str | list[dict[str, Any]]
@@ -47,7 +50,7 @@ def prompts_of(
 
     Args:
         dataset: rows with a text or a list of messages in `column`; of a conversation, what follows the last turn of
-            the user is left out.
+            the user is left out. A `completion` that is there already is handed on as `reference`.
         column: by default the first of COLUMNS that is there.
         as_chat: makes a text the message of a user.
         system_prompt: put in front of every conversation.
@@ -77,6 +80,8 @@ def prompts_of(
                 continue
             content = tokenizer.decode(ids[:prompt_tokens])
         others = {name: value for name, value in row.items() if name != column and name not in OURS}
+        if "completion" in row:
+            others["reference"] = row["completion"]
         prompt = make_prompt(content, others)
         if prompt.id not in seen:
             seen.add(prompt.id)
