@@ -109,7 +109,7 @@ def measure(rounds: int, count: int, new_tokens: int, batch: int) -> dict[str, A
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--prompts", type=int, default=192, help="default: %(default)s")
+    parser.add_argument("--prompts", type=int, default=480, help="default: %(default)s")
     parser.add_argument("--new_tokens", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--batch", type=int, default=32, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=None, help="writes NAME.json and NAME.md")

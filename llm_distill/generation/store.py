@@ -1,6 +1,6 @@
 """What the teacher has written, on disk from the moment it is there.
 
-An answer is a line of a journal, on the disk before the next is taken; a line that a kill has torn does not count. A
+An answer is a line of a journal, written before the next is taken; a line that a kill has torn does not count. A
 run that goes on opens a journal of its own. Filters read the journals and never change them, so another choice of
 filters costs no new tokens.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ from llm_distill.generation.engines import Answer, Completion
 
 SETTINGS_FILE, LOCK_FILE = "generation.json", ".lock"
 FORMAT, VERSION = "llm_distill generation", 1
+SECONDS_BETWEEN_SYNCS = 1.0
 IDENTITY = ("teacher", "sampling")
 """What all completions of a folder share. More prompts and other filters are welcome."""
 
@@ -90,9 +92,10 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self._file = (folder / f"journal-{uuid.uuid4().hex}.jsonl").open("ab")
+        self._synced = time.monotonic()
 
     def append(self, answer: Answer, **said: Any) -> dict[str, Any]:
-        """On the disk for good when it returns. Returns the entry."""
+        """With the system when it returns: a kill does not undo it, nor a power cut a second later. The entry."""
         prompt = answer.prompt
         entry = {
             "prompt_id": prompt.id,
@@ -107,11 +110,17 @@ class Journal:
         text = json.dumps(entry, ensure_ascii=False, default=str).encode()
         self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
         self._file.flush()
-        os.fsync(self._file.fileno())
+        if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
+            self._sync()
         return entry
 
     def close(self) -> None:
+        self._sync()
         self._file.close()
+
+    def _sync(self) -> None:
+        os.fsync(self._file.fileno())
+        self._synced = time.monotonic()
 
 
 class Entries:
