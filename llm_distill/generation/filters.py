@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import re
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +36,12 @@ class Sample(NamedTuple):
 Filter = Callable[[Sequence[Sample]], Sequence[Sample | None]]
 
 
-class Each:
+class Each(ABC):
     """A filter that looks at one completion at a time."""
 
+    @abstractmethod
     def keeps(self, sample: Sample) -> bool:
-        raise NotImplementedError  # pragma: no cover
+        """Whether it stays in."""
 
     def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
         return [sample if self.keeps(sample) else None for sample in samples]
