@@ -220,8 +220,8 @@ class CaptureConfig:
         metadata={
             "help": "What is kept of each distribution: top_k (its likeliest tokens and the mass of the others; serves "
             "every divergence), hybrid (likely tokens exactly, a fair draw of the others; forward_kl alone, without "
-            "bias: take it there), sampled (a fair draw of all; forward_kl), hidden (the last hidden state; everything, "
-            "exactly)."
+            "bias: take it there), sampled (a fair draw of all; forward_kl), hidden (the last hidden state, for "
+            "everything, exactly)."
         },
     )
     cache_kwargs: dict[str, Any] | str | None = field(
