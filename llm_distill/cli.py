@@ -264,30 +264,27 @@ def _parse(argv: Sequence[str], command: str) -> list[Any]:
     groups = (ScriptArguments, DistillationConfig, ModelConfig)
     if command == "capture":
         return _parse_groups(argv, command, (*groups, CaptureConfig))
-    kept = {field.name for field in fields(CaptureConfig)}
-    return _parse_groups(argv, command, groups, {"teacher_cache": (CaptureConfig, kept)})
+    return _parse_groups(argv, command, groups, with_cache=CaptureConfig)
 
 
 def _parse_groups(
-    argv: Sequence[str], command: str, groups: tuple[Any, ...], beside: dict[str, tuple[Any, set[str]]] | None = None
+    argv: Sequence[str], command: str, groups: tuple[Any, ...], with_cache: type | None = None
 ) -> list[Any]:
-    """One object for each group. A YAML with a key of `beside` may hold the options of that other command's group too,
-    which come last.
-    """
+    """One object for each group. A YAML that sets `teacher_cache` may have the options of `with_cache` too."""
     from trl import TrlParser
 
     argv = [part for given in argv for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
     path = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
     content = {} if path is None else _read_yaml(path)
-    others = [other for key, other in (beside or {}).items() if content.get(key)]
-    groups = (*groups, *(group for group, _ in others))
+    in_file_only = [with_cache] if with_cache is not None and content.get("teacher_cache") else []
+    groups = (*groups, *in_file_only)
     parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False)
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     known = {flag.lstrip("-").replace("-", "_") for action in parser._actions for flag in action.option_strings}
     in_file = [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]
     given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
     _refuse_unknown(parser.prog, in_file, known)
-    _refuse_unknown(parser.prog, given, known.difference(*(names for _, names in others)))
+    _refuse_unknown(parser.prog, given, known - {each.name for group in in_file_only for each in fields(group)})
     return list(parser.parse_args_and_config(argv))[: len(groups)]
 
 
