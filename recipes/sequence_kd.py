@@ -21,7 +21,8 @@ from accelerate import PartialState
 from demo import Recipe, use_all_cores
 from token_kl import embedded_defaults
 
-from llm_distill.cli import generate, train
+from llm_distill.commands.generate import generate
+from llm_distill.commands.train import train
 from llm_distill.corpus import NAME
 
 FOLDER = Path("runs", "sequence_kd")

@@ -14,7 +14,7 @@ from pathlib import Path
 from accelerate import PartialState
 from demo import Recipe, make_model, prepare_corpus, trained_teacher, use_all_cores
 
-from llm_distill.cli import train
+from llm_distill.commands.train import train
 from llm_distill.corpus import NAME
 
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from trl import ScriptArguments, SFTConfig
 
 from llm_distill import DistillationTrainer, LiveTeacher
-from llm_distill.cli import load_data
+from llm_distill.commands.options import load_data
 from llm_distill.corpus import train_tokenizer
 
 Build = Callable[..., DistillationTrainer]

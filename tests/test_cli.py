@@ -24,7 +24,9 @@ from trl import SFTConfig
 
 import llm_distill
 from llm_distill import DistillationConfig
-from llm_distill.cli import load_data, main, parse_capture, parse_train, train
+from llm_distill.cli import main
+from llm_distill.commands.options import load_data, parse_capture, parse_train
+from llm_distill.commands.train import train
 from llm_distill.divergences import JSD
 from llm_distill.objective import Objective
 

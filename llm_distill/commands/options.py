@@ -1,0 +1,186 @@
+"""What the commands take: defaults < `--config` YAML < command line, and what is built of it."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from datasets import DatasetDict
+    from trl import ModelConfig, ScriptArguments
+
+    from llm_distill.config import CaptureConfig, DistillationConfig
+    from llm_distill.generation.config import GenerateConfig
+    from llm_distill.trainer import DistillationTrainer
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """What a person gave and cannot be needs no traceback."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, argparse.ArgumentError) as error:
+        print(f"llm-distill: error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def build_trainer(script: ScriptArguments, args: DistillationConfig, model: ModelConfig) -> DistillationTrainer:
+    """The trainer that the options describe.
+
+    Raises:
+        ValueError: something is missing, cannot be loaded or does not fit together.
+    """
+    if not model.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing: the student, a Hub id or a folder.")
+    if not script.dataset_name:
+        raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or `stdlib`.")
+    from trl import get_peft_config, get_quantization_config
+
+    from llm_distill.trainer import DistillationTrainer
+
+    dataset = load_data(script, model.model_name_or_path)
+    evaluation = dataset.get(script.dataset_test_split)
+    if evaluation is None and args.eval_strategy != "no":
+        raise ValueError(
+            f"eval_strategy={args.eval_strategy} needs the split {script.dataset_test_split!r} in "
+            f"{script.dataset_name!r}, which has only {', '.join(dataset)}. Name another with --dataset_test_split."
+        )
+    args.model_init_kwargs = {
+        "revision": model.model_revision,
+        "attn_implementation": model.attn_implementation,
+        "dtype": model.dtype,
+        **(args.model_init_kwargs or {}),
+    }
+    return DistillationTrainer(
+        model=model.model_name_or_path,
+        args=args,
+        train_dataset=dataset[script.dataset_train_split],
+        eval_dataset=evaluation,
+        quantization_config=get_quantization_config(model),
+        peft_config=get_peft_config(model),
+    )
+
+
+def parse_train(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig]:
+    """TRL's three groups of options: defaults < `--config` YAML < command line. A YAML that sets `teacher_cache` may
+    say for `capture` what is kept, which has no effect here.
+
+    Raises:
+        ValueError: an unknown key or flag (with the nearest known one), or a value that cannot be.
+    """
+    script, args, model, *_ = _parse(argv, "train")
+    return script, args, model
+
+
+def parse_capture(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, CaptureConfig]:
+    """Those of `train` (so that its YAML serves here too), and what is kept. Raises as `parse_train`."""
+    script, args, model, options = _parse(argv, "capture")
+    return script, args, model, options
+
+
+def parse_generate(argv: Sequence[str]) -> tuple[ScriptArguments, GenerateConfig]:
+    """The dataset's options and those of `GenerateConfig`. Raises as `parse_train`."""
+    from trl import ScriptArguments
+
+    from llm_distill.generation.config import GenerateConfig
+
+    script, config = _parse_groups(argv, "generate", (ScriptArguments, GenerateConfig))
+    return script, config
+
+
+def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDict:
+    """The dataset that `--dataset_name` means. Of a folder of generated texts, a student with the teacher's tokenizer
+    gets the teacher's own tokens.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no training split of that name.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    from llm_distill import corpus
+
+    name = script.dataset_name
+    if Path(name, "generation.json").is_file() and student is not None:
+        from transformers import AutoTokenizer
+
+        from llm_distill.generation.generate import load_generated
+
+        return DatasetDict({script.dataset_train_split: load_generated(name, AutoTokenizer.from_pretrained(student))})
+    kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    try:
+        if name == corpus.NAME:
+            data = corpus.load_corpus(max_characters=corpus.TRIAL_CHARACTERS)
+        elif Path(name).is_file() and Path(name).suffix in kinds:
+            data = load_dataset(kinds[Path(name).suffix], data_files=name, streaming=script.dataset_streaming)
+        else:
+            data = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+    except (OSError, ValueError, ConnectionError) as error:
+        raise ValueError(
+            f"the dataset {name!r} cannot be loaded: it is no file, no folder with data, no repository that can be "
+            f"reached, and not `{corpus.NAME}`. ({error})"
+        ) from error
+    if script.dataset_train_split not in data:
+        raise ValueError(f"the dataset {name!r} has no split {script.dataset_train_split!r}, only {', '.join(data)}.")
+    return DatasetDict(data) if not script.dataset_streaming else data
+
+
+def _parse(argv: Sequence[str], command: str) -> list[Any]:
+    """What `train` and `capture` take."""
+    from trl import ModelConfig, ScriptArguments
+
+    from llm_distill.config import CaptureConfig, DistillationConfig
+
+    groups = (ScriptArguments, DistillationConfig, ModelConfig)
+    if command == "capture":
+        return _parse_groups(argv, command, (*groups, CaptureConfig))
+    return _parse_groups(argv, command, groups, with_cache=CaptureConfig)
+
+
+def _parse_groups(
+    argv: Sequence[str], command: str, groups: tuple[Any, ...], with_cache: type | None = None
+) -> list[Any]:
+    """One object for each group. A YAML that sets `teacher_cache` may have the options of `with_cache` too."""
+    from trl import TrlParser
+
+    argv = [part for given in argv for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
+    path = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
+    content = {} if path is None else _read_yaml(path)
+    in_file_only = [with_cache] if with_cache is not None and content.get("teacher_cache") else []
+    groups = (*groups, *in_file_only)
+    parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False)
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
+    known = {flag.lstrip("-").replace("-", "_") for action in parser._actions for flag in action.option_strings}
+    in_file = [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]
+    given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
+    _refuse_unknown(parser.prog, in_file, known)
+    _refuse_unknown(parser.prog, given, known - {each.name for group in in_file_only for each in fields(group)})
+    return list(parser.parse_args_and_config(argv))[: len(groups)]
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file.")
+    try:
+        content = yaml.safe_load(path.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config {path} is not YAML. ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
+    return content
+
+
+def _refuse_unknown(program: str, given: list[tuple[str, str]], known: set[str]) -> None:
+    """Names the nearest known option for each one, with where it was given, that does not exist."""
+    for where, name in given:
+        if name.replace("-", "_") not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown option {where}.{hint} `{program} --help` lists all.")
