@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": "have the teacher write completions and keep the good ones (sequence-level distillation)",
     "capture": "run the teacher once and store what it says",
     "inspect": "what such a cache holds, whether it is whole, how true it is",
+    "push": "upload a student to the Hub, with a model card",
+    "export": "write a student as GGUF (llama.cpp, Ollama) or ONNX, and verify it",
 }
 """Each is a function of its name in the module of its name in `llm_distill.commands`, imported when it is asked for."""
 

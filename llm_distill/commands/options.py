@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from datasets import DatasetDict
@@ -128,6 +128,29 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
     if script.dataset_train_split not in data:
         raise ValueError(f"the dataset {name!r} has no split {script.dataset_train_split!r}, only {', '.join(data)}.")
     return DatasetDict(data) if not script.dataset_streaming else data
+
+
+class Parser(argparse.ArgumentParser):
+    """For a command with a few arguments of its own; its errors are for `errors_in_one_line`."""
+
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=f"llm-distill {command}",
+            description=description,
+            epilog=f"example:\n{example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Raises ValueError for an unknown flag, with the nearest known one, and for what is missing."""
+        known = {flag.lstrip("-").replace("-", "_") for action in self._actions for flag in action.option_strings}
+        given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
+        _refuse_unknown(self.prog, given, known)
+        return self.parse_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `{self.prog} --help` shows what it takes.")
 
 
 def _parse(argv: Sequence[str], command: str) -> list[Any]:
