@@ -18,8 +18,10 @@ from typing import Any
 
 import torch
 import yaml
+from huggingface_hub import try_to_load_from_cache
 from peft import PeftModel
 from transformers import PreTrainedModel
+from transformers.utils import extract_commit_hash
 
 from llm_distill.leaks import PLACES, SECRETS, public_command, public_value
 from llm_distill.objective import Objective
@@ -37,14 +39,20 @@ NOT_TOLD = SECRETS | PLACES | {"config", "disable_tqdm", "local_rank", "push_to_
 """Options that are nobody's business or change nothing."""
 
 
-def run_record(objective: Objective, teacher: Teacher | None, student: PreTrainedModel | PeftModel) -> dict[str, Any]:
-    """What makes two runs the same distillation, flat: `objective.divergence`, `teacher.model`, `student.model`, …"""
+def run_record(
+    objective: Objective, teacher: Teacher | None, student: PreTrainedModel | PeftModel, revision: str | None = None
+) -> dict[str, Any]:
+    """What makes two runs the same distillation, flat: `objective.divergence`, `teacher.model`, `student.model`, …
+
+    `revision` is the branch, tag or commit that the student was loaded from, if it is of the Hub.
+    """
     record = {f"objective.{name}": value for name, value in asdict(objective).items()}
     record["objective.divergence"] = repr(objective.divergence)
     del record["objective.buffer_mib"]  # how it is computed, not what
     record |= {f"teacher.{name}": value for name, value in (teacher.describe() if teacher else {}).items()}
     start = student.get_base_model() if isinstance(student, PeftModel) else student
     record |= {f"student.{name}": value for name, value in describe_model(start, None).items() if name != "tokenizer"}
+    record["student.revision"] = record["student.revision"] or _commit(start.config._name_or_path, revision)
     return record
 
 
@@ -73,7 +81,7 @@ def run_options(*groups: Any, **more: Any) -> dict[str, Any]:
         groups: dataclasses of options, such as a `DistillationConfig`.
         more: further ones.
     """
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for group in groups:
         names = [each.name for each in fields(group) if each.init and each.name not in NOT_TOLD]
         defaults = type(group)(**({"output_dir": "student"} if "output_dir" in names else {}))
@@ -109,6 +117,14 @@ def differences(earlier: dict[str, Any], now: dict[str, Any], compared: Sequence
         for name in names
         if earlier.get(name) != now.get(name)
     ]
+
+
+def _commit(name: str, revision: str | None) -> str | None:
+    """Of a model of the Hub that has just been loaded; transformers no longer keeps it."""
+    if not name or os.path.isdir(name) or os.path.isabs(name):
+        return None
+    found = try_to_load_from_cache(name, "config.json", revision=revision)
+    return extract_commit_hash(found, None) if isinstance(found, str) else None
 
 
 def _plain(value: Any) -> Any:

@@ -113,7 +113,8 @@ class DistillationTrainer(SFTTrainer):
                     for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
                         data_checks.require_readable(dataset, name, self.data_collator)
             self.add_callback(_FlushTeacher(self.teacher))
-        self.record = run_record(self.objective, self.teacher, self.model)
+        revision = (args.model_init_kwargs or {}).get("revision")
+        self.record = run_record(self.objective, self.teacher, self.model, revision)
         if hasattr(sft.get("train_dataset"), "__len__"):
             self.record["data.texts"] = len(sft["train_dataset"])
         if args.push_to_hub and self.is_world_process_zero():

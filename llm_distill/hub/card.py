@@ -1,4 +1,4 @@
-"""The model card, from what lies in a student's folder: `distillation.json`, `run.yaml`, and a gap report if one is there.
+"""The model card, from what lies in a student's folder: `distillation.json`, `run.yaml`, a gap report if one is there.
 
 So it can be written again at any time, with a report that was made later, on a machine that has not trained.
 """
@@ -161,10 +161,12 @@ def _size(model: dict[str, Any]) -> str:
 
 
 def _usage(folder: Path, repo_id: str | None, adapter: bool) -> str:
-    package, model = ("peft", "AutoPeftModelForCausalLM") if adapter else ("transformers", "AutoModelForCausalLM")
-    imports = {package: [model], "transformers": ["AutoTokenizer"]}
-    imports["transformers"] = sorted({*imports[package], "AutoTokenizer"} - ({model} if adapter else set()))
-    lines = [f"from {each} import {', '.join(names)}" for each, names in imports.items()]
+    model = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    lines = (
+        ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+        if adapter
+        else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    )
     where = f'"{repo_id}"' if repo_id else '"."  # the folder of this card'
     lines += [
         "",
@@ -220,8 +222,8 @@ def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None
         + "\n"
     )
     if likeness:
-        names = (FIGURES[name] for name in ("kl", "reverse_kl", "top1_agreement", "acceptance"))
-        yield "How like its teacher it is:\n\n" + _table(("domain", "gap closed", *names), likeness)
+        header = (FIGURES[name] for name in ("kl", "reverse_kl", "top1_agreement", "acceptance"))
+        yield "How like its teacher it is:\n\n" + _table(("domain", "gap closed", *header), likeness)
     yield "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(folder.glob("*.png")))
     pages = [f"[{name}]({name})" for name in REPORT_PAGES if (folder / name).is_file()]
     yield f"The whole report: {', '.join(pages)}." if pages else ""
@@ -251,7 +253,7 @@ def _eval_results(record: dict[str, Any], report: dict[str, Any] | None) -> Iter
         yield EvalResult(
             task_type="text-generation",
             task_name="Text generation",
-            dataset_type=record.get("run.dataset") or re.sub(r"\W+", "-", domain).strip("-").lower(),
+            dataset_type=re.sub(r"\W+", "-", domain).strip("-").lower(),  # by which the Hub tells them apart
             dataset_name=domain,
             metric_type=figure,
             metric_name=FIGURES[figure],

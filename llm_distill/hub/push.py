@@ -169,7 +169,7 @@ def _stage(folder: Path, stage: Path, base_model: str | None, report: Path | Non
     """Lays out what will be uploaded: links to the weights, and small files without what transformers and PEFT note of
     where they came from.
     """
-    patterns = (*TOKENIZER, *ABOUT) if merging else UPLOADED
+    patterns: tuple[str, ...] = (*TOKENIZER, *ABOUT) if merging else UPLOADED
     if report is not None:
         if not report.is_file():
             raise FileNotFoundError(f"there is no report {report}.")
@@ -183,15 +183,16 @@ def _stage(folder: Path, stage: Path, base_model: str | None, report: Path | Non
             (stage / path.name).symlink_to(path.resolve())
         else:
             shutil.copyfile(path, stage / path.name)
-    for name, changes in {
-        "config.json": {"_name_or_path": None},
-        "tokenizer_config.json": {"name_or_path": None},
-        ADAPTER_CONFIG: {"base_model_name_or_path": base_model},
-    }.items():
-        if (stage / name).is_file():
-            content = json.loads((stage / name).read_text())
-            content |= {field: value for field, value in changes.items() if field in content}
-            content = {field: value for field, value in content.items() if field not in changes or value is not None}
+    for name, field, public in (
+        ("config.json", "_name_or_path", None),
+        ("tokenizer_config.json", "name_or_path", None),
+        (ADAPTER_CONFIG, "base_model_name_or_path", base_model),
+    ):
+        content = json.loads((stage / name).read_text()) if (stage / name).is_file() else {}
+        if field in content:
+            content = {
+                key: value for key, value in (content | {field: public}).items() if (key, value) != (field, None)
+            }
             (stage / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
