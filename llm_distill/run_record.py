@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -56,16 +57,21 @@ def run_record(
     return record
 
 
-def circumstances(steps: int, log_history: list[dict[str, float]], ranks: int) -> dict[str, Any]:
-    """How it went: when, by which command, on what, with which libraries, and the last evaluation."""
-    program = Path(sys.argv[0]).name
-    command = "llm-distill" if program in ("llm-distill", "cli.py") else f"python {program}"
+def circumstances(
+    command: list[str] | None, steps: int, log_history: list[dict[str, float]], ranks: int
+) -> dict[str, Any]:
+    """How it went: when, by which command, on what, with which libraries, and the last evaluation.
+
+    `command` is by default that of this process; a notebook has none.
+    """
+    if command is None and sys.argv[0].endswith(".py") and "ipykernel" not in sys.argv[0]:
+        command = ["python", *sys.argv]
     figures: dict[str, float] = {}
     for entry in log_history:
         figures |= {name: value for name, value in entry.items() if name.startswith("eval_")}
     return {
         "run.date": datetime.now(UTC).date().isoformat(),
-        "run.command": None if "ipykernel" in program else " ".join([command, *public_command(sys.argv[1:])]),
+        "run.command": command and shlex.join(public_command(command)),
         "run.steps": steps,
         "run.ranks": ranks,
         "run.device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",

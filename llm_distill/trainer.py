@@ -83,6 +83,7 @@ class DistillationTrainer(SFTTrainer):
             raise ValueError("compute_loss_func would have no effect: the loss is the distillation objective.")
         self.objective = Objective.of(args)
         self._checkpoint_found = _last_checkpoint(args)
+        self.command: list[str] | None = None
         self.options = run_options(args, model_name_or_path=_name(model), **_teachers_name(teacher))
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
@@ -322,7 +323,9 @@ class DistillationTrainer(SFTTrainer):
             hub.write_model_card(folder, name=name, tags=tags)
 
     def _write_run(self, folder: Path) -> None:
-        how = circumstances(self.state.global_step, self.state.log_history, self.accelerator.num_processes)
+        how = circumstances(
+            self.command, self.state.global_step, self.state.log_history, self.accelerator.num_processes
+        )
         write_run(folder, self.record | how, self.options)
 
     @property

@@ -186,6 +186,7 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
         "Not measured: what it writes, tasks, bias, speed and memory.",
         "model_name_or_path: lab/student\n",
         "dataset_name: data.jsonl\n",
+        "llm-distill train --model_name_or_path lab/student --teacher_model_name_or_path lab/teacher --dataset_name data",
     ):
         assert said in card.text, said
 

@@ -17,7 +17,7 @@ def train(argv: Sequence[str]) -> None:
         script, args, model = parse_train(argv)
         options = run_options(script, args, model)
         trainer = build_trainer(script, args, model)
-        trainer.options = options
+        trainer.command, trainer.options = ["llm-distill", "train", *argv], options
         trainer.record["data.name"] = public_value(script.dataset_name)
         resumption = _resumption(args.resume_from_checkpoint)
         trainer.require_resumable(resumption)

@@ -157,7 +157,10 @@ def _terms(licence: dict[str, Any]) -> str:
 
 
 def _size(model: dict[str, Any]) -> str:
-    return f" ({model['parameters'] / 1e6:,.1f} M parameters)" if model.get("parameters") else ""
+    count = model.get("parameters")
+    return (
+        f" ({count / 1e6:,.1f} M parameters)" if count and count >= 1e5 else f" ({count:,} parameters)" if count else ""
+    )
 
 
 def _usage(folder: Path, repo_id: str | None, adapter: bool) -> str:

@@ -170,6 +170,8 @@ def _stage(folder: Path, stage: Path, base_model: str | None, report: Path | Non
     where they came from.
     """
     patterns: tuple[str, ...] = (*TOKENIZER, *ABOUT) if merging else UPLOADED
+    if (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text()):
+        patterns += ("*.py",)  # the model's own code, without which it does not load
     if report is not None:
         if not report.is_file():
             raise FileNotFoundError(f"there is no report {report}.")
