@@ -16,7 +16,6 @@ import yaml
 from hub_server import PERSON, TOKEN, Hub, python, shard_name
 from huggingface_hub import ModelCard
 from test_cli import as_flags, write_rows
-from transformers import AutoModelForCausalLM
 
 from llm_distill.commands.options import parse_train
 from llm_distill.leaks import leak, public_command, public_value, refuse_leaks
@@ -38,16 +37,17 @@ for arguments in json.loads(sys.argv[3]):
     except SystemExit as end:
         print(f"exit {end.code}")
 """
-LOGITS = """
-import sys, torch
+READ = """
+import json, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-name, ids, output = sys.argv[3:]
-model = AutoModelForCausalLM.from_pretrained(name).eval()
-tokenizer = AutoTokenizer.from_pretrained(name)
-assert not any(module.startswith("llm_distill") for module in sys.modules)
+names, ids, output, code = sys.argv[3:]
 with torch.no_grad():
-    torch.save(model(torch.tensor([eval(ids)])).logits, output)
-print(tokenizer("def f(x):").input_ids)
+    for name in json.loads(names):
+        model = AutoModelForCausalLM.from_pretrained(name).eval()
+        assert AutoTokenizer.from_pretrained(name)("def f(x):").input_ids
+        torch.save(model(torch.tensor([json.loads(ids)])).logits, f"{output}/{name.split('/')[-1]}.pt")
+exec(code)
+assert not any(module.startswith("llm_distill") for module in sys.modules)
 """
 Train = Callable[..., Path]
 IDS = [5, 17, 250, 31, 8, 100]
@@ -107,11 +107,11 @@ def push(hub: Hub, home: Path, *commands: list[str | Path], **environment: str) 
     return [" ".join(said.split()) for said in "\n".join(lines).split("---\n")[1:]]
 
 
-def logits(hub: Hub, home: Path, name: str) -> torch.Tensor:
-    """Of a process that knows nothing of llm_distill."""
-    output = home / "logits.pt"
-    run(hub, home, LOGITS, name, str(IDS), str(output))
-    return torch.load(output)
+def logits(hub: Hub, home: Path, *names: str | Path) -> list[torch.Tensor]:
+    """Of a process that knows nothing of llm_distill, which runs the code of the card too."""
+    (code,) = re.findall(r"```python\n(.*?)```", hub.files[REPO]["README.md"].decode(), re.DOTALL)
+    run(hub, home, READ, json.dumps([str(name) for name in names]), json.dumps(IDS), str(home), code)
+    return [torch.load(home / f"{Path(name).name}.pt") for name in names]
 
 
 def write_report(folder: Path) -> Path:
@@ -162,8 +162,7 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
     about = {"README.md", "distillation.json", "run.yaml", "report.json", "report.md", "calibration.png"}
     assert lab.files[REPO].keys() == expected | about | {".gitattributes"}
     assert lab.files[REPO]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
-    local = AutoModelForCausalLM.from_pretrained(folder)(torch.tensor([IDS])).logits
-    assert torch.equal(logits(lab, home, REPO), local)
+    assert torch.equal(*logits(lab, home, REPO, folder))
 
     card = ModelCard(lab.files[REPO]["README.md"].decode())
     assert card.data.base_model == "lab/student"
@@ -186,12 +185,9 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
         "Not measured: what it writes, tasks, bias, speed and memory.",
         "model_name_or_path: lab/student\n",
         "dataset_name: data.jsonl\n",
-        "llm-distill train --model_name_or_path lab/student --teacher_model_name_or_path lab/teacher --dataset_name data",
+        "llm-distill train --model_name_or_path lab/student --teacher_model_name_or_path lab/teacher --dataset_name",
     ):
         assert said in card.text, said
-
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert run(lab, home, code)
 
     before, puts = dict(lab.files[REPO]), dict(lab.puts)
     push(lab, home, [folder / "checkpoint-2", REPO])  # the same run, and it is not sent again
@@ -217,17 +213,14 @@ def test_adapters_are_pushed_as_they_are_or_merged(lab: Hub, home: Path, trained
     assert "Pushed to" in said
     assert_clean(lab, home)
     assert ("model.safetensors" in lab.files[REPO]) == merge != ("adapter_model.safetensors" in lab.files[REPO])
-    local = logits(lab, home, str(folder))
-    torch.testing.assert_close(logits(lab, home, REPO), local, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(*logits(lab, home, REPO, folder), atol=1e-5, rtol=1e-5)
     card = ModelCard(lab.files[REPO]["README.md"].decode())
     assert card.data.base_model_relation == ("finetune" if merge else "adapter")
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert run(lab, home, code)
-
     push(lab, home, [folder, REPO, *([] if merge else ["--merge_adapters"])])
-    weights = {name for name in lab.files[REPO] if name.endswith("safetensors")}
-    assert weights == ({"adapter_model.safetensors"} if merge else {"model.safetensors"})
-    torch.testing.assert_close(logits(lab, home, REPO), local, atol=1e-5, rtol=1e-5)
+    theirs = {name for name in lab.files[REPO] if name.endswith("safetensors") or "config" in name}
+    tokenizer, adapters = {"tokenizer_config.json"}, {"adapter_model.safetensors", "adapter_config.json"}
+    whole = {"model.safetensors", "config.json", "generation_config.json"}
+    assert theirs == tokenizer | (adapters if merge else whole), "those of the other form are gone"
 
 
 def test_adapters_on_a_local_model_are_refused_with_the_way_out(
@@ -240,7 +233,7 @@ def test_adapters_on_a_local_model_are_refused_with_the_way_out(
     assert re.search(r"base_model_name_or_path is .*--merge_adapters.*--base_model.*exit 2", refused)
     assert "Pushed to" in pushed
     assert_clean(lab, home)
-    torch.testing.assert_close(logits(lab, home, REPO), logits(lab, home, str(folder)))
+    torch.testing.assert_close(*logits(lab, home, REPO, folder))
 
 
 def test_a_broken_connection_goes_on_and_sends_nothing_twice(lab: Hub, home: Path, trained: Train) -> None:
