@@ -105,7 +105,9 @@ def measure_resources(
     common = {"device": device, "threads": torch.get_num_threads(), "trust_remote_code": trust_remote_code, **settings}
     measured = _in_rounds(there, rounds, common, energy)
     found: dict[str, dict[str, Any]] = {
-        name: _together(one, measured[name]) if isinstance(one, _Checkpoint) else {"error": one}
+        name: _together(one, measured[name])
+        if isinstance(one, _Checkpoint)
+        else {"model": public_name(models[name]), "error": one}
         for name, one in checkpoints.items()
     }
     teacher = found.get("teacher", {}).get("figures")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file, extract_commit_hash
 
@@ -74,7 +73,7 @@ def find_config(name_or_path: str, **hub: Any) -> str:
     """
     try:
         return cached_file(name_or_path, "config.json", **hub)
-    except (OSError, HFValidationError) as error:
+    except OSError as error:
         raise ValueError(
             f"the model {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
             f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
