@@ -107,6 +107,13 @@ def test_a_batch_that_does_not_fit_is_named_with_what_it_would_take(found: dict[
     assert available_memory("cpu") < 4 * 1024 * TOO_MANY, "or the batch would be too small for this test"
 
 
+def test_a_batch_that_is_tried_and_does_not_fit_is_a_reason_too(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "available_memory", lambda device: 2**80)
+    found = inference.measure(task(saved / "student", batch_sizes=[1, 10**13]))
+    assert "can't allocate memory" in found["skipped"]["batch 10000000000000"]
+    assert list(found["figures"]["peak_memory_bytes"]) == ["1"]
+
+
 def test_adapters_count_with_the_model_they_are_for(found: dict[str, Any], folders: dict[str, Path]) -> None:
     adapters, student = figures(found, "adapters"), figures(found, "student")
     files = folders["adapters"] / "adapter_model.safetensors", folders["student"] / "model.safetensors"

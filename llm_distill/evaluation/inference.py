@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import (
@@ -88,12 +89,14 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         if reason := too_large(size, model, task, figures):
             skipped[f"batch {size}"] = reason
             continue
-        ids = prompts(model, size, task["prompt_tokens"])
         start_peak(device)
         try:
+            ids = prompts(model, size, task["prompt_tokens"])
             measured = time_batch(model, ids, task["new_tokens"], task["repeats"], device)
-        except torch.OutOfMemoryError as error:
-            skipped[f"batch {size}"] = f"does not fit into memory ({str(error).split('. ')[0]})"
+        except RuntimeError as error:
+            if not should_reduce_batch_size(error):
+                raise
+            skipped[f"batch {size}"] = f"does not fit into memory: {str(error).splitlines()[0]}"
             continue
         measured["peak_memory_bytes"] = max(0, peak(device) - libraries)
         for name, value in measured.items():
@@ -104,8 +107,8 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             ids = prompts(model, size, task["prompt_tokens"])
             for name, value in energy(lambda: generate(model, ids, task["new_tokens"], device)).items():
                 figures[name] = {str(size): value / (size * task["new_tokens"])}
-        except (ImportError, ValueError) as error:
-            skipped["energy"] = str(error)
+        except Exception as error:  # whatever codecarbon makes of a machine: the other figures stand
+            skipped["energy"] = " ".join(str(error).split())
     dtype = str(model.dtype).removeprefix("torch.")
     return {"architecture": type(model).__name__, "dtype": dtype, "figures": figures, "skipped": skipped}
 

@@ -141,9 +141,9 @@ def resources_table(found: dict[str, Any]) -> str:
         for value in each["figures"].get(name, {}).values()
     ]
     notes = [
-        f"{machine['date']}, {machine['device']}, {machine['threads']} threads. Prompts of {settings['prompt_tokens']} "
-        f"tokens, {settings['new_tokens']} new ones, greedy. Medians of {settings['repeats']} runs in each of "
-        f"{settings['rounds']} processes"
+        f"{machine['date']}, {machine['device']}, threads: {machine['threads']}. Prompts of "
+        f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones, greedy. Medians of "
+        f"{settings['repeats'] * settings['rounds']} runs, {settings['repeats']} in a process"
         + (f"; the most that highest and lowest are apart is {max(spreads):.0%} of the median." if spreads else ".")
     ]
     for name, each in found["models"].items():
