@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import tiny_model
+from families import MOE, tiny_model
 from peft import LoraConfig, get_peft_model
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -21,6 +21,11 @@ from llm_distill.evaluation.resources import TIMED, measure_resources, resources
 
 MIB = 2**20
 TOO_MANY = 100_000_000
+NOT_BY_GRADIENT = {
+    "deepseek_v4": "routes by a table of tokens, which is all zeros before it is trained: the same expert twice",
+    "jetmoe": "its attention is a mixture too, whose queries get no gradient from a single token",
+    "longcat_flash": "has experts without weights: the count is the most that a token can reach",
+}
 SMALL = {"prompt_tokens": 16, "new_tokens": 4, "repeats": 2, "rounds": 1}
 
 
@@ -199,9 +204,7 @@ def test_settings_that_cannot_be_are_refused(options: dict[str, Any], words: str
         measure_resources({"student": "nowhere"}, **options)
 
 
-@pytest.mark.parametrize(
-    "family", ["mixtral", "qwen3_moe", "qwen2_moe", "gpt_oss", "deepseek_v3", "dbrx", "llama4_text", "gemma4_text"]
-)
+@pytest.mark.parametrize("family", [family for family in MOE if family not in NOT_BY_GRADIENT])
 def test_active_parameters_are_those_that_one_token_reaches(family: str) -> None:
     """An expert that the router leaves out gets no gradient, and all else is counted whole."""
     model = tiny_model(family)
