@@ -46,7 +46,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def found(folders: dict[str, Path]) -> dict[str, Any]:
-    models = {name: str(folder) for name, folder in folders.items()} | {"missing": str(folders["teacher"] / "no" / "x")}
+    models = {name: str(folders[name]) for name in ("teacher", "student", "broken")} | {
+        "missing": str(folders["teacher"] / "no" / "x")
+    }
     return measure_resources(
         models, variants=("4bit",), batch_sizes=(2, 1, TOO_MANY), energy=False, device="cpu", **SMALL
     )
@@ -98,7 +100,7 @@ def test_twice_the_width_takes_more_memory(found: dict[str, Any]) -> None:
 
 
 def test_times_are_there_for_every_batch_that_fits(found: dict[str, Any]) -> None:
-    for name in ("teacher", "student", "student, 4-bit", "adapters"):
+    for name in ("teacher", "student", "student, 4-bit"):
         for figure in TIMED:
             assert list(figures(found, name)[figure]) == ["1", "2"]
             for value in figures(found, name)[figure].values():
@@ -106,7 +108,7 @@ def test_times_are_there_for_every_batch_that_fits(found: dict[str, Any]) -> Non
 
 
 def test_a_batch_that_does_not_fit_is_named_with_what_it_would_take(found: dict[str, Any]) -> None:
-    for name in ("teacher", "student", "student, 4-bit", "adapters"):
+    for name in ("teacher", "student", "student, 4-bit"):
         reason = found["models"][name]["skipped"][f"batch {TOO_MANY}"]
         assert reason.startswith("does not fit into memory: it would take ")
     assert available_memory("cpu") < 4 * 1024 * TOO_MANY, "or the batch would be too small for this test"
@@ -117,14 +119,6 @@ def test_a_batch_that_is_tried_and_does_not_fit_is_a_reason_too(saved: Path, mon
     found = inference.measure(task(saved / "student", batch_sizes=[1, 10**13]))
     assert "can't allocate memory" in found["skipped"]["batch 10000000000000"]
     assert list(found["figures"]["peak_memory_bytes"]) == ["1"]
-
-
-def test_adapters_count_with_the_model_they_are_for(found: dict[str, Any], folders: dict[str, Path]) -> None:
-    adapters, student = figures(found, "adapters"), figures(found, "student")
-    files = folders["adapters"] / "adapter_model.safetensors", folders["student"] / "model.safetensors"
-    assert adapters["bytes_on_disk"] == sum(path.stat().st_size for path in files)
-    layers, rank, width = 2, 4, 512
-    assert adapters["parameters"] == student["parameters"] + layers * 2 * rank * (width + width)
 
 
 def test_the_4_bit_variant_has_smaller_weights_and_says_what_saving_would_write(
@@ -170,23 +164,54 @@ def test_what_is_found_is_json_without_local_paths(found: dict[str, Any], folder
 
 def test_the_table_shows_every_figure_and_what_is_missing(found: dict[str, Any]) -> None:
     table = resources_table(found)
-    assert table.startswith("| | teacher | student | student, 4-bit | adapters |\n|---|---:|---:|---:|---:|\n")
+    assert table.startswith("| | teacher | student | student, 4-bit |\n|---|---:|---:|---:|\n")
     parameters = figures(found, "student")["parameters"] / 1e6
     assert f" | {parameters:,.2f} (0.27 ×) | " in table
     for name in ("broken", "missing", f"student, batch {TOO_MANY}"):
         assert f"Not measured: {name}: " in table
 
 
-def test_prompts_are_cut_to_the_shortest_context(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    told = []
-    monkeypatch.setattr(
-        "llm_distill.evaluation.resources.in_fresh_process", lambda _, task: told.append(task) or {"error": ""}
-    )
-    short = {"teacher": str(folders["teacher"]), "student": str(folders["student"])}
-    found = measure_resources(short, variants=(), prompt_tokens=1000, new_tokens=32)
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """What each process would be told, in order. None starts; the n-th decodes n tokens a second."""
+    told: list[dict[str, Any]] = []
+
+    def note(program: list[str], task: dict[str, Any]) -> dict[str, Any]:
+        told.append(task)
+        decoded = {"weight_bytes": 1, "decode_tokens_per_second": {"1": [len(told)]}}
+        return {"architecture": "Llama", "dtype": "float32", "figures": decoded, "skipped": {}}
+
+    monkeypatch.setattr("llm_distill.evaluation.resources.in_fresh_process", note)
+    return told
+
+
+def test_rounds_go_there_and_back_and_are_taken_together(folders: dict[str, Path], told: list[dict[str, Any]]) -> None:
+    models = {name: str(folders[name]) for name in ("teacher", "student")}
+    found = measure_resources(models, variants=("8bit",), rounds=2, revisions={"student": "v1"})
+    names = [(Path(task["name"]).name, task["bits"], task["revision"]) for task in told]
+    there = [("teacher", None, None), ("student", None, "v1"), ("student", 8, "v1")]
+    assert names == there + there[::-1]
+    assert [task["energy"] for task in told] == [True] * 3 + [False] * 3
+    assert figures(found, "teacher")["decode_tokens_per_second"] == {"1": {"median": 3.5, "low": 1, "high": 6}}
+
+
+def test_adapters_count_with_the_model_they_are_for(folders: dict[str, Path], told: list[dict[str, Any]]) -> None:
+    found = measure_resources({"student": str(folders["adapters"])}, variants=())
+    files = folders["adapters"] / "adapter_model.safetensors", folders["student"] / "model.safetensors"
+    assert figures(found, "student")["bytes_on_disk"] == sum(path.stat().st_size for path in files)
+    measured = inference.measure(told[0] | SMALL | {"batch_sizes": [1], "energy": False})["figures"]
+    layers, rank, width = 2, 4, 512
+    q_proj_and_v_proj = 2 * rank * (width + width)
+    assert measured["parameters"] == weights_of(folders["student"]).num_parameters() + layers * q_proj_and_v_proj
+    assert measured["weight_bytes"] == 4 * measured["parameters"]
+
+
+def test_prompts_are_cut_to_the_shortest_context(folders: dict[str, Path], told: list[dict[str, Any]]) -> None:
+    models = {name: str(folders[name]) for name in ("teacher", "student")}
+    found = measure_resources(models, variants=(), prompt_tokens=1000, new_tokens=32)
     assert {task["prompt_tokens"] for task in told} == {128 - 32} == {found["settings"]["prompt_tokens"]}
     with pytest.raises(ValueError, match="no room for a prompt in a context of 128"):
-        measure_resources(short, variants=(), new_tokens=128)
+        measure_resources(models, variants=(), new_tokens=128)
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,7 @@ from llm_distill.evaluation.measure import (
 )
 from llm_distill.quantization import bits_and_bytes
 
-ENERGY_SECONDS = 4
+ENERGY_SECONDS = 3
 """For how long at least it generates while the energy is measured: a sample a second."""
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
@@ -264,8 +264,9 @@ def time_batch(
 
 
 def energy(run: Callable[[], object]) -> dict[str, float]:
-    """What a `run` takes of this machine: joules, and grams of CO2 by the mix of CODECARBON_COUNTRY_ISO_CODE or of the
-    world. CPU and memory are estimates by codecarbon where the machine has no counter that can be read.
+    """What a `run` takes of this machine: joules, and grams of CO2 by the power of the country that codecarbon's own
+    settings name (CODECARBON_COUNTRY_ISO_CODE), or else of the world. Where the machine has no counter that can be
+    read, codecarbon estimates CPU and memory.
 
     Raises:
         ImportError: codecarbon is not installed.

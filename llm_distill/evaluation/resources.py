@@ -1,7 +1,7 @@
 """What teacher, student and its 4-bit and 8-bit variants take on the machine at hand: memory, time, energy.
 
 Each model is loaded in a process of its own, so that its peak memory is its own. So teacher and student cannot take
-turns run by run; whole processes do, in rounds, there and back, and the figures are medians over all of them.
+turns run by run; whole processes can, in rounds, there and back, and then the figures are medians over all of them.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def measure_resources(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     repeats: int = 3,
-    rounds: int = 2,
+    rounds: int = 1,
     device: str | None = None,
     dtype: str = "auto",
     energy: bool = True,
@@ -66,7 +66,8 @@ def measure_resources(
         prompt_tokens: of each sequence, with `new_tokens` no more than the shortest context of all models.
         new_tokens: that are generated.
         repeats: timed runs in a process, after one that is not.
-        rounds: processes for each model, in turn.
+        rounds: processes for each model, in turn, there and back: with 2, what else the machine does falls on all
+            alike. Each takes some seconds to start.
         device: `cuda` or `cpu`; by default the first that is there.
         dtype: of the weights; `auto` is as they are stored.
         energy: measure it, with codecarbon.
