@@ -48,7 +48,7 @@ def measure_resources(
     batch_sizes: Sequence[int] = (1, 4, 16),
     prompt_tokens: int = 128,
     new_tokens: int = 32,
-    repeats: int = 3,
+    repeats: int = 5,
     rounds: int = 1,
     device: str | None = None,
     dtype: str = "auto",
@@ -219,7 +219,7 @@ def _find_or_reason(
 ) -> _Checkpoint | str:
     try:
         return _find(name_or_path, revision, bits, trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         return _one_line(error, name_or_path)
 
 
