@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 import numpy as np
@@ -34,17 +35,30 @@ def interval(numerators: ArrayLike, denominators: ArrayLike, *, resamples: int =
     Raises:
         ValueError: the two differ in length.
     """
-    sums = _columns(numerators, denominators)
-    n = sums.shape[1]
-    total, weight = sums.sum(1)
-    if not n or not weight:
-        return Interval(value=float("nan"), low=float("nan"), high=float("nan"))
-    value = float(total / weight)
-    if n == 1 or not np.isfinite(value):
-        return Interval(value=value, low=value, high=value)
-    drawn = _resampled_sums(sums, resamples, np.random.default_rng(seed))
-    drawn = drawn[:, drawn[1] != 0]  # a draw may hold only items of weight 0
-    low, high = np.quantile(drawn[0] / drawn[1], (0.025, 0.975))
+    return bootstrap(_columns(numerators, denominators), lambda sums: sums[0] / sums[1], resamples=resamples, seed=seed)
+
+
+def bootstrap(
+    per_item: NDArray[np.float64],
+    figure: Callable[[NDArray[np.float64]], NDArray[np.float64]],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """A figure made of sums over items, as in `interval`.
+
+    Args:
+        per_item: [columns, n].
+        figure: what it is, from the columns' sums [columns, draws] to [draws].
+    """
+    n = per_item.shape[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        value = float(figure(per_item.sum(1, keepdims=True))[0])
+        if n <= 1 or not np.isfinite(value):
+            value = value if np.isfinite(value) else float("nan")
+            return Interval(value=value, low=value, high=value)
+        drawn = figure(_resampled_sums(per_item, resamples, np.random.default_rng(seed)))
+    low, high = np.quantile(drawn[np.isfinite(drawn)], (0.025, 0.975))  # a draw may hold only items of weight 0
     # Rounding: a constant's sums differ in their last digit.
     return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
 
