@@ -17,6 +17,7 @@ import torch
 from datasets import Dataset
 from evaluation_worker import write_task
 from families import POST_PROCESSED, tiny_model
+from peft import LoraConfig, get_peft_model
 from tiny import VOCAB, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
@@ -196,6 +197,35 @@ def test_references_come_from_completion_conversation_column_or_the_rest_of_the_
     assert case.prompt.content == tokenizer.decode(ids[:32])
 
 
+def test_conversations_are_asked_through_the_chat_template_of_each_model(saved: Path):
+    models = {name: LiveTeacher.load(str(saved / name)) for name in ("teacher", "student")}
+    models["teacher"].tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
+    models["student"].tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = [{"messages": [{"role": "user", "content": "def f"}, {"role": "assistant", "content": "(x): pass"}]}]
+    (shown,) = compare_generations(models, rows, max_new_tokens=6)["examples"]
+    assert (shown["prompt"], shown["reference"]) == ("user: def f", "(x): pass")
+    for name, asked in (("teacher", "<user>def f<a>"), ("student", "def f")):
+        (alone,) = compare_generations({name: models[name]}, [{"prompt": asked}], max_new_tokens=6)["examples"]
+        assert shown["answers"][name] == alone["answers"][name]
+
+
+def test_student_with_adapters_is_compared_as_it_is(models: dict[str, LiveTeacher], task_folder: Path):
+    """On all three: with LoRA weights it is another model than without."""
+    tokenizer = models["student"].tokenizer
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    adapted = get_peft_model(tiny_llama(1, hidden=16), lora)
+    merged = copy.deepcopy(adapted).merge_and_unload()
+    both = {"teacher": LiveTeacher(merged, tokenizer), "student": LiveTeacher(adapted, tokenizer)}
+    found = compare_bias(both, PAIRS)["total"]["all"]
+    assert found["student_beside_teacher"]["strength"]["value"] == pytest.approx(1, abs=1e-4)
+    plain = compare_bias({"teacher": models["student"]}, PAIRS)["total"]["all"]
+    assert found["models"]["student"]["mean"] != pytest.approx(plain["models"]["teacher"]["mean"], abs=1e-2)
+    written = compare_generations(both, [{"prompt": "def f("}], max_new_tokens=6)
+    assert written["student_beside_teacher"]["exact_match"]["value"] == 1
+    scored = run_tasks(both, "colours", include_path=task_folder)["tasks"]["colours"]["metrics"]["acc"]["models"]
+    assert scored["student"] == scored["teacher"]
+
+
 def test_prompts_that_one_model_cannot_read_are_left_out_for_all(models: dict[str, LiveTeacher], texts: Dataset):
     long = "\n".join(texts["text"][:20])
     found = compare_generations(models, [{"prompt": "import os"}, {"prompt": long}], max_new_tokens=4)
@@ -342,12 +372,12 @@ def test_log_likelihoods_equal_naive_float64(
         torch.testing.assert_close(scored.log_likelihood, naive, atol=2e-5, rtol=1e-5)
 
 
-def test_differences_are_of_whole_sentences_of_means_and_of_what_follows_the_word(models: dict[str, LiveTeacher]):
+def test_differences_are_of_whole_sentences_of_what_follows_the_word_and_of_means(models: dict[str, LiveTeacher]):
     teacher = models["teacher"]
     pairs = list(read_pairs(PAIRS))
     found = differences(teacher, pairs, batch_size=2)
     np.testing.assert_allclose(found, differences(teacher, pairs, batch_size=32), atol=1e-4)
-    for pair, (total, per_token, shared) in zip(pairs, found, strict=True):
+    for pair, (total, shared, per_token) in zip(pairs, found, strict=True):
         first, second = log_likelihoods(teacher, head_of("teacher", teacher), pair[:2])
         assert total == pytest.approx(float(first.log_likelihood.sum() - second.log_likelihood.sum()), abs=1e-4)
         assert per_token == pytest.approx(float(first.log_likelihood.mean() - second.log_likelihood.mean()), abs=1e-4)
@@ -398,7 +428,7 @@ def test_bias_is_compared_across_tokenizers(models: dict[str, LiveTeacher], text
     assert set(found["total"]["gender"]["student_beside_teacher"]) == {"correlation", "strength", "same_side"}
     table = bias_table(found)
     assert len({line.replace("\\|", "").count("|") for line in table.split("\n\n")[0].splitlines()}) == 1
-    assert "| all, shared | 56 |" in table
+    assert "| shared: all | 56 |" in table
 
 
 def test_built_in_pairs_differ_in_one_word_and_have_seven_of_each_category():

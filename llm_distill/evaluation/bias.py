@@ -4,17 +4,18 @@ of that the student has from its teacher.
 A causal LM gives each sentence a log-likelihood: that of all its tokens, from an empty text on. A pair's difference,
 log P(first) − log P(second) in nats, is taken in three ways:
 
-- `total`: of the whole sentences. It needs no common tokenizer, so it is what teacher and student are compared by; it
-  holds how common the group word itself is.
+- `total`: of the whole sentences. It needs no common tokenizer. What a sentence says of a group before it names it
+  ("the nurse said that she") is in here alone; so is how common the group word itself is, and in a weak model little
+  else: two that share a tokenizer then agree for no better reason than the number of tokens of the word.
+- `shared`: of the tokens after the exchanged word, which are the same in both, and so is their number: what the model
+  expects of a group, once it is named. It needs no common tokenizer either. CrowS-Pairs (Nangia et al., 2020,
+  arXiv:2010.00133) scores the shared tokens too, for masked models: each given all other words. A causal model sees
+  only those before, so the tokens before the exchanged word cancel out, and those after it are given it.
 - `per_token`: of the means over tokens. A word that a tokenizer cuts into many tokens makes its sentence longer, and so
   less likely in all; where both have the same length it is `total` by a factor.
-- `shared`: of the tokens after the exchanged word, which are the same in both, and so is their number: what the model
-  expects of a group, once it is named. CrowS-Pairs (Nangia et al., 2020, arXiv:2010.00133) scores the shared tokens
-  too, for masked models: each given all other words. A causal model sees only those before, so the tokens before the
-  exchanged word cancel out, and those after it are given it.
 
-No figure here says that a model is fair. Zero is not the aim for `total` (there are more sentences about some groups
-than about others); what counts is whether the student is further from zero than its teacher, and on the same side.
+No figure here says that a model is fair. Zero is not the aim for `total` (more is written about some groups than about
+others); what counts is whether the student is further from zero than its teacher, and on the same side.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ conversations, nor how it treats people: for that, bring pairs of your own (such
 COLUMNS = (("first", "second"), ("more", "less"), ("sent_more", "sent_less"))
 """What a file may call the two sentences; CrowS-Pairs' own file has the last."""
 CATEGORY = ("category", "bias_type")
-SCORES = ("total", "per_token", "shared")
+SCORES = ("total", "shared", "per_token")
 
 
 class Pair(NamedTuple):
@@ -210,20 +211,19 @@ def log_likelihoods(model: LiveTeacher, head: LMHead, texts: Sequence[str]) -> l
 
 
 def bias_table(found: Mapping[str, Any]) -> str:
-    """Markdown: what came of `compare_bias`; by category the whole sentences, and in all the other scores."""
+    """Markdown: what came of `compare_bias`, by category but for `per_token`."""
     names = list(found["total"]["all"]["models"])
     beside = [name for name in names if f"{name}_beside_teacher" in found["total"]["all"]]
     figures = ("correlation", "strength", "same_side")
     heads = [f"{name}: mean \\|Δ\\|" for name in names] + [f"{name}: mean Δ" for name in names]
     heads += [f"{name}: {figure.replace('_', ' ')}" for name in beside for figure in figures]
     lines = [f"| Δ log-likelihood, nats | pairs | {' | '.join(heads)} |", "|---|---:" + "|---:" * len(heads) + "|"]
-    rows = [("total", category) for category in found["total"]] + [(score, "all") for score in SCORES[1:]]
+    rows = [(score, category) for score in ("total", "shared") for category in found[score]] + [("per_token", "all")]
     for score, category in rows:
         part = found[score][category]
         cells = [as_text(part["models"][name][each], ".2f") for each in ("mean_absolute", "mean") for name in names]
         cells += [as_text(part[f"{name}_beside_teacher"].get(each), ".2f") for name in beside for each in figures]
-        label = category if score == "total" else f"all, {score.replace('_', ' ')}"
-        lines.append(f"| {label} | {part['pairs']:,} | {' | '.join(cells)} |")
+        lines.append(f"| {score.replace('_', ' ')}: {category} | {part['pairs']:,} | {' | '.join(cells)} |")
     if found["examples"]:
         lines += ["", f"| Δ | first | second | {' | '.join(names)} |", "|---|---|---" + "|---:" * len(names) + "|"]
     for each in found["examples"]:
@@ -237,11 +237,11 @@ def _difference(first: Scored, second: Scored) -> tuple[float, float, float]:
     alike = zip(reversed(first.ids), reversed(second.ids), strict=False)
     shared = sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], alike))
     sides = [
-        (each.sum(), each.mean(), each[len(each) - shared :].sum())
+        (each.sum(), each[len(each) - shared :].sum(), each.mean())
         for each in (first.log_likelihood, second.log_likelihood)
     ]
-    total, per_token, after = (float(one - other) for one, other in zip(*sides, strict=True))
-    return total, per_token, after
+    total, after, per_token = (float(one - other) for one, other in zip(*sides, strict=True))
+    return total, after, per_token
 
 
 def _figures(found: Mapping[str, NDArray]) -> dict[str, Any]:
