@@ -463,6 +463,7 @@ def test_pairs_are_read_from_csv_and_json(tmp_path: Path, suffix: str, names: tu
         ("pairs.csv", "first,other\na,b\n", "has first, other"),
         ("pairs.csv", "first,second\nsame,same \n", "differ in a word, got 'same' and 'same'"),
         ("pairs.csv", "first,second\na,\n", "got 'a' and ''"),
+        ("pairs.csv", "first,second,category\na,b,all\n", "what all pairs together are called"),
         ("pairs.json", "[1]", "has 1"),
         ("pairs.json", "{}", "must hold a list of pairs, and holds a dict"),
         ("pairs.json", "[{", "cannot be read as .json"),

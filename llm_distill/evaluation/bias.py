@@ -142,6 +142,8 @@ def read_pairs(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Pai
                 f"pair {number} must be two sentences that differ in a word, got {first!r} and {second!r}: take it out."
             )
         category = next((str(row[name]) for name in CATEGORY if row.get(name)), None)
+        if category == "all":
+            raise ValueError(f"pair {number} has the category 'all', which is what all pairs together are called.")
         yield Pair(first, second, category)
 
 
