@@ -63,6 +63,37 @@ def bootstrap(
     return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
 
 
+def correlation(x: ArrayLike, y: ArrayLike, *, resamples: int = 1000, seed: int = 0) -> Interval:
+    """Pearson's correlation of two numbers per item, [n] each, with the same interval. NaN where one is constant.
+
+    Raises:
+        ValueError: the two differ in length.
+    """
+    pairs = _columns(x, y)
+    n = pairs.shape[1]
+    spread = pairs.std(1) if n else np.zeros(2)
+    if n < 3 or not np.isfinite(spread).all() or (spread <= 1e-12 * np.abs(pairs).max(1)).any():
+        return Interval(value=float("nan"), low=float("nan"), high=float("nan"))
+    a, b = (pairs - pairs.mean(1, keepdims=True)) / spread[:, None]
+    moments = np.stack([a, b, a * a, b * b, a * b])
+    drawn = _resampled_sums(moments, resamples, np.random.default_rng(seed)) / n
+    variances = drawn[2:4] - drawn[:2] ** 2
+    varied = (variances > 1e-9).all(0)  # a draw may hold one item n times
+    covariance = drawn[4] - drawn[0] * drawn[1]
+    each = np.clip(covariance[varied] / np.sqrt(variances[:, varied].prod(0)), -1, 1)
+    value = float(np.clip((a * b).mean(), -1, 1))
+    low, high = np.quantile(each, (0.025, 0.975))
+    return Interval(value=value, low=min(float(low), value), high=max(float(high), value))
+
+
+def as_text(figure: Interval | None, form: str = ".3f") -> str:
+    """For a table: `0.312 (0.290 to 0.334)`; a dash for what is not known."""
+    if figure is None:
+        return "–"
+    value, low, high = (format(figure[name], form) for name in ("value", "low", "high"))  # type: ignore[literal-required]
+    return value if low == value == high else f"{value} ({low} to {high})"
+
+
 def _columns(*per_item: ArrayLike) -> NDArray[np.float64]:
     """Each argument as a row of float64, [arguments, n]; tensors may lie on any device."""
     rows = [np.asarray(_on_cpu(values), dtype=np.float64).reshape(-1) for values in per_item]
