@@ -262,6 +262,15 @@ def test_data_may_be_a_folder_or_a_file(tmp_path: Path, run: dict[str, Any], suf
     assert data["train"][0]["text"].strip() in ("x = 1", ROWS["text"]["text"])
 
 
+def test_a_part_of_a_split_is_named_as_datasets_names_it(tmp_path: Path, run: dict[str, Any]) -> None:
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", "text")
+    parts = {"dataset_train_split": "train[:50%]", "dataset_test_split": "test[2:5]"}
+    script, _, _ = parse_train(as_flags(run | {"dataset_name": tmp_path / "data", **parts}))
+    data = load_data(script)
+    assert (len(data["train[:50%]"]), len(data["test[2:5]"])) == (6, 3)
+
+
 def test_stdlib_is_data_without_a_download(run: dict[str, Any]) -> None:
     script, _, _ = parse_train(as_flags(run | {"dataset_name": "stdlib"}))
     data = load_data(script)

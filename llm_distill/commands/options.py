@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,7 @@ def parse_generate(argv: Sequence[str]) -> tuple[ScriptArguments, GenerateConfig
 
 def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDict:
     """The dataset that `--dataset_name` means. Of a folder of generated texts, a student with the teacher's tokenizer
-    gets the teacher's own tokens.
+    gets the teacher's own tokens. A split may be a part of one, as `datasets` writes it: `test[:500]`.
 
     Raises:
         ValueError: it cannot be loaded, or has no training split of that name.
@@ -116,10 +117,16 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
     try:
         if name == corpus.NAME:
             data = corpus.load_corpus(max_characters=corpus.TRIAL_CHARACTERS)
-        elif Path(name).is_file() and Path(name).suffix in kinds:
-            data = load_dataset(kinds[Path(name).suffix], data_files=name, streaming=script.dataset_streaming)
         else:
-            data = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+            is_file = Path(name).is_file() and Path(name).suffix in kinds
+            where = (kinds[Path(name).suffix],) if is_file else (name, script.dataset_config)
+            load = partial(
+                load_dataset, *where, data_files=name if is_file else None, streaming=script.dataset_streaming
+            )
+            data = load()
+            for split in (script.dataset_train_split, script.dataset_test_split):
+                if split.partition("[")[0] in data and split not in data:
+                    data[split] = load(split=split)
     except (OSError, ValueError, ConnectionError) as error:
         raise ValueError(
             f"the dataset {name!r} cannot be loaded: it is no file, no folder with data, no repository that can be "
