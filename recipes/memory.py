@@ -22,8 +22,8 @@ from llm_distill.check.memory import estimate_memory
 from llm_distill.commands.options import parse_train
 
 RECIPES = Path(__file__).parent
-RUNS = (("live", 1), ("live", 8), ("cached", 1), ("sequence", 1))
-"""Which YAML on how many GPUs; on more than one, FSDP 2 shards both models."""
+RUNS = (("`live.yaml`", "live", 1), ("`live.yaml`, FSDP 2", "live", 8), ("`cached.yaml`, `sequence.yaml`", "cached", 1))
+"""What is said, of which YAML, on how many GPUs. More than one where they share out the models; else each has all."""
 BLOCK = re.compile(r"(?<=<!-- python recipes/memory.py -->\n).*?(?=<!-- end -->)", flags=re.DOTALL)
 ConfigOf = Callable[[str], PreTrainedConfig]
 
@@ -43,7 +43,10 @@ def table(pair: Path, config_of: ConfigOf) -> str:
 
 
 def _rows(pair: Path, config_of: ConfigOf) -> Iterator[list[str]]:
-    for kind, gpus in RUNS:
+    is_sharded = "fsdp2.yaml" in (pair / "README.md").read_text()
+    for said, kind, gpus in RUNS:
+        if gpus > 1 and not is_sharded:
+            continue
         _, args, model = parse_train(["--config", str(pair / f"{kind}.yaml"), "--use_cpu", "true"])
         assert model.model_name_or_path is not None
         teacher = args.teacher_model_name_or_path if kind == "live" else None
@@ -64,7 +67,7 @@ def _rows(pair: Path, config_of: ConfigOf) -> Iterator[list[str]]:
             known.loss_buffers,
             known.total,
         )
-        yield [f"`{kind}.yaml`", str(gpus), *(f"{size / 2**30:.1f}" for size in sizes)]
+        yield [said, str(gpus), *(f"{size / 2**30:.1f}" for size in sizes)]
 
 
 def _parameters(config: PreTrainedConfig) -> int:

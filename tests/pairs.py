@@ -1,6 +1,6 @@
 """The models of `recipes/*-from-*`: their published configurations, and the same shrunk to what a test can train.
 
-`configs/` holds the `config.json` of each model. Shrunk are depth and width; class, options and rows of padding past the
+`configs/` holds the `config.json` of each model. Shrunk are depth and width; class, options and the padding past the
 tokenizer are the model's own.
 """
 

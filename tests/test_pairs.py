@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from memory import BLOCK, table
 from pairs import (
     MODELS,
     PAIRS,
@@ -224,7 +225,9 @@ def test_the_student_learns_from_the_live_teacher(
     require_trained(tmp_path / "live", tmp_path / models_of(pair)[0])
 
 
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(
+    "pair", ["gemma-3-1b-from-gemma-3-12b", "llama-3.2-1b-from-llama-3.1-8b", "qwen2.5-0.5b-from-qwen2.5-7b"]
+)
 def test_the_student_learns_from_the_cache(pair: str, tmp_path: Path, shrunk: Callable[[str, str], list[str]]) -> None:
     config = shrunk(pair, "cached")
     capture(config)
@@ -270,6 +273,16 @@ def test_a_placeholder_for_pictures_needs_no_row(tokenizer: PreTrainedTokenizerB
     assert vocabulary_size(tokenizer) == len(tokenizer)
     with pytest.raises(ValueError, match=r"fewer than the 325 tokens"):
         LMHead.of(tiny_model("google/gemma-3-1b-it", vocabulary_size(own) - 1), vocabulary_size(own))
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+def test_the_readme_says_what_the_yamls_take_of_memory(pair: str) -> None:
+    said = BLOCK.search((RECIPES / pair / "README.md").read_text())
+    assert said is not None
+    assert said[0] == table(RECIPES / pair, published_config)
+    names = ("per_device_train_batch_size", "max_length", "activation_checkpointing", "optim")
+    cached, sequence = (options_of(pair, kind) for kind in ("cached", "sequence"))  # which are said to take the same
+    assert [cached.get(name) for name in names] == [sequence.get(name) for name in names]
 
 
 @pytest.mark.parametrize("pair", PAIRS)
