@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -269,6 +269,9 @@ def test_a_part_of_a_split_is_named_as_datasets_names_it(tmp_path: Path, run: di
     script, _, _ = parse_train(as_flags(run | {"dataset_name": tmp_path / "data", **parts}))
     data = load_data(script)
     assert (len(data["train[:50%]"]), len(data["test[2:5]"])) == (6, 3)
+    assert len(load_data(replace(script, dataset_train_split="train[10:99]"))["train[10:99]"]) == 2
+    with pytest.raises(ValueError, match="Unrecognized instruction format"):
+        load_data(replace(script, dataset_train_split="train[few]"))
 
 
 def test_stdlib_is_data_without_a_download(run: dict[str, Any]) -> None:

@@ -277,9 +277,14 @@ def test_a_placeholder_for_pictures_needs_no_row(tokenizer: PreTrainedTokenizerB
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_readme_says_what_the_yamls_take_of_memory(pair: str) -> None:
-    said = BLOCK.search((RECIPES / pair / "README.md").read_text())
+    text = (RECIPES / pair / "README.md").read_text()
+    said = BLOCK.search(text)
     assert said is not None
     assert said[0] == table(RECIPES / pair, published_config)
+    live = next(line for line in said[0].splitlines() if line.startswith("| `live.yaml` | 1 |"))
+    (card,) = re.findall(r"^One GPU of (\d+) GB", text, flags=re.MULTILINE)
+    assert float(live.split("|")[-2]) * 1.1 < int(card)
+    assert re.search(rf"\({pair}\) .* {card} GB \|", (RECIPES / "README.md").read_text())
     names = ("per_device_train_batch_size", "max_length", "activation_checkpointing", "optim")
     cached, sequence = (options_of(pair, kind) for kind in ("cached", "sequence"))  # which are said to take the same
     assert [cached.get(name) for name in names] == [sequence.get(name) for name in names]

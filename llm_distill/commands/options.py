@@ -8,7 +8,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,24 +116,31 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
     try:
         if name == corpus.NAME:
             data = corpus.load_corpus(max_characters=corpus.TRIAL_CHARACTERS)
+        elif Path(name).is_file() and Path(name).suffix in kinds:
+            data = load_dataset(kinds[Path(name).suffix], data_files=name, streaming=script.dataset_streaming)
         else:
-            is_file = Path(name).is_file() and Path(name).suffix in kinds
-            where = (kinds[Path(name).suffix],) if is_file else (name, script.dataset_config)
-            load = partial(
-                load_dataset, *where, data_files=name if is_file else None, streaming=script.dataset_streaming
-            )
-            data = load()
-            for split in (script.dataset_train_split, script.dataset_test_split):
-                if split.partition("[")[0] in data and split not in data:
-                    data[split] = load(split=split)
+            data = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
     except (OSError, ValueError, ConnectionError) as error:
         raise ValueError(
             f"the dataset {name!r} cannot be loaded: it is no file, no folder with data, no repository that can be "
             f"reached, and not `{corpus.NAME}`. ({error})"
         ) from error
+    for split in (script.dataset_train_split, script.dataset_test_split):
+        if isinstance(data, DatasetDict):
+            _add_part(data, split)
     if script.dataset_train_split not in data:
         raise ValueError(f"the dataset {name!r} has no split {script.dataset_train_split!r}, only {', '.join(data)}.")
     return DatasetDict(data) if not script.dataset_streaming else data
+
+
+def _add_part(data: DatasetDict, split: str) -> None:
+    """Under its name, what `split` means, if it is a part of one that is there."""
+    from datasets import ReadInstruction
+
+    whole = split.partition("[")[0]
+    if split not in data and whole in data:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({whole: len(data[whole])})
+        data[split] = data[whole].select(range(part.from_, part.to))
 
 
 def _parse(argv: Sequence[str], command: str) -> list[Any]:
