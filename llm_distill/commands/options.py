@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -107,7 +108,7 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
 
 def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDict:
     """The dataset that `--dataset_name` means. Of a folder of generated texts, a student with the teacher's tokenizer
-    gets the teacher's own tokens.
+    gets the teacher's own tokens. A split may be a part of one, as `datasets` writes it: `test[:500]`.
 
     Raises:
         ValueError: it cannot be loaded, or has no training split of that name.
@@ -122,20 +123,25 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
 
         return DatasetDict({script.dataset_train_split: load_generated(name, AutoTokenizer.from_pretrained(student))})
     data = _loaded(name, script.dataset_config, script.dataset_streaming)
+    for split in (script.dataset_train_split, script.dataset_test_split):
+        if isinstance(data, DatasetDict):
+            _add_part(data, split)
     if script.dataset_train_split not in data:
         raise ValueError(f"the dataset {name!r} has no split {script.dataset_train_split!r}, only {', '.join(data)}.")
     return data
 
 
 def load_split(source: str) -> Dataset:
-    """One split of a dataset: what `SOURCE:SPLIT` names, and of `SOURCE` alone the first of HELD_OUT that is there.
+    """One split of a dataset or a part of one: what `SOURCE:SPLIT` names, and of `SOURCE` alone the first of HELD_OUT that is there.
 
     Raises:
         ValueError: it cannot be loaded, or has no such split.
     """
-    name, _, split = (source, "", "") if Path(source).exists() or ":" not in source else source.rpartition(":")
+    found = None if Path(source).exists() else re.fullmatch(r"(.+?):(\w+(?:\[.*\])?)", source)
+    name, split = found.groups() if found else (source, "")
     data = _loaded(name)
     split = split or next((each for each in HELD_OUT if each in data), "")
+    _add_part(data, split)
     if split not in data:
         wanted = f"no split {split!r}" if split else f"none of the splits {', '.join(HELD_OUT)}"
         raise ValueError(f"the dataset {name!r} has {wanted}, only {', '.join(data)}. Name one: {name}:SPLIT.")
@@ -162,6 +168,16 @@ def _loaded(name: str, config: str | None = None, streaming: bool = False) -> Da
             f"reached, and not `{corpus.NAME}`. ({error})"
         ) from error
     return data if streaming else DatasetDict(data)
+
+
+def _add_part(data: DatasetDict, split: str) -> None:
+    """Under its name, what `split` means, if it is a part of one that is there."""
+    from datasets import ReadInstruction
+
+    whole = split.partition("[")[0]
+    if split not in data and whole in data:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({whole: len(data[whole])})
+        data[split] = data[whole].select(range(part.from_, part.to))
 
 
 def _parse(argv: Sequence[str], command: str) -> list[Any]:
