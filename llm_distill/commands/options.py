@@ -6,9 +6,10 @@ import argparse
 import difflib
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,11 +46,18 @@ def build_trainer(script: ScriptArguments, args: DistillationConfig, model: Mode
         raise ValueError("--model_name_or_path is missing: the student, a Hub id or a folder.")
     if not script.dataset_name:
         raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or `stdlib`.")
+    from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from llm_distill.trainer import DistillationTrainer
 
-    dataset = load_data(script, model.model_name_or_path)
+    tokenizer = partial(
+        AutoTokenizer.from_pretrained,
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    dataset = load_data(script, tokenizer)
     evaluation = dataset.get(script.dataset_test_split)
     if evaluation is None and args.eval_strategy != "no":
         raise ValueError(
@@ -106,9 +114,9 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
     return _parse_groups(argv, "evaluate", (EvaluateConfig,))[0]
 
 
-def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDict:
+def load_data(script: ScriptArguments, tokenizer: Callable[[], Any] | None = None) -> DatasetDict:
     """The dataset that `--dataset_name` means. Of a folder of generated texts, a student with the teacher's tokenizer
-    gets the teacher's own tokens. A split may be a part of one, as `datasets` writes it: `test[:500]`.
+    (`tokenizer` loads it) gets the teacher's own tokens. A split may be a part, as `datasets` writes it: `test[:500]`.
 
     Raises:
         ValueError: it cannot be loaded, or has no training split of that name.
@@ -116,12 +124,10 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
     from datasets import DatasetDict
 
     name = script.dataset_name
-    if Path(name, "generation.json").is_file() and student is not None:
-        from transformers import AutoTokenizer
-
+    if Path(name, "generation.json").is_file() and tokenizer is not None:
         from llm_distill.generation.generate import load_generated
 
-        return DatasetDict({script.dataset_train_split: load_generated(name, AutoTokenizer.from_pretrained(student))})
+        return DatasetDict({script.dataset_train_split: load_generated(name, tokenizer())})
     data = _loaded(name, script.dataset_config, script.dataset_streaming)
     for split in (script.dataset_train_split, script.dataset_test_split):
         if isinstance(data, DatasetDict):
@@ -132,7 +138,7 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
 
 
 def load_split(source: str) -> Dataset:
-    """One split of a dataset or a part of one: what `SOURCE:SPLIT` names, and of `SOURCE` alone the first of HELD_OUT that is there.
+    """One split of a dataset, or a part of one: what `SOURCE:SPLIT` names; of `SOURCE` alone the first of HELD_OUT.
 
     Raises:
         ValueError: it cannot be loaded, or has no such split.
