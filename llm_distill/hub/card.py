@@ -36,7 +36,7 @@ FIGURES = {
 }
 """What the card shows of an evaluation, and what it is called."""
 MODELS = ("student", "teacher", "baseline")
-PARTS = {"generations": "what it writes", "harness": "tasks", "bias": "bias", "resources": "speed and memory"}
+PARTS = {"generations": "what it writes", "tasks": "tasks", "bias": "bias", "resources": "speed and memory"}
 """Of a report, beside its domains."""
 
 
@@ -250,7 +250,7 @@ def _eval_results(record: dict[str, Any], report: dict[str, Any] | None) -> Iter
             for domain, values in report["domains"].items()
             for part in (values["models"].get("student") or {}, values.get("likeness") or {})
             for figure, told in part.items()
-            if figure in FIGURES and told is not None
+            if figure in FIGURES and told is not None and told["value"] is not None
         ]
     for domain, figure, value in found:
         yield EvalResult(
@@ -287,7 +287,7 @@ def _limits(record: dict[str, Any], report: dict[str, Any] | None, folder: Path)
         if report.get("comparable", True) is not True:
             said.append(f"It is not compared with its teacher token by token: {report['comparable']}.")
         closed = {name: found.get("gap_closed") for name, found in report["domains"].items()}
-        gaps = {name: figure["value"] for name, figure in closed.items() if figure}
+        gaps = {name: figure["value"] for name, figure in closed.items() if figure and figure["value"] is not None}
         if len(gaps) > 1:
             worst = min(gaps, key=lambda name: gaps[name])
             said.append(f"It is weakest, beside its teacher, on {worst}: {gaps[worst]:.0%} of the gap is closed there.")
@@ -299,7 +299,11 @@ def _limits(record: dict[str, Any], report: dict[str, Any] | None, folder: Path)
 
 
 def _interval(figure: dict[str, float] | None) -> str:
-    return "" if figure is None else f"{figure['value']:.4g} ({figure['low']:.4g} to {figure['high']:.4g})"
+    return (
+        ""
+        if figure is None or figure["value"] is None
+        else f"{figure['value']:.4g} ({figure['low']:.4g} to {figure['high']:.4g})"
+    )
 
 
 def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
