@@ -20,6 +20,7 @@ megabytes of the sources of the Python standard library, which need no download.
 
 COMMANDS = {
     "train": "train a student on a teacher's distributions (token-level distillation)",
+    "check": "what can be known of a training run before its first step, in seconds",
     "generate": "have the teacher write completions and keep the good ones (sequence-level distillation)",
     "capture": "run the teacher once and store what it says",
     "inspect": "what such a cache holds, whether it is whole, how true it is",
