@@ -1,7 +1,7 @@
 """What the licences of teacher and student ask of a student that is passed on. A reminder, no legal advice.
 
 A student that starts from another model's weights is derived from it. What a teacher's licence says of a model that
-learned from its outputs differs: most say nothing, some ask for a name or a notice, some call it derived, some forbid it.
+learned from its outputs differs: most say nothing, some want a name or a notice, some call it derived, some forbid it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ NOTICE = "keep its copyright notice and licence text"
 _PERMISSIVE = Licence(as_start=NOTICE)
 _LLAMA_3_1 = {
     f"llama{version}": Licence(
-        as_start=f"begin the student's name with “Llama”, show “Built with Llama”, pass on the Llama {version} licence, "
-        "its notice and the acceptable use policy; above 700 million monthly users Meta must be asked",
+        as_start=f"begin the student's name with “Llama”, show “Built with Llama”, pass on the Llama {version} "
+        "licence, its notice and the acceptable use policy; above 700 million monthly users Meta must be asked",
         as_teacher="begin the student's name with “Llama”, if it is passed on",
     )
     for version in ("3.1", "3.2", "3.3", "4")
