@@ -29,7 +29,7 @@ from llm_distill.teachers.describe import vocabulary_size
 from llm_distill.teachers.live import require_same_ids
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
-"""What an allocator may hold beyond what is alive: measured with glibc's defaults on a CPU, a rule of thumb elsewhere."""
+"""What an allocator may hold, as a multiple of what is alive: measured with glibc's, a rule of thumb elsewhere."""
 FEW = 0.05
 """A share of counted positions below which most of a forward teaches nothing."""
 MANY = 0.1
@@ -56,8 +56,8 @@ def check_trainer(trainer: SFTTrainer) -> Report:
 
 def _student(trainer: SFTTrainer) -> Finding:
     model, args = trainer.model, trainer.args
-    count = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 takes them out
+    count, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     said = f"{type(base).__name__}, {_millions(count)} parameters, {_millions(trained)} of them trained"
     if not trained:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -51,7 +51,8 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self) if f.name != "total"}
-        return f"{size(self.total)} ({', '.join(f'{name} {size(value)}' for name, value in parts.items() if value)})"
+        said = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value >= 2**19)
+        return size(self.total) + (f" ({said})" if said else "")
 
 
 def size(count: float) -> str:
@@ -242,7 +243,7 @@ def _trace(
 ) -> _Trace:
     """`learner` is `model` or has it inside, with adapters; its gradients are in its weights' dtype or `own_dtype`."""
     if args is not None and args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        checkpoint_activations(model, args)
         if learner is not model:
             model.enable_input_require_grads()
     learner.train(args is not None)
@@ -287,6 +288,13 @@ def _trace(
         trains_head=head.weight.requires_grad,
         is_tied=embedding is not None and embedding.weight is head.weight,
     )
+
+
+def checkpoint_activations(model: PreTrainedModel | PeftModel, args: DistillationConfig) -> None:
+    """As `Trainer.train` does."""
+    options = dict(args.activation_checkpointing_kwargs or {})
+    how = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    model.activation_checkpointing_enable(options or None, **how)
 
 
 def _to_cpu_without_storage(model: nn.Module) -> None:

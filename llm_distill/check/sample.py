@@ -18,6 +18,7 @@ from torch import Tensor
 from trl import SFTTrainer
 
 from llm_distill.cache.keys import examples_of
+from llm_distill.check.memory import checkpoint_activations
 from llm_distill.heads import LMHead
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
@@ -172,9 +173,7 @@ def stopwatch(trainer: SFTTrainer, batches: list[Any], found: Sample) -> None:
     trainer.model.train()
     args = trainer.args
     if args.gradient_checkpointing and not trainer.model.is_activation_checkpointing:
-        options = dict(args.activation_checkpointing_kwargs or {})
-        how = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
-        trainer.model.activation_checkpointing_enable(options or None, **how)
+        checkpoint_activations(trainer.model, args)
     seconds: list[float] = []
     for batch in itertools.islice(itertools.cycle(batches), TIMED):
         began = now(trainer.accelerator.device)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from llm_distill.config import DistillationConfig
     from llm_distill.trainer import DistillationTrainer
 
+LOADING = ("student", "teacher", "tokenizers")
+"""What is red of these says why a run cannot be set up."""
+
 
 def check(argv: Sequence[str]) -> None:
     """Says what can be known of a training run before its first step: `llm-distill check`.
@@ -57,7 +60,7 @@ def checked(
         trainer = build_trainer(script, args, model)
     except (ValueError, TypeError, OSError) as error:
         found = list(before.findings)
-        if not before.is_red:
+        if not any(finding.level == "red" and finding.what in LOADING for finding in found):
             found.append(Finding("red", "run", " ".join(str(error).split())))
         try:
             data = load_data(script)[script.dataset_train_split]
