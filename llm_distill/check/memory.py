@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -19,6 +21,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -208,7 +211,7 @@ def _traced(
         del config.quantization_config  # its bits are counted, its kernels cannot run here
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None  # PyTorch's own, which keeps what the other fused ones keep
-    with torch.device("meta"):
+    with torch.device("meta"), _unpartitioned():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     weights = _weight_bytes(model, bits, share, mixed or dtype)
     if bits or args is None:
@@ -308,6 +311,17 @@ def _to_cpu_without_storage(model: nn.Module) -> None:
             if isinstance(old, nn.Parameter):
                 new = made[id(old)] = new if isinstance(new, nn.Parameter) else nn.Parameter(new, old.requires_grad)
             module.__dict__["_buffers" if name in module._buffers else "_parameters"][name] = new
+
+
+@contextmanager
+def _unpartitioned() -> Iterator[None]:
+    """ZeRO-3 would take the weights of every model that is made in its run."""
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def _bytes(tensor: Tensor) -> int:
