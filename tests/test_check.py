@@ -314,6 +314,15 @@ def test_a_yaml_may_say_whether_training_starts_with_a_check(
             command([*arguments, "--check", "false"])
 
 
+def test_help_explains_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        check(["--help"])
+    assert caught.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "llm-distill check --config run.yaml" in shown
+    assert "before its first step" in shown
+
+
 def test_the_report_is_coloured_where_it_is_seen() -> None:
     report = Report((Finding("red", "memory", "too little", "less"), Finding("green", "time", "1 s")))
     assert report.is_red

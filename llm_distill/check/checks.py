@@ -62,13 +62,15 @@ def _student(trainer: SFTTrainer) -> Finding:
     said = f"{type(base).__name__}, {_millions(count)} parameters, {_millions(trained)} of them trained"
     if not trained:
         return Finding("red", "student", said, "nothing would be learned: is everything frozen?")
-    if args.bf16 or args.fp16 or all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad):
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if args.bf16 or args.fp16 or _bits(base) or dtypes == {torch.float32}:
         return Finding("green", "student", said)
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return Finding(
         "amber",
         "student",
-        f"{said}, in {str(base.dtype).removeprefix('torch.')} without mixed precision",
-        "steps smaller than its precision are lost: dtype=float32 (with bf16 if there is a GPU)",
+        f"{said}, in {names} without mixed precision",
+        "steps smaller than its precision are lost: dtype=float32 (with bf16 where there is a GPU)",
     )
 
 

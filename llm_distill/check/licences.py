@@ -117,12 +117,12 @@ def check_licences(student: Model, teachers: Sequence[Model]) -> Iterator[Findin
     card = read_card(*student)
     own = None if isinstance(card, str) else licence_name(card)
     yield _check_licence("student", card, own)
-    for teacher in teachers:
-        yield _check_licence("teacher", read_card(*teacher), own)
+    for number, teacher in enumerate(teachers, 1):
+        yield _check_licence(f"teacher {number}" if len(teachers) > 1 else "teacher", read_card(*teacher), own)
 
 
 def _check_licence(role: str, card: dict[str, Any] | str, student: str | None) -> Finding:
-    """`card` is of the model that is the run's `role`, `student` the student's own licence."""
+    """`card` is that of the run's "student" or of a teacher, `student` the student's own licence."""
     what = f"{role}'s licence"
     if isinstance(card, str):
         is_skipped = "reached" in card
@@ -133,7 +133,7 @@ def _check_licence(role: str, card: dict[str, Any] | str, student: str | None) -
     licence = LICENCES.get(name)
     if licence is None:
         return Finding("amber", what, f"{name}: what it asks is not known here", READ)
-    if role == "teacher" and licence.teaches_only and student != name:
+    if role != "student" and licence.teaches_only and student != name:
         return Finding(
             "red",
             what,

@@ -24,6 +24,16 @@ if TYPE_CHECKING:
 HELD_OUT = ("test", "validation", "train")
 """Splits to evaluate on, the first that is there."""
 
+HELP = {
+    "check": {
+        "description": "Says in seconds what can be known of a training run before its first step: whether student and "
+        "teacher load and fit, memory, time, whether the teacher is better on this data, what the licences ask. Takes "
+        "every option of `llm-distill train`. Exits with status 1 where something is red.",
+        "epilog": "example: llm-distill check --config run.yaml --json found.json",
+    },
+}
+"""What `--help` says above and below the options."""
+
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
@@ -203,7 +213,7 @@ def _parse_groups(
     in_file_only = [group for group in in_yaml if group is not CaptureConfig or content.get("teacher_cache")]
     in_file_only = [group for group in in_file_only if any(each.name in content for each in fields(group))]
     groups = (*groups, *in_file_only)
-    parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False)
+    parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False, **HELP.get(command, {}))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     known = {flag.lstrip("-").replace("-", "_") for action in parser._actions for flag in action.option_strings}
     in_file = [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]
