@@ -116,11 +116,9 @@ def look(trainer: SFTTrainer, rows: list[Any]) -> tuple[Sample, list[Any]]:
     """What the texts are, without a model; and the micro-batches that they make. Raises ValueError where a stored
     teacher lacks one of them.
     """
-    found, size, end = (
-        Sample(texts=len(rows)),
-        trainer.args.per_device_train_batch_size,
-        trainer.processing_class.eos_token_id,
-    )
+    found, size = Sample(texts=len(rows)), trainer.args.per_device_train_batch_size
+    end = trainer.processing_class.eos_token_id
+    end = -1 if end is None else end  # no token's id
     batches = []
     for start in range(0, len(rows), size):
         batch = trainer.collate(rows[start : start + size])
