@@ -212,6 +212,29 @@ class DistillationConfig(SFTConfig):
 
 
 @dataclass
+class StartConfig:
+    """How `llm-distill train` starts, beside the options of the run itself."""
+
+    check: bool = field(
+        default=True,
+        metadata={
+            "help": "Look at the run first, as `llm-distill check` does, for a few seconds, and do not start it where "
+            "something is red."
+        },
+    )
+
+
+@dataclass
+class CheckConfig:
+    """What `llm-distill check` leaves behind, beside the options of a training run."""
+
+    json: str | None = field(
+        default=None,
+        metadata={"help": "Write what was found to this file too: a list of {level, what, said, todo}."},
+    )
+
+
+@dataclass
 class CaptureConfig:
     """What `llm-distill capture` keeps of a teacher, beside the options of a training run."""
 

@@ -22,6 +22,8 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_che
 from trl import SFTTrainer
 
 from llm_distill import data_checks, hub
+from llm_distill.check.checks import check_trainer
+from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
 from llm_distill.heads import LMHead
 from llm_distill.hub.push import push_student, require_place
@@ -157,6 +159,14 @@ class DistillationTrainer(SFTTrainer):
         finally:
             if self.teacher is not None:
                 self.teacher.flush()
+
+    def check(self) -> Report:
+        """What can be known before the first step, in seconds: whether all fits together and into memory, how long it
+        takes, whether the teacher is better, what the licences ask. Training is afterwards what it would have been.
+        """
+        report = check_trainer(self)
+        self._start_counting()
+        return report
 
     def require_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
         """Raises ValueError if training can neither start nor go on like this in this output folder."""
