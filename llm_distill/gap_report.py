@@ -17,7 +17,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.evaluation.bias import compare_bias, read_pairs
 from llm_distill.evaluation.compare import TEACHER, Scores, compare
 from llm_distill.evaluation.config import BUILT_IN, NONE, EvaluateConfig
-from llm_distill.evaluation.domains import a_sample, measure_domain
+from llm_distill.evaluation.domains import a_sample, measure_domain, windows_of
 from llm_distill.evaluation.figures import domain_figures
 from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
@@ -126,17 +126,25 @@ def _scores_alone(
 def _prepared(
     config: EvaluateConfig, model: LiveTeacher, teacher: LiveTeacher | None, samples: Mapping[str, Dataset]
 ) -> Iterator[tuple[str, DistillationTrainer]]:
-    """Each domain with a trainer that trains nothing: it has made tokens and labels of the texts as for training.
+    """Each domain with a trainer that trains nothing: it has made tokens and labels of prompts and chats as for
+    training; long texts are read to their end, in windows.
 
-    Whether only completions count is one setting of a trainer, so domains with and without prompts have two.
+    What counts is one setting of a trainer, so domains with and without prompts have two.
     """
-    trainers: dict[bool, DistillationTrainer] = {}
+    trainers: dict[str, DistillationTrainer] = {}
     for name, data in samples.items():
-        has_prompts = "prompt" in data.column_names
-        if has_prompts not in trainers:
-            alike = {n: d for n, d in samples.items() if ("prompt" in d.column_names) == has_prompts}
-            trainers[has_prompts] = _trainer(config, model, teacher, alike)
-        yield name, trainers[has_prompts]
+        kind = _kind(data)
+        if kind not in trainers:
+            alike = {n: d for n, d in samples.items() if _kind(d) == kind}
+            if kind == "text":
+                assert model.tokenizer is not None, "_load has seen to it"
+                alike = {n: windows_of(d, model.tokenizer, config.max_length) for n, d in alike.items()}
+            trainers[kind] = _trainer(config, model, teacher, alike)
+        yield name, trainers[kind]
+
+
+def _kind(data: Dataset) -> str:
+    return next((column for column in ("prompt", "messages", "text") if column in data.column_names), "other")
 
 
 def _trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -16,6 +17,7 @@ import torch
 from datasets import Dataset
 from runs import save
 from tiny import VOCAB, tiny_llama
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedTokenizerBase
@@ -25,7 +27,9 @@ from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.cli import main
 from llm_distill.corpus import train_tokenizer
 from llm_distill.evaluation.compare import Scores, compare
+from llm_distill.evaluation.domains import windows_of
 from llm_distill.evaluation.figures import (
+    behind,
     by_frequency,
     by_position,
     calibration_figures,
@@ -148,7 +152,8 @@ def test_the_memory_does_not_hold_logits_of_all_rows(measured: Callable[..., dic
 def made(**columns: Any) -> Scores:
     """Two texts with three tokens and one."""
     token = np.array([5, 5, 7, 5])
-    return Scores(np.array([0, 0, 0, 1]), np.array([0, 1, 2, 0]), token, np.array([6, 2]), {
+    text = np.array([0, 0, 0, 1])
+    return Scores(text, text, np.array([0, 1, 2, 0]), token, np.array([6, 2]), {
         name: np.array(values, dtype=np.float32) for name, values in columns.items()
     })  # fmt: skip
 
@@ -164,6 +169,7 @@ def test_figures_against_hand_worked_numbers() -> None:
     assert calibration_figures(student)["ece"]["value"] == pytest.approx((0.1 + 0.95 + 0) / 4)
     assert calibration_figures(student)["accuracy"]["value"] == 0.5
     assert gap_closed(student, teacher, baseline)["value"] == pytest.approx(0.5)
+    assert behind(student, teacher)["value"] == pytest.approx((8 - 4) / math.log(2) / 8)
     assert gap_closed(teacher, teacher, baseline)["value"] == 1
     assert gap_closed(baseline, teacher, baseline)["value"] == 0
     assert gap_closed(student, baseline, teacher) is None, "the teacher is worse than the baseline"
@@ -174,6 +180,23 @@ def test_figures_against_hand_worked_numbers() -> None:
     assert (often["from"], often["to"], often["kl"]["value"]) == (2, 3, pytest.approx(2 / 3))
     (token,) = furthest_tokens(student, teacher, at_least=2)
     assert (token["id"], token["count"], token["teacher_loss"]) == (5, 3, 1)
+
+
+@pytest.mark.parametrize("starts", [False, True])
+def test_a_long_text_is_read_to_its_end_each_token_once(tokenizer: PreTrainedTokenizerBase, starts: bool) -> None:
+    text = "".join(f"x{i} = {i}\n" for i in range(30))
+    tokenizer = copy.deepcopy(tokenizer)
+    if starts:
+        tokenizer.bos_token = "!"
+        start = TemplateProcessing(single="! $A", special_tokens=[("!", tokenizer.bos_token_id)])
+        tokenizer._tokenizer.post_processor = start
+    rows = windows_of(Dataset.from_dict({"text": ["", text]}), tokenizer, 16)
+    of_text = [row["input_ids"] for row in rows if row["text_index"] == 1]
+    assert max(map(len, of_text)) == 16
+    predicted = [token for row in of_text for token in row[1:]]
+    whole = [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]
+    assert predicted == whole[1:]
+    assert all(row[0] == tokenizer.bos_token_id for row in of_text) == starts
 
 
 def test_evaluate_modules_load_combine_and_say_what_the_report_says(

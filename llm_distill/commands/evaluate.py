@@ -10,7 +10,7 @@ from llm_distill.commands.options import errors_in_one_line, load_split, parse_e
 
 
 def evaluate(argv: Sequence[str]) -> None:
-    """Holds a student against its teacher: `llm-distill evaluate`, and `recipes/evaluate.py`."""
+    """Holds a student against its teacher: `llm-distill evaluate`, and `recipes/gap_report.py`."""
     from llm_distill.gap_report import make_gap_report
     from llm_distill.ranks import ranks
 

@@ -24,7 +24,7 @@ from llm_distill.signals import HiddenSignal, SparseSignal
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.live import hidden_of_counted_rows
 
-TEACHER = "teacher"
+TEACHER, TEXT = "teacher", "text_index"
 OF_A_MODEL = ("ce", "confidence", "correct")
 BESIDE_THE_TEACHER = {"kl": "kl", "reverse_kl": "kd", "top1_agreement": "top1_agreement", "acceptance": "acceptance"}
 """A column, and what `fused_head_loss` calls it when the divergence is reverse KL."""
@@ -35,8 +35,10 @@ class Scores(NamedTuple):
 
     text: NDArray[np.int64]
     """Which text, [tokens]."""
+    row: NDArray[np.int64]
+    """Which row of the dataset, [tokens]: a long text has several."""
     position: NDArray[np.int64]
-    """Which position in it predicts the token, [tokens]."""
+    """Which position of the row predicts the token, [tokens]."""
     token: NDArray[np.int64]
     """Its id, [tokens]."""
     num_bytes: NDArray[np.int64]
@@ -67,7 +69,8 @@ def compare(
     Args:
         models: causal LMs on the device they shall run on, all of `tokenizer`.
         teacher: prepared, with signals of the whole vocabulary; without one there are only a model's own columns.
-        dataset: prepared as a trainer prepares it (`input_ids`, and what `collate` makes labels of).
+        dataset: prepared as a trainer prepares it (`input_ids`, and what `collate` makes labels of). A column TEXT says
+            of which text a row is a part; without one each row is a text.
 
     Raises:
         ValueError: no token of the dataset counts.
@@ -84,9 +87,10 @@ def compare(
         for model in was_training:
             model.train()
     parts = [part for of_rank in gather_object([found]) for part in of_rank if part]
-    if not sum(len(part["text"]) for part in parts):
+    if not sum(len(part["row"]) for part in parts):
         raise ValueError(f"{name}: none of its {len(dataset)} texts has a token to predict.")
-    return _joined(parts, len(dataset), tokenizer)
+    text_of_row = np.asarray(dataset[TEXT] if TEXT in dataset.column_names else range(len(dataset)))
+    return _joined(parts, text_of_row, tokenizer)
 
 
 def _batches(
@@ -133,26 +137,29 @@ def _score(
     if not indices:
         return {}
     return {
-        "text": np.asarray(indices)[rows.sample.cpu().numpy()],
+        "row": np.asarray(indices)[rows.sample.cpu().numpy()],
         "position": rows.position.cpu().numpy(),
         "token": rows.targets.cpu().numpy(),
         "models": of_model,
     }
 
 
-def _joined(parts: list[dict[str, Any]], texts: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Scores]:
+def _joined(
+    parts: list[dict[str, Any]], text_of_row: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Scores]:
     """All ranks' batches as if the texts had come one after the other."""
-    joined = {key: np.concatenate([part[key] for part in parts]) for key in ("text", "position", "token")}
-    order = np.lexsort((joined["position"], joined["text"]))
-    text, position, token = (joined[key][order] for key in ("text", "position", "token"))
-    ends = np.cumsum(np.bincount(text, minlength=texts))
+    joined = {key: np.concatenate([part[key] for part in parts]) for key in ("row", "position", "token")}
+    order = np.lexsort((joined["position"], joined["row"]))
+    row, position, token = (joined[key][order] for key in ("row", "position", "token"))
+    text = text_of_row[row]
+    ends = np.cumsum(np.bincount(text, minlength=text_of_row.max() + 1))
     pieces = tokenizer.batch_decode(
         np.split(token, ends[:-1]), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     num_bytes = np.array([len(piece.encode()) for piece in pieces])
     return {
         name: Scores(
-            *(text, position, token, num_bytes),
+            *(text, row, position, token, num_bytes),
             columns={
                 column: np.concatenate([part["models"][name][column] for part in parts])[order] for column in columns
             },

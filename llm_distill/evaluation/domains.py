@@ -10,7 +10,7 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.evaluation.compare import Scores, compare
+from llm_distill.evaluation.compare import TEXT, Scores, compare
 from llm_distill.evaluation.figures import domain_figures
 from llm_distill.evaluation.passages import furthest_passages
 from llm_distill.ranks import ranks
@@ -46,6 +46,25 @@ def measure_domain(
     if ranks().is_main_process:
         found["passages"] = furthest_passages(scores, models["student"], teacher, dataset, **options)
     return found
+
+
+def windows_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+    """Whole texts as rows of at most `length` tokens, so that the end of a long one counts too. Each token is predicted
+    once: a row begins with the last token of the one before, or with the start token of a tokenizer that has one.
+    """
+    rows: dict[str, list[Any]] = {"input_ids": [], "labels": [], TEXT: []}
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    for index, text in enumerate(dataset["text"]):
+        ids = tokenizer(text)["input_ids"]
+        start = ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+        ids = [*ids, *(end if ids[-1:] != end else [])]
+        step = length - 1
+        for first in range(len(start), len(ids) - (not start), step):
+            row = [*start, *ids[first : first + step + (not start)]]
+            rows["input_ids"].append(row)
+            rows["labels"].append(row)
+            rows[TEXT].append(index)
+    return Dataset.from_dict(rows)
 
 
 def a_sample(dataset: Any, most: int | None, seed: int = 0) -> Dataset:

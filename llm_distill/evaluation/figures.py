@@ -55,6 +55,12 @@ def calibration_figures(scores: Scores) -> dict[str, Any]:
     }
 
 
+def behind(student: Scores, teacher: Scores) -> Interval:
+    """Bits a byte that the student takes more than its teacher, both on the same drawn texts."""
+    columns = [part for each in (student, teacher) for part in (each.per_text(each.columns["ce"]), each.num_bytes)]
+    return bootstrap(np.stack(columns), lambda sums: (sums[0] / sums[1] - sums[2] / sums[3]) / math.log(2))
+
+
 def gap_closed(student: Scores, teacher: Scores, baseline: Scores) -> Interval | None:
     """(baseline − student) / (baseline − teacher) in bits per byte: 1 where the student is as good as its teacher. None
     where the teacher is not better than the baseline, so that there is no gap.
@@ -121,6 +127,7 @@ def domain_figures(scores: Mapping[str, Scores], comparable: bool) -> dict[str, 
         "bytes": int(student.num_bytes.sum()),
         "models": {name: loss_figures(each) for name, each in scores.items()},
         "calibration": {name: calibration_figures(each) for name, each in scores.items()},
+        "behind": behind(student, teacher),
         "gap_closed": None if baseline is None else gap_closed(student, teacher, baseline),
         "likeness": None,
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -50,13 +50,13 @@ def furthest_passages(
     head = LMHead.of(model, vocab_size)
     student, at_teacher = scores["student"], scores[TEACHER].columns["ce"]
     found = []
-    for start, stop in _worst_windows(student)[:most]:
-        text = int(student.text[start])
-        batch = collate([dataset[text]])
+    for start, stop in itertools.islice(_worst_windows(student), most):
+        row = int(student.row[start])
+        batch = collate([dataset[row]])
         device = next(model.parameters()).device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
         rows = counted_rows(batch["labels"])
-        first = int(np.searchsorted(student.text, text))
+        first = int(np.searchsorted(student.row, row))
         inside = slice(start - first, stop - first)
         signal = teacher.score(batch)
         if not isinstance(signal, HiddenSignal):
@@ -67,7 +67,7 @@ def furthest_passages(
         ]
         found.append(
             {
-                "text": text,
+                "text": int(student.text[start]),
                 "kl": float(student.columns["kl"][start:stop].mean()),
                 "before": tokenizer.decode(batch["input_ids"][0, : int(rows.position[inside][0]) + 1][-WINDOW:]),
                 "tokens": [
@@ -86,20 +86,24 @@ def furthest_passages(
     return found
 
 
-def _worst_windows(student: Scores) -> list[tuple[int, int]]:
+def _worst_windows(student: Scores) -> Iterator[tuple[int, int]]:
     """(start, stop) of each text's window of largest mean KL, the worst text first."""
     total = np.concatenate([[0.0], np.cumsum(student.columns["kl"], dtype=np.float64)])
-    edges = np.concatenate([[0], np.cumsum(student.per_text()).astype(int)])
+    edges = np.concatenate([[0], np.cumsum(np.bincount(student.row))])
     windows = []
-    for first, last in itertools.pairwise(edges):
+    for first, last in itertools.pairwise(edges.tolist()):
         length = min(WINDOW, last - first)
         if length < min(WINDOW, 8):
             continue  # a mean of a few tokens is noise
         starts = np.arange(first, last - length + 1)
         means = (total[starts + length] - total[starts]) / length
         best = int(means.argmax())
-        windows.append((float(means[best]), int(starts[best]), int(starts[best] + length)))
-    return [(start, stop) for _, start, stop in sorted(windows, reverse=True)]
+        windows.append((float(means[best]), first + best, first + best + length))
+    seen = set()
+    for _, start, stop in sorted(windows, reverse=True):
+        if student.text[start] not in seen:
+            seen.add(student.text[start])
+            yield start, stop
 
 
 def _tops(hidden: Tensor, head: LMHead, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, float]]]:

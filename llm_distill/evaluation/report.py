@@ -138,12 +138,8 @@ class GapReport:
 
     def domain_that_lost_most(self) -> str:
         """By bits a byte more than the teacher."""
-
-        def lost(name: str) -> float:
-            models = self.content["domains"][name]["models"]
-            return models["student"]["bits_per_byte"]["value"] - models[TEACHER]["bits_per_byte"]["value"]
-
-        return max(self.content["domains"], key=lost)
+        domains: dict[str, Any] = self.content["domains"]
+        return max(domains, key=lambda name: domains[name]["behind"]["value"])
 
     def as_markdown(self) -> str:
         """Its tables, without the passages."""
@@ -180,11 +176,21 @@ class GapReport:
         rows = []
         for domain, found in self.content["domains"].items():
             for model, figures in found["models"].items():
-                gap = shown(found["gap_closed"], "gap_closed") if model == "student" and found["gap_closed"] else ""
+                cells = [shown(figures[key]) for key in ("loss", "perplexity", "bits_per_byte")]
+                gap = found["gap_closed"] and shown(found["gap_closed"], "gap_closed")
                 rows.append(
-                    [domain, model, *(shown(figures[key]) for key in ("loss", "perplexity", "bits_per_byte")), gap]
+                    [domain, model, *cells, *([shown(found["behind"]), gap or ""] if model == "student" else ["", ""])]
                 )
-        return table(["domain", "model", "loss, nats a token", "perplexity", "bits a byte", "gap closed"], rows)
+        header = [
+            "domain",
+            "model",
+            "loss, nats a token",
+            "perplexity",
+            "bits a byte",
+            "more than the teacher",
+            "gap closed",
+        ]
+        return table(header, rows)
 
     def likeness_table(self) -> str:
         """Student and baseline beside the teacher on all domains."""
@@ -230,9 +236,11 @@ def shown(figure: Interval | None, name: str = "") -> str:
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown; a column whose cells are all numbers stands on the right."""
-    widths = [all(row[i][:1].isdigit() or row[i] in ("", "–") for row in rows) for i in range(len(header))]
-    lines = [header, ["---:" if right else "---" for right in widths], *rows]
+    """Markdown, without columns that are empty; those that are all numbers stand on the right."""
+    columns = [(name, [row[i] for row in rows]) for i, name in enumerate(header) if any(row[i] for row in rows)]
+    right = [all(cell[:1].isdigit() or cell[:1] in ("", "-", "–") for cell in cells) for _, cells in columns]
+    lines = [[name for name, _ in columns], ["---:" if each else "---" for each in right]]
+    lines += [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 
 

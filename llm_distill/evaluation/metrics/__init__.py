@@ -36,6 +36,7 @@ def scores_of(num_bytes: NDArray[np.int64] | None = None, **columns: Iterable[An
         raise ValueError(f"{', '.join(rows)}: each text must have as many tokens in one as in the others.")
     return Scores(
         text=np.repeat(np.arange(len(lengths)), lengths),
+        row=np.repeat(np.arange(len(lengths)), lengths),
         position=np.concatenate([np.arange(length) for length in lengths]),
         token=np.zeros(sum(lengths), dtype=np.int64),
         num_bytes=np.zeros(len(lengths), dtype=np.int64) if num_bytes is None else num_bytes,

@@ -1,6 +1,6 @@
 """The gap report: every option of `llm-distill evaluate`, on as many ranks as you like.
 
-    accelerate launch recipes/evaluate.py --student student --teacher teacher --data held_out.jsonl
+    accelerate launch recipes/gap_report.py --student student --teacher teacher --data held_out.jsonl
 
 With no student named it reports on the demo's (trained on the first call), on the embedded corpus.
 """
