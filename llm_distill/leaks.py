@@ -130,11 +130,11 @@ def public_command(argv: list[str]) -> list[str]:
     """A command line as others may see it."""
     told, hidden = [], False
     for part in argv:
-        flag, equals, value = part.partition("=")
+        flag, equals, value = part.partition("=")  # --name=value, or the name=value of some options
         name = flag.lstrip("-")
         if hidden:
             told.append("…")
-        elif flag.startswith("--") and equals:
+        elif equals and name.isidentifier():
             told.append(f"{flag}={'…' if name in SECRETS else public_value(value)}")
         else:
             told.append(str(public_value(part)))

@@ -12,10 +12,11 @@ from llm_distill.commands.options import errors_in_one_line, load_split, parse_e
 def evaluate(argv: Sequence[str]) -> None:
     """Holds a student against its teacher: `llm-distill evaluate`, and `recipes/gap_report.py`."""
     from llm_distill.gap_report import make_gap_report
+    from llm_distill.leaks import public_command
     from llm_distill.ranks import ranks
 
     with errors_in_one_line():
         config = parse_evaluate(argv)
         datasets = {name: load_split(source) for name, source in config.domains().items()}
-        report = make_gap_report(config, datasets, shlex.join(["llm-distill", "evaluate", *argv]))
+        report = make_gap_report(config, datasets, shlex.join(public_command(["llm-distill", "evaluate", *argv])))
     ranks().print(f"\n{report.as_markdown()}\nThe report is in {Path(config.output_dir, 'report.html')}")
