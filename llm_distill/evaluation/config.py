@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 BUILT_IN, NONE = "built-in", "none"
 
@@ -112,4 +113,4 @@ class EvaluateConfig:
     def domains(self) -> dict[str, str]:
         """Name and source of each dataset."""
         pairs = (each.partition("=")[::2] if "=" in each else (each, each) for each in self.data)
-        return dict(pairs)
+        return {Path(name).name if Path(name).exists() else name: source for name, source in pairs}
