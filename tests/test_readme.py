@@ -1,22 +1,36 @@
-"""The README's Python blocks and commands run as written, in a folder where `make demo` was run."""
+"""The Python blocks and commands of README.md and docs/ run as written, in a folder where `make demo` was run.
+
+A page is one session: its blocks run in order, a block with a title is written to the file of that name. What cannot run
+here (a GPU, a download) is ```text, or ```yaml without a title.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import demo
 import pytest
+from warm import run_page, warm_process
 
 ROOT = Path(demo.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r'^( *)```(\w*)(?: title="([^"]+)")?\n(.*?)^\1```$', flags=re.DOTALL | re.MULTILINE)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks_of(page: Path) -> list[tuple[str, str, str]]:
+    """(language, file, text) of each block that is to be run or written."""
+    found = []
+    for indent, language, file, text in FENCE.findall(page.read_text()):
+        if file or language in ("python", "bash"):
+            found.append((language, file, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -37,32 +51,44 @@ def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(command: list[str] | str, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Where a warm process listens, and the PATH on which its `llm-distill` is found, and then that of this Python."""
+    folder = tmp_path_factory.mktemp("warm")
+    with warm_process(folder) as address:
+        yield address, f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}"
+
+
+def run(command: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        shell=isinstance(command, str),
-        capture_output=True,
-        text=True,
-        timeout=540,
+        command, cwd=folder, env=environment, shell=True, capture_output=True, text=True, timeout=540
     )
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-def test_the_python_blocks_run_as_written(after_the_demo: Path) -> None:
-    found = blocks("python")
-    assert len(found) == 2
-    for block in found:
-        run([sys.executable, "-c", block], after_the_demo)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+def test_the_blocks_run_as_written(
+    page: Path, after_the_demo: Path, warm: tuple[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "page"
+    shutil.copytree(after_the_demo, folder, symlinks=True)
+    address, path = warm
+    run_page(address, blocks_of(page), folder, path)
 
 
-@pytest.mark.parametrize("block", blocks("bash"))
-def test_the_commands_run_as_written(after_the_demo: Path, block: str) -> None:
-    for command in block.splitlines():
-        run(command, after_the_demo)
+@pytest.mark.parametrize(
+    "block", [("python", "", "1 / 0"), ("bash", "", "false; true"), ("bash", "", "llm-distill train --divergenze tvd")]
+)
+def test_a_block_that_fails_is_seen(block: tuple[str, str, str], warm: tuple[str, str], tmp_path: Path) -> None:
+    address, path = warm
+    with pytest.raises(AssertionError, match="ZeroDivisionError|CalledProcessError"):
+        run_page(address, [block], tmp_path, path)
+
+
+def test_the_installed_command_is_what_the_pages_ran(after_the_demo: Path) -> None:
+    run("llm-distill train --config recipes/example.yaml --max_steps 1 --dataset_test_split none", after_the_demo)
 
 
 def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> None:
@@ -79,4 +105,5 @@ def test_the_recipe_writes_and_teaches_without_an_argument(after_the_demo: Path)
 
 def test_every_command_of_make_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert targets >= set(re.findall(r"make ([\w-]+)$", README, flags=re.MULTILINE)) >= {"demo", "check", "test"}
+    named = {name for page in PAGES for name in re.findall(r"make ([\w-]+)$", page.read_text(), flags=re.MULTILINE)}
+    assert targets >= named >= {"demo", "check", "test"}
