@@ -21,6 +21,7 @@ megabytes of the sources of the Python standard library, which need no download.
 COMMANDS = {
     "train": "train a student on a teacher's distributions (token-level distillation)",
     "generate": "have the teacher write completions and keep the good ones (sequence-level distillation)",
+    "evaluate": "the gap report: quality, likeness, bias, speed and memory of a student beside its teacher",
     "capture": "run the teacher once and store what it says",
     "inspect": "what such a cache holds, whether it is whole, how true it is",
 }

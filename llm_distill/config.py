@@ -215,13 +215,13 @@ class DistillationConfig(SFTConfig):
 class CaptureConfig:
     """What `llm-distill capture` keeps of a teacher, beside the options of a training run."""
 
-    cache_method: str = field(
-        default="top_k",
+    cache_method: str | None = field(
+        default=None,
         metadata={
-            "help": "What is kept of each distribution: top_k (its likeliest tokens and the mass of the others; serves "
-            "every divergence), hybrid (likely tokens exactly, a fair draw of the others; forward_kl alone, without "
-            "bias: take it there), sampled (a fair draw of all; forward_kl), hidden (the last hidden state, for "
-            "everything, exactly)."
+            "help": "What is kept of each distribution: hybrid (likely tokens exactly, a fair draw of the others; "
+            "forward_kl alone, without bias: the default there), top_k (its likeliest tokens and the mass of the "
+            "others; serves every divergence, and is the default for the others and for a teacher_server_url), "
+            "sampled (a fair draw of all; forward_kl), hidden (the last hidden state, for everything, exactly)."
         },
     )
     cache_kwargs: dict[str, Any] | str | None = field(

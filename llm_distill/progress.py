@@ -32,8 +32,9 @@ def tally_by_sample(
 ) -> Float[Tensor, "samples 2 metrics"]:
     """A tally for each sequence of a batch, so that those that only fill up a batch can be left out."""
     tallies = empty_tally(sample.device, samples)
-    for name, values in metrics.items():
-        column = METRICS.index(name)
+    for column, name in enumerate(METRICS):
+        if (values := metrics.get(name)) is None:
+            continue
         tallies[:, 0, column].index_add_(0, sample, values.to(tallies.dtype))
         tallies[:, 1, column].index_add_(0, sample, torch.ones_like(values, dtype=tallies.dtype))
     if aux_loss is not None:

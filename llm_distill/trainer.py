@@ -9,9 +9,10 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -31,6 +32,9 @@ from llm_distill.students import Lesson, add_lesson_forward
 from llm_distill.teachers import CachedTeacher, Teacher, make_teacher
 from llm_distill.teachers.base import SIGNAL, SKIPPED
 from llm_distill.teachers.describe import vocabulary_size
+
+if TYPE_CHECKING:
+    from llm_distill.evaluation.report import GapReport
 
 
 class DistillationTrainer(SFTTrainer):
@@ -265,6 +269,36 @@ class DistillationTrainer(SFTTrainer):
                 record=self._record,
                 log_history=self.state.log_history,
             )
+
+    def report(self, max_texts: int | None = 1000) -> GapReport:
+        """What the student, as it is now, is beside its teacher on `eval_dataset` (several are domains): quality,
+        likeness, calibration, and where it is furthest off. It shows itself in Jupyter, and is saved beside the
+        student, whose card then has it. `llm-distill evaluate` measures more, such as speed and bias.
+
+        Args:
+            max_texts: of each dataset, drawn from all over it; None for all.
+
+        Raises:
+            ValueError: no evaluation data, a teacher that tells less than its whole distribution, a sharded student.
+        """
+        from llm_distill.evaluation.report import report_on
+
+        if self.teacher is None or self.eval_dataset is None:
+            raise ValueError("a report holds the student against a teacher on an eval_dataset: give both.")
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise ValueError("the student is sharded: save it, and run `llm-distill evaluate` on what was saved.")
+        report = report_on(
+            self.model,
+            self.teacher,
+            dict(list(named_datasets(self.train_dataset, self.eval_dataset))[1:]),
+            collate=self.data_collator,
+            tokenizer=self.processing_class,
+            batch_size=self.args.per_device_eval_batch_size,
+            max_texts=max_texts,
+        )
+        if self.is_world_process_zero():
+            report.save(self.args.output_dir)
+        return report
 
     @property
     def _averages_over_ranks(self) -> bool:

@@ -20,6 +20,7 @@ install_import_hook(
         "llm_distill.rows",
         *(f"llm_distill.fused.{name}" for name in FUSED),
         *(f"llm_distill.cache.{name}" for name in CACHE),
+        "llm_distill.evaluation.bias",
     ],
     "beartype.beartype",
 )

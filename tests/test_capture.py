@@ -44,23 +44,38 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("shard-*")}
 
 
-def test_the_command_line_captures_trains_and_inspects(
-    tmp_path: Path, saved: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    data, cache = tmp_path / "data.jsonl", tmp_path / "cache"
+@pytest.fixture
+def flags(tmp_path: Path, saved: Path) -> list[str]:
+    """A run over thirty texts with a cache in `tmp_path / "cache"`."""
+    data = tmp_path / "data.jsonl"
     Dataset.from_dict({"text": [f"import os\nx = {i}\nprint(x)" for i in range(30)]}).to_json(data)
     run = {
         "model_name_or_path": saved / "student",
         "teacher_model_name_or_path": saved / "teacher",
         "dataset_name": data,
         "output_dir": tmp_path / "out",
-        "teacher_cache": cache,
+        "teacher_cache": tmp_path / "cache",
         "max_length": 64,
         "use_cpu": True,
         "report_to": "none",
         "save_strategy": "no",
     }
-    flags = [part for name, value in run.items() for part in (f"--{name}", str(value))]
+    return [part for name, value in run.items() for part in (f"--{name}", str(value))]
+
+
+@pytest.mark.parametrize(("divergence", "method"), [("forward_kl", Hybrid), ("jsd", TopK)])
+def test_what_is_kept_by_default_is_what_teaches_best(
+    tmp_path: Path, flags: list[str], divergence: str, method: type
+) -> None:
+    main(["capture", *flags, "--divergence", divergence])
+    assert isinstance(TeacherCache.open(tmp_path / "cache").method, method)
+    main(["train", *flags, "--divergence", divergence, "--max_steps", "1"])
+
+
+def test_the_command_line_captures_trains_and_inspects(
+    tmp_path: Path, flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
     main(["capture", *flags, "--cache_method", "top_k", "--cache_kwargs", '{"k": 8}', "--loss_temperature", "2"])
     said = capsys.readouterr().out
     for part in ("bytes and", "tokens are left", "TopK(k=8", "temperature 2", "bytes a token", "gradient error"):

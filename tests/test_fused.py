@@ -466,7 +466,8 @@ def test_no_tensor_of_rows_by_vocabulary_is_made(monkeypatch: pytest.MonkeyPatch
 def test_metrics_are_what_they_say(backend: str) -> None:
     signal, p = make_signal("hidden")
     head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5)
-    targets = torch.arange(ROWS) % VOCAB
+    targets = torch.where(torch.arange(ROWS) % 3 == 0, p.argmax(-1), head(hidden).argmax(-1))
+    targets = torch.where(torch.arange(ROWS) % 3 == 1, torch.arange(ROWS) % VOCAB, targets)
     options = {"temperature": 2.0, "targets": targets, "ce_weight": 0.5}
     _, metrics = fused_head_loss(hidden, head, signal, make_divergence("reverse_kl"), **options)
     q = head(hidden).softmax(-1).detach()
@@ -479,7 +480,12 @@ def test_metrics_are_what_they_say(backend: str) -> None:
         "entropy": -(q * q.log()).sum(-1),
         "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double(),
         "acceptance": torch.minimum(p, q).sum(-1),
+        "confidence": q.amax(-1),
+        "teacher_confidence": p.amax(-1),
+        "correct": (q.argmax(-1) == targets).double(),
+        "teacher_correct": (p.argmax(-1) == targets).double(),
     }
+    assert 0 < metrics["correct"].mean() < 1
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         torch.testing.assert_close(metrics[name], value, msg=lambda m, n=name: f"{n}: {m}")

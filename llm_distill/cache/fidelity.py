@@ -56,6 +56,7 @@ class Fidelity(NamedTuple):
     """The teacher's mass of the tokens that are kept."""
 
 
+@torch.no_grad()
 def fidelity(method: Method, sample: Iterable[Sample], temperature: float, seed: int) -> Fidelity:
     """Of what `method` keeps of the rows of a sample, which are packed and read as in a cache."""
     totals: dict[str, Any] = dict.fromkeys(("rows", "kl", "error", "exact", "seen", "dot", "coverage"), 0.0)

@@ -17,7 +17,8 @@ def capture(argv: Sequence[str]) -> None:
     with errors_in_one_line():
         script, args, model, options = parse_capture(argv)
         assert isinstance(options.cache_kwargs, dict), "CaptureConfig has parsed it"
-        method = make_method(options.cache_method, **options.cache_kwargs)
+        tells_all = args.divergence == "forward_kl" and args.teacher_server_url is None
+        method = make_method(options.cache_method or ("hybrid" if tells_all else "top_k"), **options.cache_kwargs)
         folder = args.teacher_cache or str(Path(args.output_dir, "teacher_cache"))
         args.teacher_cache, args.on_miss = None, "error"
         trainer = build_trainer(script, args, model)

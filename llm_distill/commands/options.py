@@ -12,12 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datasets import DatasetDict
+    from datasets import Dataset, DatasetDict
     from trl import ModelConfig, ScriptArguments
 
     from llm_distill.config import CaptureConfig, DistillationConfig
+    from llm_distill.evaluation.config import EvaluateConfig
     from llm_distill.generation.config import GenerateConfig
     from llm_distill.trainer import DistillationTrainer
+
+HELD_OUT = ("test", "validation", "train")
+"""Splits to evaluate on, the first that is there."""
 
 
 @contextmanager
@@ -94,6 +98,13 @@ def parse_generate(argv: Sequence[str]) -> tuple[ScriptArguments, GenerateConfig
     return script, config
 
 
+def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
+    """The options of `EvaluateConfig`. Raises as `parse_train`."""
+    from llm_distill.evaluation.config import EvaluateConfig
+
+    return _parse_groups(argv, "evaluate", (EvaluateConfig,))[0]
+
+
 def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDict:
     """The dataset that `--dataset_name` means. Of a folder of generated texts, a student with the teacher's tokenizer
     gets the teacher's own tokens.
@@ -101,9 +112,7 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
     Raises:
         ValueError: it cannot be loaded, or has no training split of that name.
     """
-    from datasets import DatasetDict, load_dataset
-
-    from llm_distill import corpus
+    from datasets import DatasetDict
 
     name = script.dataset_name
     if Path(name, "generation.json").is_file() and student is not None:
@@ -112,22 +121,46 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
         from llm_distill.generation.generate import load_generated
 
         return DatasetDict({script.dataset_train_split: load_generated(name, AutoTokenizer.from_pretrained(student))})
+    data = _loaded(name, script.dataset_config, script.dataset_streaming)
+    if script.dataset_train_split not in data:
+        raise ValueError(f"the dataset {name!r} has no split {script.dataset_train_split!r}, only {', '.join(data)}.")
+    return data
+
+
+def load_split(source: str) -> Dataset:
+    """One split of a dataset: what `SOURCE:SPLIT` names, and of `SOURCE` alone the first of HELD_OUT that is there.
+
+    Raises:
+        ValueError: it cannot be loaded, or has no such split.
+    """
+    name, _, split = (source, "", "") if Path(source).exists() or ":" not in source else source.rpartition(":")
+    data = _loaded(name)
+    split = split or next((each for each in HELD_OUT if each in data), "")
+    if split not in data:
+        wanted = f"no split {split!r}" if split else f"none of the splits {', '.join(HELD_OUT)}"
+        raise ValueError(f"the dataset {name!r} has {wanted}, only {', '.join(data)}. Name one: {name}:SPLIT.")
+    return data[split]
+
+
+def _loaded(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
+    from datasets import DatasetDict, load_dataset
+
+    from llm_distill import corpus
+
     kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
     try:
         if name == corpus.NAME:
             data = corpus.load_corpus(max_characters=corpus.TRIAL_CHARACTERS)
         elif Path(name).is_file() and Path(name).suffix in kinds:
-            data = load_dataset(kinds[Path(name).suffix], data_files=name, streaming=script.dataset_streaming)
+            data = load_dataset(kinds[Path(name).suffix], data_files=name, streaming=streaming)
         else:
-            data = load_dataset(name, name=script.dataset_config, streaming=script.dataset_streaming)
+            data = load_dataset(name, name=config, streaming=streaming)
     except (OSError, ValueError, ConnectionError) as error:
         raise ValueError(
             f"the dataset {name!r} cannot be loaded: it is no file, no folder with data, no repository that can be "
             f"reached, and not `{corpus.NAME}`. ({error})"
         ) from error
-    if script.dataset_train_split not in data:
-        raise ValueError(f"the dataset {name!r} has no split {script.dataset_train_split!r}, only {', '.join(data)}.")
-    return DatasetDict(data) if not script.dataset_streaming else data
+    return data if streaming else DatasetDict(data)
 
 
 def _parse(argv: Sequence[str], command: str) -> list[Any]:

@@ -65,7 +65,7 @@ class Kernels:
         self.Side = type("Side", (ctypes.Structure,), {"_fields_": side})
         self.Dense = self._structure(
             "student teacher | gradient targets | temperature kd_slope ce_weight | "
-            "kd entropy kl acceptance agreement ce teacher_ce"
+            "kd entropy kl acceptance agreement confidence teacher_confidence ce teacher_ce correct teacher_correct"
         )
         self.Statistics = self._structure(
             "student | | temperature top | maximum log_total tempered_log_total mean top_values top_ids"
@@ -113,8 +113,12 @@ def dense(
         kl=_pointer(values["kl"]),
         acceptance=_pointer(values["acceptance"]),
         agreement=_pointer(values["top1_agreement"]),
+        confidence=_pointer(values["confidence"]),
+        teacher_confidence=_pointer(values["teacher_confidence"]),
         ce=_pointer(values.get("ce")),
         teacher_ce=_pointer(values.get("teacher_ce")),
+        correct=_pointer(values.get("correct")),
+        teacher_correct=_pointer(values.get("teacher_correct")),
         vocab=raw.shape[1],
     )
     kernels.run("dense", arguments, len(raw))

@@ -65,8 +65,10 @@ def fused_head_loss(
     Returns:
         The loss, a scalar to call `backward` on, and detached values per row, in nats unless said otherwise:
         `kd` (the divergence as it enters the loss, before its weight), `ce`, `entropy` (the student's) and, where the
-        signal knows them, `kl` (forward KL at temperature 1), `teacher_ce`, `top1_agreement` (0 or 1) and `acceptance`
-        (Σ min(p, q), the share of tokens that speculative decoding would accept; arXiv:2211.17192).
+        signal knows them, `kl` (forward KL at temperature 1), `teacher_ce`, `top1_agreement` (0 or 1), `acceptance`
+        (Σ min(p, q), the share of tokens that speculative decoding would accept; arXiv:2211.17192), `confidence` and
+        `teacher_confidence` (the probability of the likeliest token), `correct` and `teacher_correct` (0 or 1, whether
+        that one came next).
 
     Raises:
         ValueError: shapes, devices or vocabularies that do not fit; a signal that cannot serve the divergence.

@@ -95,7 +95,8 @@ class Job:
         if self.signal is not None:
             names += ["kd"]
         if self.teachers:
-            names += ["kl", "acceptance", "top1_agreement"] + (["teacher_ce"] if self.targets is not None else [])
+            names += ["kl", "acceptance", "top1_agreement", "confidence", "teacher_confidence"]
+            names += ["teacher_ce", "correct", "teacher_correct"] if self.targets is not None else []
         elif isinstance(self.signal, SparseSignal) and self.signal.log_tail is not None:
             names += ["top1_agreement"]
         elif isinstance(self.signal, SparseSignal) and self.signal.entropy is not None and self.temperature == 1:

@@ -90,7 +90,8 @@ struct Dense {
     student_logit* gradient;  // [rows, vocab], may be the student's raw logits; null: not wanted
     const int64_t* targets;  // [rows] or null
     double temperature, kd_slope, ce_weight;
-    real *kd, *entropy, *kl, *acceptance, *agreement, *ce, *teacher_ce;  // [rows]
+    real *kd, *entropy, *kl, *acceptance, *agreement, *confidence, *teacher_confidence;  // [rows]
+    real *ce, *teacher_ce, *correct, *teacher_correct;  // [rows]; unused without targets
     long vocab;
 };
 
@@ -207,9 +208,11 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
         entropy -= h, kl += k, acceptance += both;
     }
     a.entropy[row] = entropy, a.kl[row] = kl, a.acceptance[row] = acceptance, a.agreement[row] = nearest == 0;
+    a.confidence[row] = q_scale, a.teacher_confidence[row] = p_scale;
     if (a.targets) {
-        a.ce[row] = log_z - (z[a.targets[row]] - z_max);
-        a.teacher_ce[row] = log_y - (y[a.targets[row]] - y_max);
+        const real z_target = z[a.targets[row]] - z_max, y_target = y[a.targets[row]] - y_max;
+        a.ce[row] = log_z - z_target, a.teacher_ce[row] = log_y - y_target;
+        a.correct[row] = z_target == 0, a.teacher_correct[row] = y_target == 0;
     }
     const bool with_ce = a.gradient && ce_weight != 0;
     if (tempered) {

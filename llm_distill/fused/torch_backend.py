@@ -103,11 +103,15 @@ def _record(job: Job, rows: slice, targets: Tensor | None, log_p: Tensor, p: Ten
     metrics["kl"][rows] = torch.linalg.vecdot(p, log_p - log_q)
     metrics["acceptance"][rows] = torch.minimum(p, q).sum(-1)
     # The sum of both distances to the maximum is 0 where both are 0, and nowhere else. (An argmax is much slower.)
-    distance = (log_p - log_p.amax(-1, keepdim=True)).add_(log_q - log_q.amax(-1, keepdim=True))
+    highest_q, highest_p = log_q.amax(-1, keepdim=True), log_p.amax(-1, keepdim=True)
+    distance = (log_p - highest_p).add_(log_q - highest_q)
     metrics["top1_agreement"][rows] = (distance.amax(-1) == 0).to(q.dtype)
+    metrics["confidence"][rows], metrics["teacher_confidence"][rows] = highest_q[:, 0].exp(), highest_p[:, 0].exp()
     if targets is not None:
-        metrics["ce"][rows] = -log_q.gather(-1, targets)[:, 0]
-        metrics["teacher_ce"][rows] = -log_p.gather(-1, targets)[:, 0]
+        at_q, at_p = log_q.gather(-1, targets), log_p.gather(-1, targets)
+        metrics["ce"][rows], metrics["teacher_ce"][rows] = -at_q[:, 0], -at_p[:, 0]
+        metrics["correct"][rows] = (at_q == highest_q)[:, 0].to(q.dtype)
+        metrics["teacher_correct"][rows] = (at_p == highest_p)[:, 0].to(q.dtype)
 
 
 def _log_mixture(job: Job, parts: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:

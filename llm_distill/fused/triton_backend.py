@@ -56,12 +56,16 @@ def dense(
     teacher, values = job.teachers[0], {name: metric[rows] for name, metric in job.metrics.items()}
     z, y = statistics(job, raw), _statistics(teacher, job.temperature, teacher_raw[0], values["kd"])
     values["entropy"].copy_(z.log_total - z.mean)
+    values["confidence"].copy_((-z.log_total).exp())
+    values["teacher_confidence"].copy_((-y.log_total).exp())
     targets = None if job.targets is None else job.targets[rows]
     if targets is not None:
         z_target = job.student.logits_at(raw, targets[:, None])[:, 0]
         y_target = teacher.logits_at(teacher_raw[0], targets[:, None])[:, 0]
         values["ce"].copy_(z.log_total - (z_target - z.maximum))
         values["teacher_ce"].copy_(y.log_total - (y_target - y.maximum))
+        for name, target, maximum in (("correct", z_target, z.maximum), ("teacher_correct", y_target, y.maximum)):
+            values[name].copy_(target.isclose(maximum, rtol=1e-6, atol=1e-6))  # torch's tanh is not the kernels'
     (z_numbers, z_kinds), (y_numbers, y_kinds) = _side(job.student), _side(teacher)
     kernels.dense_kernel[(len(raw),)](
         raw,

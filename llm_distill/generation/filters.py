@@ -71,6 +71,13 @@ class Length(Each):
         )
 
 
+def repeated_share(text: str, n: int = 4) -> float:
+    """The share of the runs of `n` words (or signs) that have come before."""
+    words = re.findall(r"\w+|[^\w\s]", text)
+    runs = list(zip(*(words[start:] for start in range(n)), strict=False))
+    return 1 - len(set(runs)) / len(runs) if runs else 0.0
+
+
 @dataclass(frozen=True)
 class Repetition(Each):
     """Those in which at most `max_share` of the runs of `n` words (or signs) have come before."""
@@ -79,9 +86,7 @@ class Repetition(Each):
     n: int = 4
 
     def keeps(self, sample: Sample) -> bool:
-        words = re.findall(r"\w+|[^\w\s]", sample.text)
-        runs = list(zip(*(words[start:] for start in range(self.n)), strict=False))
-        return not runs or 1 - len(set(runs)) / len(runs) <= self.max_share
+        return repeated_share(sample.text, self.n) <= self.max_share
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,165 @@
+"""What each model gives to every token of a text: one forward of each, and never a `[rows, vocabulary]` tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from accelerate.utils import gather_object
+from datasets import Dataset
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.divergences import ReverseKL
+from llm_distill.fused import fused_head_loss
+from llm_distill.heads import LMHead
+from llm_distill.ranks import ranks
+from llm_distill.rows import counted_rows
+from llm_distill.signals import HiddenSignal, SparseSignal
+from llm_distill.teachers.base import Teacher
+from llm_distill.teachers.live import hidden_of_counted_rows
+
+TEACHER = "teacher"
+OF_A_MODEL = ("ce", "confidence", "correct")
+BESIDE_THE_TEACHER = {"kl": "kl", "reverse_kl": "kd", "top1_agreement": "top1_agreement", "acceptance": "acceptance"}
+"""A column, and what `fused_head_loss` calls it when the divergence is reverse KL."""
+
+
+class Scores(NamedTuple):
+    """Of one model, for each token of a dataset that counts, in the order of the texts."""
+
+    text: NDArray[np.int64]
+    """Which text, [tokens]."""
+    position: NDArray[np.int64]
+    """Which position in it predicts the token, [tokens]."""
+    token: NDArray[np.int64]
+    """Its id, [tokens]."""
+    num_bytes: NDArray[np.int64]
+    """UTF-8 bytes of the tokens that count of each text, [texts]."""
+    columns: dict[str, NDArray[np.float32]]
+    """`ce` (nats), `confidence` (the largest probability) and `correct` (0 or 1); of a student beside its teacher also
+    `kl` = KL(teacher‖student), `reverse_kl`, `top1_agreement` (0 or 1) and `acceptance`; each [tokens]."""
+
+    def per_text(self, values: NDArray[Any] | None = None) -> NDArray[np.float64]:
+        """The sum over the tokens of each text, [texts]; of no values, how many tokens."""
+        return np.bincount(self.text, values, minlength=len(self.num_bytes)).astype(np.float64)
+
+
+@torch.no_grad()
+def compare(
+    models: Mapping[str, nn.Module],
+    teacher: Teacher | None,
+    dataset: Dataset,
+    *,
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    batch_size: int = 8,
+    name: str = "texts",
+) -> dict[str, Scores]:
+    """The scores of each model and, under `teacher`, the teacher's; on several ranks each runs its share of the texts.
+
+    Args:
+        models: causal LMs on the device they shall run on, all of `tokenizer`.
+        teacher: prepared, with signals of the whole vocabulary; without one there are only a model's own columns.
+        dataset: prepared as a trainer prepares it (`input_ids`, and what `collate` makes labels of).
+
+    Raises:
+        ValueError: no token of the dataset counts.
+    """
+    heads = {each: LMHead.of(model, vocab_size) for each, model in models.items()}
+    found: list[dict[str, Any]] = []
+    was_training = [model for model in models.values() if model.training]
+    for model in models.values():
+        model.eval()
+    try:
+        for indices, batch in _batches(dataset, collate, batch_size, name):
+            found.append(_score(models, heads, teacher, indices, batch))
+    finally:
+        for model in was_training:
+            model.train()
+    parts = [part for of_rank in gather_object([found]) for part in of_rank if part]
+    if not sum(len(part["text"]) for part in parts):
+        raise ValueError(f"{name}: none of its {len(dataset)} texts has a token to predict.")
+    return _joined(parts, len(dataset), tokenizer)
+
+
+def _batches(
+    dataset: Dataset, collate: Callable[[Sequence[Any]], Mapping[str, Any]], batch_size: int, name: str
+) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
+    """Texts of like length together, the longest first. Each rank has as many batches as the others: what shards a
+    model makes them wait for each other; where a rank's share is over, a batch comes with no index.
+    """
+    state = ranks()
+    lengths = [length for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(10_000)
+               for length in pc.list_value_length(table["input_ids"]).to_pylist()]  # fmt: skip
+    order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))
+    mine = order[state.process_index :: state.num_processes]
+    rounds = -(-len(dataset) // (batch_size * state.num_processes))
+    bar = tqdm(range(rounds), desc=f"Scoring {name}", leave=False, disable=not state.is_local_main_process)
+    for start in bar:
+        indices = mine[start * batch_size : (start + 1) * batch_size]
+        yield indices, collate([dataset[i] for i in indices or order[:1]])
+
+
+def _score(
+    models: Mapping[str, nn.Module],
+    heads: Mapping[str, LMHead],
+    teacher: Teacher | None,
+    indices: list[int],
+    batch: Mapping[str, Any],
+) -> dict[str, Any]:
+    device = next(next(iter(models.values())).parameters()).device
+    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    rows = counted_rows(batch["labels"])
+    signal = None if teacher is None else teacher.score(batch)
+    if isinstance(signal, SparseSignal):
+        raise ValueError("the teacher tells a part of its distribution alone: load it whole to compare with it.")
+    of_model: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        hidden = hidden_of_counted_rows(model, heads[name], batch)
+        beside = HiddenSignal(hidden, heads[name]) if signal is None else signal  # by itself: for its confidence
+        _, metrics = fused_head_loss(hidden, heads[name], beside, ReverseKL(), targets=rows.targets)
+        columns = {column: metrics[column] for column in OF_A_MODEL}
+        if signal is not None:
+            columns |= {column: metrics[key] for column, key in BESIDE_THE_TEACHER.items()}
+            of_model[TEACHER] = {column: _array(metrics[f"teacher_{column}"]) for column in OF_A_MODEL}
+        of_model[name] = {column: _array(values) for column, values in columns.items()}
+    if not indices:
+        return {}
+    return {
+        "text": np.asarray(indices)[rows.sample.cpu().numpy()],
+        "position": rows.position.cpu().numpy(),
+        "token": rows.targets.cpu().numpy(),
+        "models": of_model,
+    }
+
+
+def _joined(parts: list[dict[str, Any]], texts: int, tokenizer: PreTrainedTokenizerBase) -> dict[str, Scores]:
+    """All ranks' batches as if the texts had come one after the other."""
+    joined = {key: np.concatenate([part[key] for part in parts]) for key in ("text", "position", "token")}
+    order = np.lexsort((joined["position"], joined["text"]))
+    text, position, token = (joined[key][order] for key in ("text", "position", "token"))
+    ends = np.cumsum(np.bincount(text, minlength=texts))
+    pieces = tokenizer.batch_decode(
+        np.split(token, ends[:-1]), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    num_bytes = np.array([len(piece.encode()) for piece in pieces])
+    return {
+        name: Scores(
+            *(text, position, token, num_bytes),
+            columns={
+                column: np.concatenate([part["models"][name][column] for part in parts])[order] for column in columns
+            },
+        )
+        for name, columns in parts[0]["models"].items()
+    }
+
+
+def _array(values: Tensor) -> NDArray[np.float32]:
+    return values.float().cpu().numpy()

@@ -1,0 +1,57 @@
+"""One dataset of the gap report: the scores of all models on it, what they say, and where to look."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from datasets import Dataset
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.evaluation.compare import Scores, compare
+from llm_distill.evaluation.figures import domain_figures
+from llm_distill.evaluation.passages import furthest_passages
+from llm_distill.ranks import ranks
+from llm_distill.teachers.base import Teacher
+from llm_distill.teachers.describe import vocabulary_size
+
+
+def measure_domain(
+    models: Mapping[str, nn.Module],
+    teacher: Teacher,
+    dataset: Dataset,
+    *,
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+    name: str = "texts",
+    others: Mapping[str, Scores] | None = None,
+) -> dict[str, Any]:
+    """Quality, likeness and calibration on one prepared dataset, by models that share a tokenizer.
+
+    Args:
+        models: the `student` and, if there is one of this tokenizer, the `baseline`.
+        others: of one with other tokens, its scores.
+
+    Raises:
+        ValueError: no token of the dataset counts.
+    """
+    options: dict[str, Any] = {"collate": collate, "tokenizer": tokenizer, "vocab_size": vocabulary_size(tokenizer)}
+    scores = compare(models, teacher, dataset, batch_size=batch_size, name=name, **options) | dict(others or {})
+    found = domain_figures(scores, comparable=True)
+    for each in found["furthest_tokens"]:
+        each["token"] = tokenizer.decode([each.pop("id")])
+    if ranks().is_main_process:
+        found["passages"] = furthest_passages(scores, models["student"], teacher, dataset, **options)
+    return found
+
+
+def a_sample(dataset: Any, most: int | None, seed: int = 0) -> Dataset:
+    """At most that many texts from all over a dataset, in its order; of a stream the first."""
+    if not isinstance(dataset, Dataset):
+        return Dataset.from_list(list(dataset.take(most) if most else dataset))
+    if most is None or len(dataset) <= most:
+        return dataset
+    return dataset.select(np.sort(np.random.default_rng(seed).permutation(len(dataset))[:most]))

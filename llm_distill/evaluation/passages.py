@@ -1,0 +1,118 @@
+"""The passages in which a student is furthest from its teacher, token by token, for people to look at."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.evaluation.compare import TEACHER, Scores
+from llm_distill.fused.job import Top
+from llm_distill.fused.logits import logits_in_chunks
+from llm_distill.heads import LMHead
+from llm_distill.rows import counted_rows
+from llm_distill.signals import HiddenSignal
+from llm_distill.teachers.base import Teacher
+from llm_distill.teachers.live import hidden_of_counted_rows
+
+WINDOW = 64
+"""Tokens of a passage."""
+TOP = 5
+"""How many of what each of them expected are shown."""
+
+
+@torch.no_grad()
+def furthest_passages(
+    scores: Mapping[str, Scores],
+    model: nn.Module,
+    teacher: Teacher,
+    dataset: Dataset,
+    *,
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    most: int = 3,
+) -> list[dict[str, Any]]:
+    """Of the `most` texts with the worst window, that window: mean KL, and of each token its KL, its probability under
+    both and what each of them thought likeliest.
+
+    In one process only: the models run again on these texts.
+
+    Args:
+        scores: of this dataset, the `student`'s and the `teacher`'s.
+    """
+    head = LMHead.of(model, vocab_size)
+    student, at_teacher = scores["student"], scores[TEACHER].columns["ce"]
+    found = []
+    for start, stop in _worst_windows(student)[:most]:
+        text = int(student.text[start])
+        batch = collate([dataset[text]])
+        device = next(model.parameters()).device
+        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+        rows = counted_rows(batch["labels"])
+        first = int(np.searchsorted(student.text, text))
+        inside = slice(start - first, stop - first)
+        signal = teacher.score(batch)
+        if not isinstance(signal, HiddenSignal):
+            return []  # an ensemble has no one top k
+        tops = [
+            _tops(hidden[inside], of, tokenizer)
+            for hidden, of in ((hidden_of_counted_rows(model, head, batch), head), (signal.hidden, signal.head))
+        ]
+        found.append(
+            {
+                "text": text,
+                "kl": float(student.columns["kl"][start:stop].mean()),
+                "before": tokenizer.decode(batch["input_ids"][0, : int(rows.position[inside][0]) + 1][-WINDOW:]),
+                "tokens": [
+                    {
+                        "token": tokenizer.decode([int(student.token[i])]),
+                        "kl": float(student.columns["kl"][i]),
+                        "student": float(np.exp(-student.columns["ce"][i])),
+                        "teacher": float(np.exp(-at_teacher[i])),
+                        "student_top": tops[0][i - start],
+                        "teacher_top": tops[1][i - start],
+                    }
+                    for i in range(start, stop)
+                ],
+            }
+        )
+    return found
+
+
+def _worst_windows(student: Scores) -> list[tuple[int, int]]:
+    """(start, stop) of each text's window of largest mean KL, the worst text first."""
+    total = np.concatenate([[0.0], np.cumsum(student.columns["kl"], dtype=np.float64)])
+    edges = np.concatenate([[0], np.cumsum(student.per_text()).astype(int)])
+    windows = []
+    for first, last in itertools.pairwise(edges):
+        length = min(WINDOW, last - first)
+        if length < min(WINDOW, 8):
+            continue  # a mean of a few tokens is noise
+        starts = np.arange(first, last - length + 1)
+        means = (total[starts + length] - total[starts]) / length
+        best = int(means.argmax())
+        windows.append((float(means[best]), int(starts[best]), int(starts[best] + length)))
+    return [(start, stop) for _, start, stop in sorted(windows, reverse=True)]
+
+
+def _tops(hidden: Tensor, head: LMHead, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, float]]]:
+    """The likeliest tokens of each row, with their probabilities."""
+    rows: list[list[tuple[str, float]]] = []
+    for part in logits_in_chunks(hidden, head, 1.0, top=TOP):
+        if isinstance(part.scores, Top):
+            values, ids = part.scores.values, part.scores.ids
+        else:
+            values, ids = part.scores.topk(min(TOP, part.scores.shape[1]))
+        probabilities = (values.float() - part.log_total[:, None].float()).exp()
+        rows += [
+            [(tokenizer.decode([i]), p) for i, p in zip(*pair, strict=True)]
+            for pair in zip(ids.tolist(), probabilities.tolist(), strict=True)
+        ]
+    return rows

@@ -1,0 +1,31 @@
+"""Ranks share the prompts and pairs of a comparison, and all find the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluation_worker import compare, write_task
+from launch import start
+
+
+def test_two_ranks_find_what_one_finds(saved: Path, tmp_path: Path):
+    tasks = write_task(tmp_path)
+    worker = Path(__file__).with_name("evaluation_worker.py")
+    process = start(worker, *map(str, (saved, tasks, tmp_path)), ranks=2)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-4000:]
+    alone = _numbers(json.loads(json.dumps(compare(saved, tasks))))
+    for rank in range(2):
+        found = _numbers(json.loads((tmp_path / f"found-{rank}.json").read_text()))
+        assert found == pytest.approx(alone, abs=1e-4)
+
+
+def _numbers(found: Any, at: str = "") -> dict[str, Any]:
+    """All values of a nested JSON, by their path."""
+    items = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else None
+    if items is None:
+        return {at: found}
+    return {path: value for key, each in items for path, value in _numbers(each, f"{at}/{key}").items()}
