@@ -19,6 +19,8 @@ SETTINGS = {
     "TQDM_DISABLE": "1",
 }
 """Bars are no output to keep (the table of a run is), and nothing is downloaded."""
+FIRST = "import logging, llm_distill.trainer; logging.getLogger('transformers.trainer').setLevel('ERROR')"
+"""Run before the first cell: what libraries say when they start, and of a tokenizer whose end token is the model's."""
 
 
 def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
@@ -33,10 +35,13 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
         notebook,
         timeout=600,
         record_timing=False,
-        extra_arguments=["--IPKernelApp.exec_lines=import llm_distill.trainer"],  # what libraries say when they start
+        extra_arguments=[f"--IPKernelApp.exec_lines={FIRST}"],
         resources={"metadata": {"path": str(folder)}},
     )
     client.execute()
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs = [output for output in cell.outputs if output.get("text", "said").strip()]
     del notebook.metadata["language_info"]  # differs between Python's versions
     return notebook
 

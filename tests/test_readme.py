@@ -6,6 +6,7 @@ here (a GPU, a download) is ```text, or ```yaml without a title.
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import shutil
@@ -101,6 +102,21 @@ def test_the_recipe_writes_and_teaches_without_an_argument(after_the_demo: Path)
     run("accelerate launch recipes/sequence_kd.py", after_the_demo)
     assert (after_the_demo / "runs" / "sequence_kd" / "generated" / "train.parquet").is_file()
     assert (after_the_demo / "runs" / "sequence_kd" / "student" / "model.safetensors").is_file()
+
+
+def test_troubleshooting_quotes_what_the_code_says() -> None:
+    """A message that nobody can meet any more is not to be looked up."""
+    said = [
+        re.sub(r"\s+", " ", "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts))
+        for path in (ROOT / "llm_distill").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for parts in [node.values if isinstance(node, ast.JoinedStr) else [node] if isinstance(node, ast.Constant) else []]
+        if all(isinstance(part, ast.FormattedValue) or isinstance(part.value, str) for part in parts)
+    ]
+    quoted = re.findall(r"^\| \*(.+?)\* \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    fragments = [fragment.strip() for quote in quoted for fragment in quote.split("…") if fragment.strip(" :,")]
+    assert len(quoted) > 10
+    assert not [each for each in fragments if not any(each in text for text in said)]
 
 
 def test_every_command_of_make_that_is_named_exists() -> None:
