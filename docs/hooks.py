@@ -14,6 +14,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
+OUTSIDE = ("benchmarks", "recipes", "notebooks", "CHANGELOG", "CONTRIBUTING")
 ELSEWHERE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/**/*.md", "benchmarks/**/*.png", "recipes/**/*.yaml")
 
 
@@ -29,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links out of docs/ lose the step out of it; those to a notebook lead to its page."""
     if page.file.generated_by is None:
-        markdown = re.sub(r"(\]\((?:\.\./)*)\.\./(?=(benchmarks|recipes|notebooks|CHANGELOG|CONTRIBUTING)\b)", r"\1", markdown)
+        markdown = re.sub(rf"(\]\((?:\.\./)*)\.\./(?=({'|'.join(OUTSIDE)})\b)", r"\1", markdown)
     return re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", markdown)
 
 

@@ -1,4 +1,4 @@
-"""`python notebooks/execute.py [NOTEBOOK …]`: runs notebooks in place (all of them, if none is named), with their times."""
+"""`python notebooks/execute.py [NOTEBOOK …]`: runs notebooks in place, by default all, and says how long each took."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Python blocks and commands of README.md and docs/ run as written, in a folder where `make demo` was run.
 
-A page is one session: its blocks run in order, a block with a title is written to the file of that name. What cannot run
-here (a GPU, a download) is ```text, or ```yaml without a title.
+A page is one session: its blocks run in order, a block with a title is written to the file of that name. What cannot
+run here (a GPU, a download) is ```text, or ```yaml without a title.
 """
 
 from __future__ import annotations
@@ -63,16 +63,12 @@ def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
 def run(command: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command, cwd=folder, env=environment, shell=True, capture_output=True, text=True, timeout=540
-    )
+    done = subprocess.run(command, cwd=folder, env=environment, shell=True, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
-def test_the_blocks_run_as_written(
-    page: Path, after_the_demo: Path, warm: tuple[str, str], tmp_path: Path
-) -> None:
+def test_the_blocks_run_as_written(page: Path, after_the_demo: Path, warm: tuple[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "page"
     shutil.copytree(after_the_demo, folder, symlinks=True)
     address, path = warm
@@ -84,7 +80,7 @@ def test_the_blocks_run_as_written(
 )
 def test_a_block_that_fails_is_seen(block: tuple[str, str, str], warm: tuple[str, str], tmp_path: Path) -> None:
     address, path = warm
-    with pytest.raises(AssertionError, match="ZeroDivisionError|CalledProcessError"):
+    with pytest.raises(AssertionError, match=r"ZeroDivisionError|CalledProcessError"):
         run_page(address, [block], tmp_path, path)
 
 
@@ -110,7 +106,7 @@ def test_troubleshooting_quotes_what_the_code_says() -> None:
         re.sub(r"\s+", " ", "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts))
         for path in (ROOT / "llm_distill").rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
-        for parts in [node.values if isinstance(node, ast.JoinedStr) else [node] if isinstance(node, ast.Constant) else []]
+        for parts in [getattr(node, "values", [node]) if isinstance(node, ast.JoinedStr | ast.Constant) else []]
         if all(isinstance(part, ast.FormattedValue) or isinstance(part.value, str) for part in parts)
     ]
     quoted = re.findall(r"^\| \*(.+?)\* \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)

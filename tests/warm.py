@@ -1,8 +1,8 @@
 """`python warm.py SOCKET`: a process that has imported everything and forks for each program that it is asked to run.
 
-To start Python with torch, transformers and TRL takes ten seconds, and the documentation has dozens of commands. The same
-code runs in a fork of this process in a tenth of a second. `run_page` and the `llm-distill` that pages find on their PATH
-are its clients.
+To start Python with torch, transformers and TRL takes ten seconds, and the documentation has dozens of commands. The
+same code runs in a fork of this process in a tenth of a second. `run_page` and the `llm-distill` that pages find on
+their PATH are its clients.
 """
 
 from __future__ import annotations
