@@ -32,8 +32,9 @@ class NotebookTable(NotebookProgressCallback):
     ) -> None:
         """A line of training, if no evaluation writes one."""
         if args.eval_strategy == IntervalStrategy.NO and logs and "loss" in logs:
-            row = {"Step": state.global_step, "Training Loss": logs["loss"]}
-            self.training_tracker.write_line(row | {title: logs[key] for key, title in FIGURES.items() if key in logs})
+            row = {"Step": state.global_step, "Training Loss": _shown(logs["loss"])}
+            row |= {title: _shown(logs[key]) for key, title in FIGURES.items() if key in logs}
+            self.training_tracker.write_line(row)
 
     def on_evaluate(
         self,
@@ -49,12 +50,12 @@ class NotebookTable(NotebookProgressCallback):
         dataset = prefix.removeprefix("eval").strip("_")
         row = {
             "Epoch" if args.eval_strategy == IntervalStrategy.EPOCH else "Step": state.global_step,
-            "Training Loss": next((log["loss"] for log in reversed(state.log_history) if "loss" in log), "No log"),
+            "Training Loss": next((_shown(log["loss"]) for log in reversed(state.log_history) if "loss" in log), "No log"),
             "Validation Loss": "No log",
         }
         for key, title in {"loss": "Validation Loss", **FIGURES}.items():
             if prefix + key in metrics:
-                row[f"{dataset} {title}".strip()] = metrics[prefix + key]
+                row[f"{dataset} {title}".strip()] = _shown(metrics[prefix + key])
         if args.eval_strategy == IntervalStrategy.EPOCH and state.epoch is not None:
             row["Epoch"] = int(state.epoch)
         if self.training_tracker is None:
@@ -64,3 +65,7 @@ class NotebookTable(NotebookProgressCallback):
             self.training_tracker.remove_child()
             self._force_next_update = True  # an evaluation takes long
         self.prediction_bar = None
+
+
+def _shown(value: float) -> str:
+    return f"{value:.4f}"

@@ -19,7 +19,7 @@ SETTINGS = {
     "TQDM_DISABLE": "1",
 }
 """Bars are no output to keep (the table of a run is), and nothing is downloaded."""
-FIRST = "import logging, llm_distill.trainer; logging.getLogger('transformers.trainer').setLevel('ERROR')"
+FIRST = "import logging, llm_distill.trainer; logging.getLogger('transformers.trainer_utils').setLevel('ERROR')"
 """Run before the first cell: what libraries say when they start, and of a tokenizer whose end token is the model's."""
 
 
@@ -30,7 +30,6 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
         nbclient.exceptions.CellExecutionError: a cell fails.
     """
     notebook = nbformat.read(path, as_version=4)
-    os.environ.update(SETTINGS)  # the kernel inherits them
     client = NotebookClient(
         notebook,
         timeout=600,
@@ -38,12 +37,18 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
         extra_arguments=[f"--IPKernelApp.exec_lines={FIRST}"],
         resources={"metadata": {"path": str(folder)}},
     )
-    client.execute()
+    client.execute(env=os.environ | SETTINGS)
     for cell in notebook.cells:
         if cell.cell_type == "code":
-            cell.outputs = [output for output in cell.outputs if output.get("text", "said").strip()]
+            cell.outputs = [output for output in cell.outputs if _can_be_kept(output)]
     del notebook.metadata["language_info"]  # differs between Python's versions
     return notebook
+
+
+def _can_be_kept(output: nbformat.NotebookNode) -> bool:
+    """Neither blank lines nor a bar, which is nothing without its kernel."""
+    is_bar = "application/vnd.jupyter.widget-view+json" in output.get("data", {})
+    return not is_bar and bool(output.get("text", "said").strip())
 
 
 if __name__ == "__main__":
