@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ def make_gap_report(config: EvaluateConfig, datasets: Mapping[str, Any], command
     resources = _of_the_first_rank(lambda: _resources(config)) if config.resources else None  # with the memory free
     models = {name: _load(config, name) for name in (TEACHER, "student", "baseline") if getattr(config, name)}
     report.content.update({name: model.describe() for name, model in models.items()})
+    lengths = [limit for model in models.values() if (limit := model.max_length)]
+    config = replace(config, max_length=min([config.max_length, *lengths]))  # the same text for all
     report.content["comparable"] = _comparable(models["student"], models[TEACHER])
     report.content["domains"] = dict(_domains(config, models, samples, report.content["comparable"] is True))
     if resources is not None:
@@ -93,12 +96,11 @@ def _domains(
     alone = [] if comparable else [TEACHER]
     if "baseline" in models and _comparable(student, models["baseline"]) is not True:
         alone.append("baseline")
-    trainer = _prepared(config, student, teacher if comparable else None, samples)
     of_alone = {name: _scores_alone(config, name, models[name], samples) for name in alone}
     together = {name: model for name, model in models.items() if name not in alone and name != TEACHER}
-    for model in together.values():
-        model.prepare(trainer.accelerator, torch.nn.Module())
-    for name in samples:
+    for name, trainer in _prepared(config, student, teacher if comparable else None, samples):
+        for model in together.values():
+            model.prepare(trainer.accelerator, torch.nn.Module())
         options = _options(trainer, config, name)
         others = {model: scores[name] for model, scores in of_alone.items()}
         running = {each: model.model for each, model in together.items()}
@@ -114,18 +116,32 @@ def _scores_alone(
     config: EvaluateConfig, name: str, model: LiveTeacher, samples: Mapping[str, Dataset]
 ) -> dict[str, Scores]:
     """Of a model with tokens of its own, on each domain."""
-    trainer = _prepared(config, model, None, samples)
-    vocab_size = vocabulary_size(trainer.processing_class)
+    vocab_size = vocabulary_size(model.tokenizer)  # type: ignore[arg-type]
     return {
         domain: compare({name: model.model}, None, vocab_size=vocab_size, **_options(trainer, config, domain))[name]
-        for domain in samples
+        for domain, trainer in _prepared(config, model, None, samples)
     }
 
 
 def _prepared(
     config: EvaluateConfig, model: LiveTeacher, teacher: LiveTeacher | None, samples: Mapping[str, Dataset]
+) -> Iterator[tuple[str, DistillationTrainer]]:
+    """Each domain with a trainer that trains nothing: it has made tokens and labels of the texts as for training.
+
+    Whether only completions count is one setting of a trainer, so domains with and without prompts have two.
+    """
+    trainers: dict[bool, DistillationTrainer] = {}
+    for name, data in samples.items():
+        has_prompts = "prompt" in data.column_names
+        if has_prompts not in trainers:
+            alike = {n: d for n, d in samples.items() if ("prompt" in d.column_names) == has_prompts}
+            trainers[has_prompts] = _trainer(config, model, teacher, alike)
+        yield name, trainers[has_prompts]
+
+
+def _trainer(
+    config: EvaluateConfig, model: LiveTeacher, teacher: LiveTeacher | None, samples: Mapping[str, Dataset]
 ) -> DistillationTrainer:
-    """A trainer that trains nothing: it has made tokens and labels of the texts as for training."""
     args = DistillationConfig(
         output_dir=config.output_dir,
         kd_weight=1.0 if teacher else 0.0,
@@ -138,14 +154,17 @@ def _prepared(
         trust_remote_code=config.trust_remote_code,
         use_cpu=ranks().device.type == "cpu",
     )
-    return DistillationTrainer(
-        model=model.model,
-        teacher=teacher,
-        args=args,
-        train_dataset=next(iter(samples.values())),
-        eval_dataset=dict(samples),
-        processing_class=model.tokenizer,
-    )
+    try:
+        return DistillationTrainer(
+            model=model.model,
+            teacher=teacher,
+            args=args,
+            train_dataset=next(iter(samples.values())),
+            eval_dataset=dict(samples),
+            processing_class=model.tokenizer,
+        )
+    except ValueError as error:  # which calls the first of them "train"
+        raise ValueError(f"{', '.join(samples)}: {error}") from error
 
 
 def _options(trainer: DistillationTrainer, config: EvaluateConfig, name: str) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from llm_distill.evaluation.figures import (
 from llm_distill.evaluation.html import as_page
 from llm_distill.evaluation.metrics import METRICS, rows_of
 from llm_distill.evaluation.report import GapReport
+from llm_distill.rows import IGNORED
 
 COLUMNS = {"ce", "confidence", "correct", "kl", "reverse_kl", "top1_agreement", "acceptance"}
 
@@ -45,9 +46,9 @@ COLUMNS = {"ce", "confidence", "correct", "kl", "reverse_kl", "top1_agreement", 
 def rows(texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> Dataset:
     """Eleven texts of unequal length, of which one has its first half masked."""
     ids = [tokenizer(text)["input_ids"][: 10 + 7 * i] for i, text in enumerate(texts["text"][:11])]
-    masks = [[1] * len(each) for each in ids]
-    masks[3] = [int(i > len(ids[3]) // 2) for i in range(len(ids[3]))]
-    return Dataset.from_dict({"input_ids": ids, "completion_mask": masks})
+    labels = [list(each) for each in ids]
+    labels[3][: len(ids[3]) // 2] = [IGNORED] * (len(ids[3]) // 2)
+    return Dataset.from_dict({"input_ids": ids, "labels": labels})
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def measured(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Callable[...,
 
 def naive(model: torch.nn.Module, row: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """log-probabilities [counted, vocab] in float64 and the tokens that came, of one text alone."""
-    ids, counts = torch.tensor([row["input_ids"]]), torch.tensor(row["completion_mask"])[1:].bool()
+    ids, counts = torch.tensor([row["input_ids"]]), torch.tensor(row["labels"])[1:] != IGNORED
     with torch.no_grad():
         log_q = model(ids).logits[0, :-1].double().log_softmax(-1)
     return log_q[counts], ids[0, 1:][counts]
@@ -99,7 +100,7 @@ def test_scores_are_those_of_full_logits_in_float64(
         np.testing.assert_allclose(ours, torch.cat(values).numpy(), atol=1e-5, rtol=1e-4, err_msg=name)
     text = tokenizer.decode(rows[0]["input_ids"][1:])
     assert found["student"].num_bytes[0] == len(text.encode())
-    assert found["student"].per_text()[3] == sum(rows[3]["completion_mask"][1:])
+    assert found["student"].per_text()[3] == sum(label != IGNORED for label in rows[3]["labels"][1:])
 
 
 def test_scores_do_not_depend_on_batches_or_on_who_else_is_measured(
@@ -203,14 +204,25 @@ def run(folder: Path, saved: Path, *more: str, domains: tuple[str, ...] = ("code
     data = [f"{name}={folder / name}.jsonl" for name in domains]
     out = folder / "out"
     models = ["--student", str(saved / "student"), "--teacher", str(saved / "teacher")]
-    main(["evaluate", *models, "--data", *data, "--output_dir", str(out), "--max_new_tokens", "8", *more])
+    main(["evaluate", *models, "--data", *data, "--output_dir", str(out), *more])
     return out
 
 
 def test_the_command_writes_a_report_in_every_form(
     folder: Path, saved: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = run(folder, saved, "--baseline", str(folder / "baseline"), "--generations", "4", "--resources", "false")
+    out = run(
+        folder,
+        saved,
+        "--baseline",
+        str(folder / "baseline"),
+        "--generations",
+        "4",
+        "--max_new_tokens",
+        "8",
+        "--resources",
+        "false",
+    )
     content = json.loads((out / "report.json").read_text())
     assert content["format"] == 1
     assert content["comparable"] is True
@@ -238,11 +250,22 @@ def test_the_command_writes_a_report_in_every_form(
 
 
 def test_models_with_other_tokens_are_compared_in_bits_a_byte(folder: Path, saved: Path, texts: Dataset) -> None:
-    other = train_tokenizer(texts, 300)
+    other = train_tokenizer(Dataset.from_dict({"text": [text[::-1] for text in texts["text"]]}), 300)
     save(tiny_llama(5, hidden=16, vocab_size=300), folder / "other", other)
     options = ["--student", str(folder / "other"), "--baseline", str(saved / "student")]
     out = run(
-        folder, saved, *options, "--generations", "2", "--bias", "none", "--resources", "false", domains=("code",)
+        folder,
+        saved,
+        *options,
+        "--generations",
+        "2",
+        "--max_new_tokens",
+        "8",
+        "--bias",
+        "none",
+        "--resources",
+        "false",
+        domains=("code",),
     )
     content = json.loads((out / "report.json").read_text())
     assert "different ids" in content["comparable"]
@@ -298,8 +321,11 @@ def test_what_cannot_be_is_refused_in_a_line(
     assert said in error.splitlines()[-1], error
 
 
-def test_an_empty_domain_is_named(folder: Path, saved: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Dataset.from_dict({"text": ["a", "b"]}).to_json(folder / "short.jsonl")
+@pytest.mark.parametrize("rows", [[], [{"prompt": "x = 1\n" * 100, "completion": "y"}]])
+def test_an_empty_domain_is_named(
+    folder: Path, saved: Path, capsys: pytest.CaptureFixture[str], rows: list[dict[str, str]]
+) -> None:
+    (folder / "hollow.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(SystemExit):
-        run(folder, saved, "--resources", "false", "--generations", "0", domains=("code", "short"))
-    assert "short" in capsys.readouterr().err
+        run(folder, saved, "--resources", "false", "--max_length", "16", domains=("code", "hollow"))
+    assert "hollow" in capsys.readouterr().err.splitlines()[-1]

@@ -144,6 +144,7 @@ def load_split(source: str) -> Dataset:
 
 def _loaded(name: str, config: str | None = None, streaming: bool = False) -> DatasetDict:
     from datasets import DatasetDict, load_dataset
+    from datasets.exceptions import DatasetsError
 
     from llm_distill import corpus
 
@@ -155,7 +156,7 @@ def _loaded(name: str, config: str | None = None, streaming: bool = False) -> Da
             data = load_dataset(kinds[Path(name).suffix], data_files=name, streaming=streaming)
         else:
             data = load_dataset(name, name=config, streaming=streaming)
-    except (OSError, ValueError, ConnectionError) as error:
+    except (OSError, ValueError, ConnectionError, DatasetsError, StopIteration) as error:  # the last of an empty file
         raise ValueError(
             f"the dataset {name!r} cannot be loaded: it is no file, no folder with data, no repository that can be "
             f"reached, and not `{corpus.NAME}`. ({error})"

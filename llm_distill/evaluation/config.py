@@ -36,7 +36,9 @@ class EvaluateConfig:
         default="gap_report", metadata={"help": "Where report.json, report.md, report.html and the plots go."}
     )
     max_texts: int = field(default=1000, metadata={"help": "Texts of each domain, drawn from all over it. 0: all."})
-    max_length: int = field(default=1024, metadata={"help": "Tokens of a text that are read."})
+    max_length: int = field(
+        default=1024, metadata={"help": "Tokens of a text that are read, at most as many as every model can."}
+    )
     batch_size: int = field(default=8, metadata={"help": "Texts in a forward."})
     dtype: str = field(
         default="auto", metadata={"help": "What the models run in: auto (as stored), float32, bfloat16, float16."}

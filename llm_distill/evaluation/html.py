@@ -116,6 +116,9 @@ def _rendered(markdown: str) -> str:
 
 
 def _svg(figure: Any) -> str:
+    from matplotlib import rc_context
+
     file = io.StringIO()
-    figure.savefig(file, format="svg")
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gap report"}):  # text as text; the same file every time
+        figure.savefig(file, format="svg", metadata={"Date": None})
     return file.getvalue()[file.getvalue().index("<svg") :]

@@ -1,4 +1,4 @@
-"""Compares two saved models on generations, a task and pairs: what the test of ranks launches.
+"""Compares two saved models on texts, generations, a task and pairs: what the test of ranks launches.
 
 Usage: evaluation_worker.py MODELS TASKS OUT. MODELS has the folders `teacher` and `student`, TASKS what `write_task`
 wrote. Writes OUT/found-RANK.json.
@@ -11,8 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+from worker import make_rows
+
 from llm_distill import LiveTeacher
 from llm_distill.evaluation.bias import compare_bias
+from llm_distill.evaluation.domains import measure_domain
 from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
 from llm_distill.ranks import ranks
@@ -51,7 +55,12 @@ def compare(models: Path, tasks: Path) -> dict[str, Any]:
     loaded = {name: LiveTeacher.load(str(models / name)) for name in ("teacher", "student")}
     for model in loaded.values():
         model.model.to(state.device)
+    rows = {"dataset": make_rows([2]), "collate": DataCollatorForLanguageModeling(pad_token_id=0)}
+    tokenizer = loaded["student"].tokenizer
+    domain = measure_domain({"student": loaded["student"].model}, loaded["teacher"], tokenizer=tokenizer, **rows)
+    domain.pop("passages", None)  # looked at by one rank alone
     return {
+        "domain": domain,
         "generations": compare_generations(loaded, PROMPTS, max_new_tokens=8, batch_size=2),
         "tasks": run_tasks(loaded, "colours", include_path=tasks),
         "bias": compare_bias(loaded, batch_size=5),
