@@ -50,7 +50,9 @@ class NotebookTable(NotebookProgressCallback):
         dataset = prefix.removeprefix("eval").strip("_")
         row = {
             "Epoch" if args.eval_strategy == IntervalStrategy.EPOCH else "Step": state.global_step,
-            "Training Loss": next((_shown(log["loss"]) for log in reversed(state.log_history) if "loss" in log), "No log"),
+            "Training Loss": next(
+                (_shown(log["loss"]) for log in reversed(state.log_history) if "loss" in log), "No log"
+            ),
             "Validation Loss": "No log",
         }
         for key, title in {"loss": "Validation Loss", **FIGURES}.items():
