@@ -1,11 +1,14 @@
-"""What lies elsewhere in the repository becomes part of the site: results, recipes, notebooks with their outputs.
+"""What lies elsewhere in the repository becomes part of the site: results, recipes, notebooks with their outputs, and
+the help texts of configurations where a page says `<!-- options: MODULE CLASS -->`.
 
 A page links to it as it is seen in the repository (`../benchmarks/…`), so that its links work there too.
 """
 
 from __future__ import annotations
 
+import importlib
 import re
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import nbformat
@@ -31,7 +34,20 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links out of docs/ lose the step out of it; those to a notebook lead to its page."""
     if page.file.generated_by is None:
         markdown = re.sub(rf"(\]\((?:\.\./)*)\.\./(?=({'|'.join(OUTSIDE)})\b)", r"\1", markdown)
+    markdown = re.sub(r"<!-- options: (\S+) (\S+) -->", lambda found: options_table(*found.groups()), markdown)
     return re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", markdown)
+
+
+def options_table(module: str, name: str) -> str:
+    """The fields of a configuration that are not inherited: name, default and help text."""
+    config = getattr(importlib.import_module(module), name)
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for each in fields(config):
+        if each.name in config.__annotations__:
+            default = each.default_factory() if each.default is MISSING else each.default
+            meaning = each.metadata["help"].replace("|", "\\|")
+            lines.append(f"| `{each.name}` | `{default}` | {meaning} |")
+    return "\n".join(lines)
 
 
 def notebook_as_markdown(path: Path) -> str:
