@@ -34,12 +34,9 @@ def blocks_of(page: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-@pytest.fixture(scope="module")
-def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def leave_a_demo(root: Path, recipe: demo.Recipe) -> Path:
     """A folder as the demo leaves it, but for the training: its teacher, student and tokenizer, and the recipes."""
-    recipe = demo.Recipe()
     tokenizer = demo.prepare_corpus(recipe).tokenizer
-    root = tmp_path_factory.mktemp("after_the_demo")
     teacher = demo.make_model(recipe, recipe.teacher_width, recipe.teacher_layers, seed=0)
     student = demo.make_model(recipe, recipe.student_width, recipe.student_layers, seed=1)
     for name, model in (("teacher", teacher), ("student", student)):
@@ -50,6 +47,17 @@ def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     demo.record_teacher(root / "runs" / "demo" / "teacher", recipe, figures)
     (root / "recipes").symlink_to(ROOT / "recipes")
     return root
+
+
+@pytest.fixture(scope="module")
+def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return leave_a_demo(tmp_path_factory.mktemp("after_the_demo"), demo.Recipe())
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same models, with a tokenizer that has read less."""
+    return leave_a_demo(tmp_path_factory.mktemp("small_demo"), demo.Recipe(corpus_characters=1_000_000))
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +76,9 @@ def run(command: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
-def test_the_blocks_run_as_written(page: Path, after_the_demo: Path, warm: tuple[str, str], tmp_path: Path) -> None:
+def test_the_blocks_run_as_written(page: Path, small_demo: Path, warm: tuple[str, str], tmp_path: Path) -> None:
     folder = tmp_path / "page"
-    shutil.copytree(after_the_demo, folder, symlinks=True)
+    shutil.copytree(small_demo, folder, symlinks=True)
     address, path = warm
     run_page(address, blocks_of(page), folder, path)
 
@@ -84,8 +92,8 @@ def test_a_block_that_fails_is_seen(block: tuple[str, str, str], warm: tuple[str
         run_page(address, [block], tmp_path, path)
 
 
-def test_the_installed_command_is_what_the_pages_ran(after_the_demo: Path) -> None:
-    run("llm-distill train --config recipes/example.yaml --max_steps 1 --dataset_test_split none", after_the_demo)
+def test_the_installed_command_is_what_the_pages_ran(small_demo: Path) -> None:
+    run("llm-distill train --config recipes/example.yaml --max_steps 1 --dataset_test_split none", small_demo)
 
 
 def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> None:
