@@ -34,6 +34,7 @@ def execute(path: Path, folder: Path) -> nbformat.NotebookNode:
         notebook,
         timeout=600,
         record_timing=False,
+        store_widget_state=False,
         extra_arguments=[f"--IPKernelApp.exec_lines={FIRST}"],
         resources={"metadata": {"path": str(folder)}},
     )
