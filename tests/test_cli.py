@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -260,6 +260,18 @@ def test_data_may_be_a_folder_or_a_file(tmp_path: Path, run: dict[str, Any], suf
     data = load_data(script)
     assert set(data) == ({"train", "test"} if suffix == "folder" else {"train"})
     assert data["train"][0]["text"].strip() in ("x = 1", ROWS["text"]["text"])
+
+
+def test_a_part_of_a_split_is_named_as_datasets_names_it(tmp_path: Path, run: dict[str, Any]) -> None:
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", "text")
+    parts = {"dataset_train_split": "train[:50%]", "dataset_test_split": "test[2:5]"}
+    script, _, _ = parse_train(as_flags(run | {"dataset_name": tmp_path / "data", **parts}))
+    data = load_data(script)
+    assert (len(data["train[:50%]"]), len(data["test[2:5]"])) == (6, 3)
+    assert len(load_data(replace(script, dataset_train_split="train[10:99]"))["train[10:99]"]) == 2
+    with pytest.raises(ValueError, match="Unrecognized instruction format"):
+        load_data(replace(script, dataset_train_split="train[few]"))
 
 
 def test_stdlib_is_data_without_a_download(run: dict[str, Any]) -> None:

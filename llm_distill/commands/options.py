@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -44,11 +46,18 @@ def build_trainer(script: ScriptArguments, args: DistillationConfig, model: Mode
         raise ValueError("--model_name_or_path is missing: the student, a Hub id or a folder.")
     if not script.dataset_name:
         raise ValueError("--dataset_name is missing: a Hub id, a folder, a file, or `stdlib`.")
+    from transformers import AutoTokenizer
     from trl import get_peft_config, get_quantization_config
 
     from llm_distill.trainer import DistillationTrainer
 
-    dataset = load_data(script, model.model_name_or_path)
+    tokenizer = partial(
+        AutoTokenizer.from_pretrained,
+        model.model_name_or_path,
+        revision=model.model_revision,
+        trust_remote_code=args.trust_remote_code,
+    )
+    dataset = load_data(script, tokenizer)
     evaluation = dataset.get(script.dataset_test_split)
     if evaluation is None and args.eval_strategy != "no":
         raise ValueError(
@@ -105,9 +114,9 @@ def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
     return _parse_groups(argv, "evaluate", (EvaluateConfig,))[0]
 
 
-def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDict:
+def load_data(script: ScriptArguments, tokenizer: Callable[[], Any] | None = None) -> DatasetDict:
     """The dataset that `--dataset_name` means. Of a folder of generated texts, a student with the teacher's tokenizer
-    gets the teacher's own tokens.
+    (`tokenizer` loads it) gets the teacher's own tokens. A split may be a part, as `datasets` writes it: `test[:500]`.
 
     Raises:
         ValueError: it cannot be loaded, or has no training split of that name.
@@ -115,27 +124,30 @@ def load_data(script: ScriptArguments, student: str | None = None) -> DatasetDic
     from datasets import DatasetDict
 
     name = script.dataset_name
-    if Path(name, "generation.json").is_file() and student is not None:
-        from transformers import AutoTokenizer
-
+    if Path(name, "generation.json").is_file() and tokenizer is not None:
         from llm_distill.generation.generate import load_generated
 
-        return DatasetDict({script.dataset_train_split: load_generated(name, AutoTokenizer.from_pretrained(student))})
+        return DatasetDict({script.dataset_train_split: load_generated(name, tokenizer())})
     data = _loaded(name, script.dataset_config, script.dataset_streaming)
+    for split in (script.dataset_train_split, script.dataset_test_split):
+        if isinstance(data, DatasetDict):
+            _add_part(data, split)
     if script.dataset_train_split not in data:
         raise ValueError(f"the dataset {name!r} has no split {script.dataset_train_split!r}, only {', '.join(data)}.")
     return data
 
 
 def load_split(source: str) -> Dataset:
-    """One split of a dataset: what `SOURCE:SPLIT` names, and of `SOURCE` alone the first of HELD_OUT that is there.
+    """One split of a dataset, or a part of one: what `SOURCE:SPLIT` names; of `SOURCE` alone the first of HELD_OUT.
 
     Raises:
         ValueError: it cannot be loaded, or has no such split.
     """
-    name, _, split = (source, "", "") if Path(source).exists() or ":" not in source else source.rpartition(":")
+    found = None if Path(source).exists() else re.fullmatch(r"(.+?):(\w+(?:\[.*\])?)", source)
+    name, split = found.groups() if found else (source, "")
     data = _loaded(name)
     split = split or next((each for each in HELD_OUT if each in data), "")
+    _add_part(data, split)
     if split not in data:
         wanted = f"no split {split!r}" if split else f"none of the splits {', '.join(HELD_OUT)}"
         raise ValueError(f"the dataset {name!r} has {wanted}, only {', '.join(data)}. Name one: {name}:SPLIT.")
@@ -162,6 +174,16 @@ def _loaded(name: str, config: str | None = None, streaming: bool = False) -> Da
             f"reached, and not `{corpus.NAME}`. ({error})"
         ) from error
     return data if streaming else DatasetDict(data)
+
+
+def _add_part(data: DatasetDict, split: str) -> None:
+    """Under its name, what `split` means, if it is a part of one that is there."""
+    from datasets import ReadInstruction
+
+    whole = split.partition("[")[0]
+    if split not in data and whole in data:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({whole: len(data[whole])})
+        data[split] = data[whole].select(range(part.from_, part.to))
 
 
 def _parse(argv: Sequence[str], command: str) -> list[Any]:

@@ -19,8 +19,13 @@ SAMPLES = 64
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many rows of an output matrix a tokenizer can use. Matrices are often padded past it."""
-    return max(tokenizer.get_vocab().values()) + 1
+    """How many rows of an output matrix a tokenizer can use. Matrices are often padded past it.
+
+    A placeholder for pictures or sound at its end needs none, as nobody writes it: Gemma 3's tokenizer has one token
+    more than the family's text models have rows.
+    """
+    placeholders = {getattr(tokenizer, f"{kind}_token", None) for kind in ("image", "video", "audio")}
+    return max(token_id for token, token_id in tokenizer.get_vocab().items() if token not in placeholders) + 1
 
 
 def describe_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
@@ -75,7 +80,7 @@ def find_config(name_or_path: str, **hub: Any) -> str:
         return cached_file(name_or_path, "config.json", **hub)
     except OSError as error:
         raise ValueError(
-            f"the teacher {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
+            f"the model {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
             f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
         ) from error
 

@@ -18,7 +18,6 @@ from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -26,6 +25,7 @@ from transformers.utils import extract_commit_hash
 from trl.models import prepare_deepspeed
 
 from llm_distill.heads import LMHead, intercepted
+from llm_distill.quantization import bits_and_bytes
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import SIGNAL, Batch, Teacher, different_ids, refuse_past_context
@@ -68,12 +68,7 @@ class LiveTeacher(Teacher):
             raise ValueError("a teacher is loaded in 4 bits, in 8 bits or with a quantization_config: choose one.")
         init_kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, "revision": revision, **init_kwargs}
         if load_in_4bit or load_in_8bit:
-            init_kwargs["quantization_config"] = BitsAndBytesConfig(
-                load_in_4bit=load_in_4bit,
-                load_in_8bit=load_in_8bit,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-            )
+            init_kwargs["quantization_config"] = bits_and_bytes(4 if load_in_4bit else 8)
         if "quantization_config" in init_kwargs:
             init_kwargs.setdefault("device_map", {"": PartialState().device})  # what is packed is not moved later
         hub = {name: init_kwargs[name] for name in HUB_OPTIONS if name in init_kwargs}
