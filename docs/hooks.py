@@ -18,7 +18,7 @@ from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("benchmarks", "recipes", "notebooks", "CHANGELOG", "CONTRIBUTING")
-ELSEWHERE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/**/*.md", "benchmarks/**/*.png", "recipes/**/*.yaml")
+ELSEWHERE = ("CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/**/*.md", "benchmarks/**/*.png", "recipes/**/*.md")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -34,6 +34,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links out of docs/ lose the step out of it; those to a notebook lead to its page."""
     if page.file.generated_by is None:
         markdown = re.sub(rf"(\]\((?:\.\./)*)\.\./(?=({'|'.join(OUTSIDE)})\b)", r"\1", markdown)
+    markdown = re.sub(r"\]\(([\w.-]+-from-[\w.-]+)\)", r"](\1/README.md)", markdown)
     markdown = re.sub(r"<!-- options: (\S+) (\S+) -->", lambda found: options_table(*found.groups()), markdown)
     return re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", markdown)
 
