@@ -34,7 +34,7 @@ check: setup docs ## lint, types, import order, the documentation
 docs: setup ## the documentation as a site, in build/site: links, references and examples that fail are errors
 	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
 
-notebooks: setup ## run the notebooks in place: about three minutes on two cores
+notebooks: setup ## run the notebooks in place: about five minutes on two cores
 	$(RUN)/python notebooks/execute.py
 
 format: setup ## mend what ruff can mend
