@@ -20,10 +20,13 @@ megabytes of the sources of the Python standard library, which need no download.
 
 COMMANDS = {
     "train": "train a student on a teacher's distributions (token-level distillation)",
+    "check": "what can be known of a training run before its first step, in seconds",
     "generate": "have the teacher write completions and keep the good ones (sequence-level distillation)",
     "evaluate": "the gap report: quality, likeness, bias, speed and memory of a student beside its teacher",
     "capture": "run the teacher once and store what it says",
     "inspect": "what such a cache holds, whether it is whole, how true it is",
+    "push": "upload a student to the Hub, with a model card",
+    "export": "write a student as GGUF (llama.cpp, Ollama) or ONNX, and verify it",
 }
 """Each is a function of its name in the module of its name in `llm_distill.commands`, imported when it is asked for."""
 

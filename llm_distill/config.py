@@ -139,8 +139,8 @@ class DistillationConfig(SFTConfig):
     hub_strategy: HubStrategy | str = field(
         default=HubStrategy.END,
         metadata={
-            "help": "When push_to_hub pushes: at the end, or as in transformers.TrainingArguments, where every other "
-            "choice uploads training_args.bin too, a pickle with local paths and hub_token (refused with that)."
+            "help": "When push_to_hub pushes: at the end. Every other choice of transformers.TrainingArguments uploads "
+            "training_args.bin too, a pickle with local paths and hub_token, and is refused."
         },
     )
 
@@ -169,10 +169,10 @@ class DistillationConfig(SFTConfig):
                 f"kd_weight={self.kd_weight} and ce_weight={self.ce_weight}: both must be finite, neither may be "
                 "negative, and one must be positive."
             )
-        if self.push_to_hub and self.hub_token and self.hub_strategy != HubStrategy.END:
+        if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
-                f"hub_strategy={self.hub_strategy} uploads training_args.bin, a pickle that holds hub_token. Give the "
-                "token as HF_TOKEN in the environment, or use hub_strategy=end."
+                f"hub_strategy={self.hub_strategy} uploads training_args.bin, a pickle with local paths and hub_token. "
+                "Use hub_strategy=end; `llm-distill push FOLDER/checkpoint-500 user/name` uploads one without it."
             )
         if self.on_miss not in ("error", "skip", "live"):
             raise ValueError(f"on_miss must be error, skip or live, got {self.on_miss!r}.")
@@ -209,6 +209,29 @@ class DistillationConfig(SFTConfig):
         }
         if refused := [name for name, is_set in without_effect.items() if is_set]:
             raise ValueError(f"without effect here, so refused: {'; '.join(refused)}.")
+
+
+@dataclass
+class StartConfig:
+    """How `llm-distill train` starts, beside the options of the run itself."""
+
+    check: bool = field(
+        default=True,
+        metadata={
+            "help": "Look at the run first, as `llm-distill check` does, for a few seconds, and do not start it where "
+            "something is red."
+        },
+    )
+
+
+@dataclass
+class CheckConfig:
+    """What `llm-distill check` leaves behind, beside the options of a training run."""
+
+    json: str | None = field(
+        default=None,
+        metadata={"help": "Write what was found to this file too: a list of {level, what, said, todo}."},
+    )
 
 
 @dataclass

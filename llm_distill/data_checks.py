@@ -30,14 +30,20 @@ def require_rows(dataset: Any, name: str) -> None:
 
 def require_length(dataset: Any, name: str, max_length: int | None) -> None:
     """Raises ValueError if a sequence of a prepared dataset is longer than the teacher's context."""
-    if max_length is None or not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
-        return
+    if max_length is not None:
+        refuse_past_context(longest_sequence(dataset) or 0, max_length, f"the {name} dataset")
+
+
+def longest_sequence(dataset: Any) -> int | None:
+    """Of a prepared dataset, in tokens; None for a stream, which is not read."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return None
     column = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"
     longest = 0
     for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
         lengths = pc.list_flatten(table[column]) if column == "seq_lengths" else pc.list_value_length(table[column])
         longest = max(longest, pc.max(lengths).as_py() or 0)
-    refuse_past_context(longest, max_length, f"the {name} dataset")
+    return longest
 
 
 def require_readable(dataset: Any, name: str, read: Callable[[list[Any]], Any]) -> None:

@@ -28,7 +28,8 @@ def hub_errors(repo_id: str) -> Iterator[None]:
                 f"that may write there. ({error})"
             ) from error
         raise ConnectionError(
-            f"the push to {repo_id} broke off. What has arrived stays, and the same push goes on from there. ({error})"
+            f"the push to {repo_id} broke off. What has arrived stays, and so does all that is here; the same push "
+            f"goes on from there. ({error})"
         ) from error
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import DistributedType
+from huggingface_hub import CommitInfo, HfApi
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
@@ -22,12 +23,17 @@ from transformers.utils import is_in_notebook
 from trl import SFTTrainer
 
 from llm_distill import data_checks, hub
+from llm_distill.check.checks import check_trainer
+from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
 from llm_distill.heads import LMHead
+from llm_distill.hub.push import push_student, require_place
+from llm_distill.leaks import public_value
 from llm_distill.objective import Objective
 from llm_distill.progress import Stopwatch, empty_tally, means, tally_by_sample
+from llm_distill.publishing import hub_errors
 from llm_distill.rows import count_rows, counted_rows
-from llm_distill.run_record import RecordRun, require_same_run, run_record
+from llm_distill.run_record import RESUMED, circumstances, require_same_run, run_options, run_record, write_run
 from llm_distill.students import Lesson, add_lesson_forward
 from llm_distill.teachers import CachedTeacher, Teacher, make_teacher
 from llm_distill.teachers.base import SIGNAL, SKIPPED
@@ -84,6 +90,8 @@ class DistillationTrainer(SFTTrainer):
             raise ValueError("compute_loss_func would have no effect: the loss is the distillation objective.")
         self.objective = Objective.of(args)
         self._checkpoint_found = _last_checkpoint(args)
+        self.command: list[str] | None = None
+        self.options = run_options(args, model_name_or_path=_name(model), **_teachers_name(teacher))
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
         tokenizer = processing_class or _load_tokenizer(model, args)
@@ -115,8 +123,14 @@ class DistillationTrainer(SFTTrainer):
             self.add_callback(_FlushTeacher(self.teacher))
         if is_in_notebook():
             _show_table(self)
-        self._record = run_record(self.objective, self.teacher)
-        self.add_callback(RecordRun(self._record))
+        revision = (args.model_init_kwargs or {}).get("revision")
+        self.record = run_record(self.objective, self.teacher, self.model, revision)
+        if hasattr(sft.get("train_dataset"), "__len__"):
+            self.record["data.texts"] = len(sft["train_dataset"])
+        if args.push_to_hub and self.is_world_process_zero():
+            with hub_errors(self.hub_model_id):
+                api, known = HfApi(token=args.hub_token), (*RESUMED, "student.")
+                require_place(api, self.hub_model_id, self.record, known, revision=args.hub_revision)
 
         self._in_teacher, self._in_data = Stopwatch(self.accelerator.device), Stopwatch(torch.device("cpu"))
         self._eval_tally = empty_tally(self.accelerator.device)
@@ -149,6 +163,14 @@ class DistillationTrainer(SFTTrainer):
             if self.teacher is not None:
                 self.teacher.flush()
 
+    def check(self) -> Report:
+        """What can be known before the first step, in seconds: whether all fits together and into memory, how long it
+        takes, whether the teacher is better, what the licences ask. Training is afterwards what it would have been.
+        """
+        report = check_trainer(self)
+        self._start_counting()
+        return report
+
     def require_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
         """Raises ValueError if training can neither start nor go on like this in this output folder."""
         if not resume_from_checkpoint and self._checkpoint_found:
@@ -161,12 +183,56 @@ class DistillationTrainer(SFTTrainer):
             if checkpoint is None or not os.path.isdir(checkpoint):
                 where = f"in {self.args.output_dir}" if checkpoint is None else f"at {checkpoint}"
                 raise ValueError(f"there is no checkpoint {where} to resume from.")
-            require_same_run(checkpoint, self._record)
+            require_same_run(checkpoint, self.record)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer.save_model`, without its pickle of `args`: it tells local paths, and to load one is to run it."""
+        """As `Trainer.save_model`, with a record of the run (`distillation.json`, `run.yaml`) in place of its pickle of
+        `args`, which tells local paths, and to load one is to run it.
+        """
         super().save_model(output_dir, _internal_call)
-        Path(output_dir or self.args.output_dir, TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        folder = Path(output_dir or self.args.output_dir)
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if self.args.should_save and folder.is_dir():
+            self._write_run(folder)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As `Trainer.init_hf_repo`. Raises ValueError where there is no right to write."""
+        with hub_errors(self.args.hub_model_id or Path(self.args.output_dir).name):
+            super().init_hf_repo(token, private)
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = None,
+        *,
+        merge_adapters: bool = False,
+        force: bool = False,
+        base_model: str | None = None,
+        dataset_name: str | None = None,
+        tags: str | list[str] | None = None,
+        private: bool | None = None,
+        revision: str | None = None,
+        token: str | None = None,
+    ) -> CommitInfo | None:
+        """Saves the student, writes its card and uploads both: see `llm_distill.hub.push.push_student`, also for what
+        is refused. The commit, on the first rank.
+        """
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        self.save_model(_internal_call=True)
+        self.create_model_card(dataset_name=dataset_name, tags=tags)
+        if not self.is_world_process_zero():
+            return None
+        return push_student(
+            self.args.output_dir,
+            self.hub_model_id or self.args.hub_model_id or Path(self.args.output_dir).absolute().name,
+            merge_adapters=merge_adapters,
+            private=self.args.hub_private_repo if private is None else private,
+            force=force,
+            base_model=base_model,
+            tags=[tags] if isinstance(tags, str) else tags,
+            commit_message=commit_message,
+            revision=revision or self.args.hub_revision,
+            token=token or self.args.hub_token,
+        )
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -258,17 +324,26 @@ class DistillationTrainer(SFTTrainer):
         dataset_name: str | None = None,
         tags: str | list[str] | None = None,
     ) -> None:
-        """Writes `README.md` into the output folder: what was distilled from what, how, and how well."""
+        """Writes `README.md` into the output folder: what was distilled from what, how, and how well. `dataset_name` is
+        a Hub id; of a local place the last part is told.
+        """
+        if dataset_name is not None:
+            self.record["data.name"] = public_value(dataset_name)
+            if not os.path.exists(dataset_name):
+                self.record["run.dataset"] = dataset_name
         if self.is_world_process_zero():
-            hub.write_model_card(
-                self.args.output_dir,
-                model=self.model,
-                name=model_name or "student",
-                dataset_name=dataset_name,
-                tags=[*hub.TAGS, *([tags] if isinstance(tags, str) else tags or [])],
-                record=self._record,
-                log_history=self.state.log_history,
-            )
+            folder = Path(self.args.output_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_run(folder)
+            tags = [tags] if isinstance(tags, str) else tags
+            name = model_name or (self.args.hub_model_id or folder.absolute().name).split("/")[-1]
+            hub.write_model_card(folder, name=name, tags=tags)
+
+    def _write_run(self, folder: Path) -> None:
+        how = circumstances(
+            self.command, self.state.global_step, self.state.log_history, self.accelerator.num_processes
+        )
+        write_run(folder, self.record | how, self.options)
 
     def report(self, max_texts: int | None = 1000) -> GapReport:
         """What the student, as it is now, is beside its teacher on `eval_dataset` (several are domains): quality,
@@ -344,12 +419,22 @@ def _show_table(trainer: DistillationTrainer) -> None:
         trainer.add_callback(NotebookTable())
 
 
+def _name(model: Any) -> str:
+    return model if isinstance(model, str) else model.config._name_or_path
+
+
+def _teachers_name(teacher: Any) -> dict[str, str]:
+    """As an option, where the argument was given and is one."""
+    name = teacher if isinstance(teacher, str) else getattr(getattr(teacher, "config", None), "_name_or_path", None)
+    return {"teacher_model_name_or_path": name} if name else {}
+
+
 def _last_checkpoint(args: DistillationConfig) -> str | None:
     return get_last_checkpoint(args.output_dir) if os.path.isdir(args.output_dir) else None
 
 
 def _load_tokenizer(model: Any, args: DistillationConfig) -> PreTrainedTokenizerBase:
-    name = model if isinstance(model, str) else model.config._name_or_path
+    name = _name(model)
     revision = (args.model_init_kwargs or {}).get("revision") if isinstance(model, str) else None
     try:
         return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)

@@ -32,7 +32,7 @@ Answer = tuple[int, dict[str, str], bytes]
 
 @dataclass
 class Hub:
-    """Dataset repositories with one branch, and the card of a teacher."""
+    """Model and dataset repositories with one branch, and the card of a teacher."""
 
     url: str = ""
     files: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -40,9 +40,9 @@ class Hub:
     objects: dict[str, bytes] = field(default_factory=dict)
     """Large files by their SHA-256."""
     large: bool = False
-    """Whether shards are large files."""
+    """Whether shards and weights are large files."""
     cut: set[str] = field(default_factory=set)
-    """Files at which the connection breaks."""
+    """Files at which the connection breaks; large ones by their SHA-256 or their shard's name."""
     commits: list[list[str]] = field(default_factory=list)
     puts: Counter[str] = field(default_factory=Counter)
     sent: Counter[str] = field(default_factory=Counter)
@@ -67,16 +67,18 @@ class Hub:
             return 200, {}, b""
         if found := re.fullmatch(r"/objects/(\w+)", path):
             return self.put(found[1], body)
-        if found := re.fullmatch(r"/datasets/(.+/.+)\.git/info/lfs/objects/batch", path):
+        if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)\.git/info/lfs/objects/batch", path):
             return self.batch(json.loads(body)["objects"])
         if found := re.fullmatch(rf"/{TEACHER}/resolve/{REVISION}/README.md", path):
             return self.read("teacher", b"---\nlicense: apache-2.0\n---\n", REVISION, method, headers["Range"])
-        if found := re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
+        if found := re.fullmatch(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/[^/]+/(.+)", path):
             return self.resolve(found[1], found[2], method, headers["Range"])
-        if found := re.fullmatch(r"/api/datasets/([^/]+/[^/]+)(?:/(\w[\w-]*)/[^/]+)?/?", path):
-            if found[1] not in self.files:
+        if found := re.fullmatch(r"/api/(datasets/|models/)([^/]+/[^/]+)(?:/(\w[\w-]*)/[^/]+)?/?", path):
+            if found[2] not in self.files:
                 return 404, {"X-Error-Code": "RepoNotFound"}, b""
-            return self.api(found[1], found[2], body)
+            return self.api(found[1].replace("models/", ""), found[2], found[3], body)
+        if found := re.fullmatch(r"/api/models/[^/]+/[^/]+/tree/[^/]+/.+", path):
+            return 404, {"X-Error-Code": "EntryNotFound"}, b""  # there are no folders
         return 404, {}, b""
 
     def create(self, asked: dict[str, Any], token: str | None) -> Answer:
@@ -87,10 +89,11 @@ class Hub:
         repo = f"{asked['organization']}/{asked['name']}"
         status = 409 if repo in self.files else 200
         self.files.setdefault(repo, {".gitattributes": b""})
-        return as_json({"url": f"{self.url}/datasets/{repo}"}, status)
+        kind = "datasets/" if asked.get("type") == "dataset" else ""
+        return as_json({"url": f"{self.url}/{kind}{repo}"}, status)
 
     def put(self, oid: str, content: bytes) -> Answer | None:
-        if shard_name(oid) in self.cut:
+        if self.cut & {oid, shard_name(oid)}:
             return None
         assert hashlib.sha256(content).hexdigest() == oid
         self.objects[oid] = content
@@ -103,11 +106,11 @@ class Hub:
                 each["actions"] = {"upload": {"href": f"{self.url}/objects/{each['oid']}"}}
         return as_json({"transfer": "basic", "objects": asked})
 
-    def api(self, repo: str, action: str | None, body: bytes) -> Answer | None:
+    def api(self, kind: str, repo: str, action: str | None, body: bytes) -> Answer | None:
         files = self.files[repo]
         if action == "preupload":
             asked = [each["path"] for each in json.loads(body)["files"]]
-            is_large = [self.large and path.endswith(".parquet") for path in asked]
+            is_large = [self.large and path.endswith((".parquet", ".safetensors")) for path in asked]
             return as_json(
                 {
                     "files": [
@@ -121,8 +124,10 @@ class Hub:
                     ]
                 }
             )
+        if action == "auth-check":
+            return (200 if repo.startswith("somebody/") else 403), {}, b""
         if action == "commit":
-            return self.commit(repo, [json.loads(line) for line in body.splitlines()])
+            return self.commit(kind, repo, [json.loads(line) for line in body.splitlines()])
         if action == "tree":
             return as_json([self.entry(path, content) for path, content in sorted(files.items())])
         if action == "paths-info":
@@ -133,7 +138,7 @@ class Hub:
     def entry(self, path: str, content: bytes) -> dict[str, Any]:
         return {"type": "file", "path": path, "size": len(content), "oid": object_id(content, False)}
 
-    def commit(self, repo: str, lines: list[dict[str, Any]]) -> Answer | None:
+    def commit(self, kind: str, repo: str, lines: list[dict[str, Any]]) -> Answer | None:
         added = {line["value"]["path"]: line for line in lines if line["key"] in ("file", "lfsFile")}
         if self.cut & added.keys():
             return None
@@ -142,9 +147,12 @@ class Hub:
             self.files[repo][path] = (
                 self.objects[line["value"]["oid"]] if is_large else base64.b64decode(line["value"]["content"])
             )
+        for line in lines:
+            if line["key"] == "deletedFile":
+                del self.files[repo][line["value"]["path"]]
         self.commits.append(sorted(added))
         sha = self.revision(repo)
-        url = f"{self.url}/datasets/{repo}/commit/{sha}"
+        url = f"{self.url}/{kind}{repo}/commit/{sha}"
         return as_json({"commitUrl": url, "commitOid": sha, "pullRequestUrl": None})
 
     def revision(self, repo: str) -> str:
@@ -222,8 +230,8 @@ def home(tmp_path: Path) -> Path:
     return folder
 
 
-def python(hub: Hub, home: Path, program: str, **more: str) -> list[str]:
-    """The lines that a program prints in a process of its own."""
+def python(hub: Hub, home: Path, program: str, *arguments: str, **more: str) -> list[str]:
+    """The lines that a program prints in a process of its own, where its first arguments are `home` and `REPO`."""
     environment = os.environ | {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
@@ -235,7 +243,7 @@ def python(hub: Hub, home: Path, program: str, **more: str) -> list[str]:
         "LOGNAME": PERSON,
         **more,
     }
-    command = [sys.executable, "-c", textwrap.dedent(program), str(home), REPO]
+    command = [sys.executable, "-c", textwrap.dedent(program), str(home), REPO, *arguments]
     process = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr[-5000:]
     return process.stdout.splitlines()

@@ -51,9 +51,9 @@ def measured() -> dict[str, dict[str, Any]]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("task", TASKS)
-def test_the_estimate_is_within_a_tenth_of_the_measured_peak(measured: dict[str, dict[str, Any]], task: str) -> None:
+def test_the_measured_peak_is_a_little_below_the_estimate(measured: dict[str, dict[str, Any]], task: str) -> None:
     result = measured[task]
-    assert result["measured"] == pytest.approx(result["estimated"], rel=0.1), result
+    assert 0.85 < result["measured"] / result["estimated"] < 1.1, result
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "mixtral", "qwen3_moe", "mamba", "gpt2", "gemma3"])

@@ -165,6 +165,21 @@ def test_packed_documents_are_asked_one_by_one(
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
+def test_a_check_asks_a_few_texts_and_says_what_cannot_be_compared(
+    tmp_path: Path, student: str, tokenizer: PreTrainedTokenizerBase, texts: Dataset, server: str
+) -> None:
+    trainer = DistillationTrainer(
+        model=student,
+        args=make_config(tmp_path / "out", teacher_server_url=server, teacher_server_k=8),
+        train_dataset=texts.select(range(8)),
+        processing_class=tokenizer,
+    )
+    found = {finding.what: finding for finding in trainer.check().findings}
+    assert (found["teacher"].level, found["time"].level, found["divergence"].level) == ("green", "green", "green")
+    assert found["loss"].level == "skipped"
+    assert "a part of its distribution" in found["loss"].said
+
+
 def test_evaluation_asks_too(
     tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokenizerBase, server: str
 ) -> None:

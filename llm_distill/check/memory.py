@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed as hf_deepspeed
 from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
@@ -51,7 +54,8 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self) if f.name != "total"}
-        return f"{size(self.total)} ({', '.join(f'{name} {size(value)}' for name, value in parts.items() if value)})"
+        said = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value >= 2**19)
+        return size(self.total) + (f" ({said})" if said else "")
 
 
 def size(count: float) -> str:
@@ -207,7 +211,7 @@ def _traced(
         del config.quantization_config  # its bits are counted, its kernels cannot run here
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None  # PyTorch's own, which keeps what the other fused ones keep
-    with torch.device("meta"):
+    with torch.device("meta"), _unpartitioned():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     weights = _weight_bytes(model, bits, share, mixed or dtype)
     if bits or args is None:
@@ -242,7 +246,7 @@ def _trace(
 ) -> _Trace:
     """`learner` is `model` or has it inside, with adapters; its gradients are in its weights' dtype or `own_dtype`."""
     if args is not None and args.gradient_checkpointing:
-        model.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        checkpoint_activations(model, args)
         if learner is not model:
             model.enable_input_require_grads()
     learner.train(args is not None)
@@ -289,6 +293,13 @@ def _trace(
     )
 
 
+def checkpoint_activations(model: PreTrainedModel | PeftModel, args: DistillationConfig) -> None:
+    """As `Trainer.train` does."""
+    options = dict(args.activation_checkpointing_kwargs or {})
+    how = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+    model.activation_checkpointing_enable(options or None, **how)
+
+
 def _to_cpu_without_storage(model: nn.Module) -> None:
     """From the meta device, which knows neither autocast nor fused attention; what is shared stays so."""
     made: dict[int, Tensor] = {}
@@ -300,6 +311,17 @@ def _to_cpu_without_storage(model: nn.Module) -> None:
             if isinstance(old, nn.Parameter):
                 new = made[id(old)] = new if isinstance(new, nn.Parameter) else nn.Parameter(new, old.requires_grad)
             module.__dict__["_buffers" if name in module._buffers else "_parameters"][name] = new
+
+
+@contextmanager
+def _unpartitioned() -> Iterator[None]:
+    """ZeRO-3 would take the weights of every model that is made in its run."""
+    config = hf_deepspeed._hf_deepspeed_config_weak_ref
+    hf_deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        hf_deepspeed._hf_deepspeed_config_weak_ref = config
 
 
 def _bytes(tensor: Tensor) -> int:

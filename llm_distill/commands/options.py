@@ -7,23 +7,34 @@ import difflib
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict
     from trl import ModelConfig, ScriptArguments
 
-    from llm_distill.config import CaptureConfig, DistillationConfig
+    from llm_distill.config import CaptureConfig, CheckConfig, DistillationConfig, StartConfig
     from llm_distill.evaluation.config import EvaluateConfig
     from llm_distill.generation.config import GenerateConfig
     from llm_distill.trainer import DistillationTrainer
 
 HELD_OUT = ("test", "validation", "train")
 """Splits to evaluate on, the first that is there."""
+
+HELP = {
+    "check": {
+        "description": "Says in seconds what can be known of a training run before its first step: whether student and "
+        "teacher load and fit, memory, time, whether the teacher is better on this data, what the licences ask. Takes "
+        "every option of `llm-distill train`. Exits with status 1 where something is red.",
+        "epilog": "example: llm-distill check --config run.yaml --json found.json",
+    },
+}
+"""What `--help` says above and below the options."""
 
 
 @contextmanager
@@ -87,13 +98,24 @@ def parse_train(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfi
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), or a value that cannot be.
     """
-    script, args, model, *_ = _parse(argv, "train")
-    return script, args, model
+    return parse_start(argv)[:3]
+
+
+def parse_start(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, StartConfig]:
+    """Those of `parse_train`, and how the run starts. Raises as it does."""
+    script, args, model, start, *_ = _parse(argv, "train")
+    return script, args, model, start
+
+
+def parse_check(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, CheckConfig]:
+    """Those of `train` (so that its YAML serves here too), and where the result is written. Raises as `parse_train`."""
+    script, args, model, options, *_ = _parse(argv, "check")
+    return script, args, model, options
 
 
 def parse_capture(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, CaptureConfig]:
     """Those of `train` (so that its YAML serves here too), and what is kept. Raises as `parse_train`."""
-    script, args, model, options = _parse(argv, "capture")
+    script, args, model, options, *_ = _parse(argv, "capture")
     return script, args, model, options
 
 
@@ -186,30 +208,58 @@ def _add_part(data: DatasetDict, split: str) -> None:
         data[split] = data[whole].select(range(part.from_, part.to))
 
 
+class Parser(argparse.ArgumentParser):
+    """For a command with a few arguments of its own; its errors are for `errors_in_one_line`."""
+
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(
+            prog=f"llm-distill {command}",
+            description=description,
+            epilog=f"example:\n{example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Raises ValueError for an unknown flag, with the nearest known one, and for what is missing."""
+        known = {flag.lstrip("-").replace("-", "_") for action in self._actions for flag in action.option_strings}
+        given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
+        _refuse_unknown(self.prog, given, known)
+        return self.parse_args(argv)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `{self.prog} --help` shows what it takes.")
+
+
 def _parse(argv: Sequence[str], command: str) -> list[Any]:
-    """What `train` and `capture` take."""
+    """What `train`, `check` and `capture` take, and in a YAML what the others of them take."""
     from trl import ModelConfig, ScriptArguments
 
-    from llm_distill.config import CaptureConfig, DistillationConfig
+    from llm_distill.config import CaptureConfig, CheckConfig, DistillationConfig, StartConfig
 
     groups = (ScriptArguments, DistillationConfig, ModelConfig)
-    if command == "capture":
-        return _parse_groups(argv, command, (*groups, CaptureConfig))
-    return _parse_groups(argv, command, groups, with_cache=CaptureConfig)
+    own = {"train": StartConfig, "check": CheckConfig, "capture": CaptureConfig}[command]
+    others = {StartConfig, CaptureConfig} - {own}
+    return _parse_groups(argv, command, (*groups, own), in_yaml=others)
 
 
 def _parse_groups(
-    argv: Sequence[str], command: str, groups: tuple[Any, ...], with_cache: type | None = None
+    argv: Sequence[str], command: str, groups: tuple[Any, ...], in_yaml: AbstractSet[type] = frozenset()
 ) -> list[Any]:
-    """One object for each group. A YAML that sets `teacher_cache` may have the options of `with_cache` too."""
+    """One object for each group. A YAML may have the options of `in_yaml` too, those of a capture if it sets
+    `teacher_cache`.
+    """
     from trl import TrlParser
+
+    from llm_distill.config import CaptureConfig
 
     argv = [part for given in argv for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
     path = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
     content = {} if path is None else _read_yaml(path)
-    in_file_only = [with_cache] if with_cache is not None and content.get("teacher_cache") else []
+    in_file_only = [group for group in in_yaml if group is not CaptureConfig or content.get("teacher_cache")]
+    in_file_only = [group for group in in_file_only if any(each.name in content for each in fields(group))]
     groups = (*groups, *in_file_only)
-    parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False)
+    parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False, **HELP.get(command, {}))
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
     known = {flag.lstrip("-").replace("-", "_") for action in parser._actions for flag in action.option_strings}
     in_file = [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]

@@ -6,30 +6,11 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from llm_distill.leaks import key_patterns
+
 E_MAIL = re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+")
 IBAN = re.compile(r"\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?\b")
 CARD = re.compile(r"\b\d(?:[ -]?\d){12,18}\b")
-PLUGINS = (
-    "AWSKeyDetector",
-    "AzureStorageKeyDetector",
-    "BasicAuthDetector",
-    "DiscordBotTokenDetector",
-    "GitHubTokenDetector",
-    "GitLabTokenDetector",
-    "JwtTokenDetector",
-    "MailchimpDetector",
-    "NpmDetector",
-    "OpenAIDetector",
-    "PrivateKeyDetector",
-    "PypiTokenDetector",
-    "SendGridDetector",
-    "SlackDetector",
-    "SquareOAuthDetector",
-    "StripeDetector",
-    "TelegramBotTokenDetector",
-    "TwilioKeyDetector",
-)
-"""Of detect-secrets, those that know the form of a key; its guesses by entropy would take much code for secrets."""
 
 
 class PrivateData:
@@ -45,13 +26,11 @@ class PrivateData:
         import phonenumbers
         import stdnum.iban
         import stdnum.luhn
-        from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
         self._region = region
         self._phones: Any = phonenumbers.PhoneNumberMatcher
         self._iban, self._luhn = stdnum.iban, stdnum.luhn
-        classes = {each.__name__: each for each in get_mapping_from_secret_type_to_class().values()}
-        self._keys = [pattern for name in PLUGINS if name in classes for pattern in classes[name]().denylist]
+        self._keys = key_patterns()
 
     def masked(self, text: str) -> str:
         """The text with [EMAIL], [KEY], … in place of what was found; itself if that is nothing."""

@@ -82,7 +82,7 @@ class LiveTeacher(Teacher):
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         if self.tokenizer is not None:
-            _require_same_ids(self.tokenizer, tokenizer)
+            require_same_ids(self.tokenizer, tokenizer)
         else:
             warnings.warn(
                 "the teacher came without a tokenizer, so only the sizes of the vocabularies could be compared. Pass "
@@ -216,7 +216,7 @@ def _own_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenize
         return None
 
 
-def _require_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
+def require_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Equal sizes prove nothing: every token of the student must have the same id in the teacher's vocabulary."""
     theirs, ours = teacher.get_vocab(), student.get_vocab()
     different = [token for token, token_id in ours.items() if theirs.get(token) != token_id]

@@ -9,6 +9,7 @@ from shutil import which
 import capture_worker
 import pytest
 import yaml
+from datasets import Dataset
 from launch import CPU, Run, start
 from transformers import PreTrainedTokenizerBase
 
@@ -16,6 +17,7 @@ from llm_distill import TeacherCache
 
 pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's")
 pytestmark = pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs")
+RECIPES = Path(__file__).parents[2] / "recipes"
 KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance")
 
 
@@ -53,3 +55,27 @@ def test_a_capture_of_a_sharded_teacher_writes_the_files_of_one_rank(
     assert two.verify() == []
     assert len(two.shards) == 15
     assert {shard.name for shard in two.shards} == {shard.name for shard in one.shards}
+
+
+def test_a_check_before_weights_are_sharded_says_what_it_cannot_measure(
+    tmp_path: Path, saved: Path, texts: Dataset, on_cpu: Path
+) -> None:
+    texts.select(range(16)).to_json(tmp_path / "texts.jsonl")
+    options = {
+        "model_name_or_path": saved / "student",
+        "teacher_model_name_or_path": saved / "teacher",
+        "dataset_name": tmp_path / "texts.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_length": 64,
+        "max_steps": 1,
+        "use_cpu": True,
+        "activation_checkpointing": False,
+        "report_to": "none",
+    }
+    arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    process = start(RECIPES / "token_kl.py", *arguments, ranks=2, launcher=on_cpu)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-5000:]
+    assert "0.01 M of them trained" in output
+    assert output.count("skipped  losses, time") == 1
+    assert (tmp_path / "out" / "model.safetensors").exists()

@@ -1,0 +1,426 @@
+"""What is looked at before the first step: `trainer.check()` and, before weights are loaded, `check_configurations`."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from trl import SFTTrainer
+
+from llm_distill.check.licences import check_licences
+from llm_distill.check.memory import MemoryEstimate, estimate_memory, size
+from llm_distill.check.report import Finding, Report, merged
+from llm_distill.check.sample import Sample, difference, leaving_no_trace, listen, look, rows_of, stopwatch
+from llm_distill.config import DistillationConfig
+from llm_distill.data_checks import longest_sequence
+from llm_distill.heads import output_projection
+from llm_distill.teachers import AdaptersOffTeacher, CachedTeacher, EnsembleTeacher, LiveTeacher, ServedTeacher, Teacher
+from llm_distill.teachers.describe import vocabulary_size
+from llm_distill.teachers.live import require_same_ids
+
+SLACK = {"cpu": 1.5, "accelerator": 1.15}
+"""What an allocator may hold, as a multiple of what is alive: measured with glibc's, a rule of thumb elsewhere."""
+FEW = 0.05
+"""A share of counted positions below which most of a forward teaches nothing."""
+MANY = 0.1
+"""A share of texts that are cut, or in which nothing counts, above which one may want to know."""
+NO_DIVERGENCE = 1e-4
+"""Nats a token."""
+SIGMAS = 2.0
+SHORTEST = 8
+"""Tokens of a text, before the data is known."""
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+def check_trainer(trainer: SFTTrainer) -> Report:
+    """Everything that can be said before the first step, in seconds and leaving no trace; the same on all ranks.
+
+    Args:
+        trainer: a `DistillationTrainer`.
+    """
+    findings = [_student(trainer), *_teacher(trainer), _memory(trainer), *_texts(trainer), *_licences(trainer)]
+    if trainer.accelerator.num_processes > 1:
+        return merged(gather_object([Report(tuple(findings))]))
+    return Report(tuple(findings))
+
+
+def _student(trainer: SFTTrainer) -> Finding:
+    model, args = trainer.model, trainer.args
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 takes them out
+    count, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    said = f"{type(base).__name__}, {_millions(count)} parameters, {_millions(trained)} of them trained"
+    if not trained:
+        return Finding("red", "student", said, "nothing would be learned: is everything frozen?")
+    dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
+    if args.bf16 or args.fp16 or _bits(base) or dtypes == {torch.float32}:
+        return Finding("green", "student", said)
+    names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+    return Finding(
+        "amber",
+        "student",
+        f"{said}, in {names} without mixed precision",
+        "steps smaller than its precision are lost: dtype=float32 (with bf16 where there is a GPU)",
+    )
+
+
+def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
+    teacher, tokenizer = trainer.teacher, trainer.processing_class
+    if teacher is None:
+        yield Finding("skipped", "teacher", "there is none: kd_weight=0")
+        return
+    said = teacher.describe()
+    if isinstance(teacher, CachedTeacher):
+        yield Finding("green", "teacher", f"what {said.get('model') or 'it'} said is read from {teacher.cache.path}")
+    elif isinstance(teacher, ServedTeacher):
+        yield Finding("green", "teacher", f"{said.get('model')} answers, {teacher.k} tokens a row")
+    elif isinstance(teacher, AdaptersOffTeacher):
+        yield Finding("green", "teacher", "the student's own base, without its adapters")
+    else:
+        members = [member.describe() for member in _live(teacher)] or [said]
+        yield Finding("green", "teacher", "; ".join(_described(member) for member in members))
+    rows = f"the same ids for the student's {vocabulary_size(tokenizer):,} tokens"
+    heads = [output_projection(_base(model)).weight for model in (trainer.model, *(t.model for t in _live(teacher)))]
+    sizes = {len(head) for head in heads if head.dim() == 2 and head.shape[1] > 1 and len(head)}
+    padded = f"; output matrices padded to {', '.join(f'{n:,}' for n in sorted(sizes))} rows" if len(sizes) > 1 else ""
+    if any(member.tokenizer is None for member in _live(teacher)):
+        yield Finding(
+            "amber",
+            "tokenizers",
+            "the teacher has none beside its weights, so only the sizes of the vocabularies were compared",
+            "LiveTeacher(model, tokenizer), or save its tokenizer into its folder",
+        )
+    else:
+        yield Finding("green", "tokenizers", rows + padded)
+    templates = [member.tokenizer.chat_template for member in _live(teacher) if member.tokenizer is not None]
+    if tokenizer.chat_template and any(template != tokenizer.chat_template for template in templates):
+        yield Finding(
+            "amber",
+            "chat template",
+            "the teacher's is another, or it has none: it reads conversations in a form that it was not trained on",
+            "chat_template_path=TEACHER teaches the student the teacher's",
+        )
+    elif tokenizer.chat_template:
+        yield Finding("green", "chat template", "the teacher's" if templates else "the student's own")
+
+
+def _memory(trainer: SFTTrainer) -> Finding:
+    model, teacher, accelerator = trainer.model, trainer.teacher, trainer.accelerator
+    sharded = accelerator.distributed_type in SHARDED
+    longest = None if trainer.args.packing else longest_sequence(trainer.train_dataset)
+    try:
+        estimate = estimate_run(
+            model.config,
+            [member.model.config for member in _live(teacher)],
+            trainer.args,
+            peft_config=model.active_peft_config if isinstance(model, PeftModel) else None,
+            dtype=_base(model).dtype,
+            bits=_bits(_base(model)),
+            teacher_dtypes=[member.model.dtype for member in _live(teacher)],
+            teacher_bits=[_bits(member.model) for member in _live(teacher)],
+            ranks=accelerator.num_processes,
+            sharded=sharded,
+            device=accelerator.device.type,
+            length=longest,
+        )
+    except ValueError as error:
+        return Finding("amber", "memory", str(error), "watch its first steps")
+    there = estimate.teacher_weights + (0 if sharded else estimate.weights)
+    return memory_finding(estimate, accelerator.device, loaded=there)
+
+
+def estimate_run(
+    student: PreTrainedConfig,
+    teachers: list[PreTrainedConfig],
+    args: DistillationConfig,
+    *,
+    teacher_dtypes: list[Any],
+    teacher_bits: list[int | None],
+    **options: Any,
+) -> MemoryEstimate:
+    """As `estimate_memory`, with any number of teachers in memory, one of which runs at a time."""
+    estimates = [
+        estimate_memory(student, config, args, teacher_dtype=dtype, teacher_bits=bits, **options)
+        for config, dtype, bits in zip(teachers, teacher_dtypes, teacher_bits, strict=True)
+    ] or [estimate_memory(student, None, args, **options)]
+    largest = max(estimates, key=lambda estimate: estimate.total)
+    others = sum(estimate.teacher_weights for estimate in estimates) - largest.teacher_weights
+    return MemoryEstimate(
+        **vars(largest) | {"total": largest.total + others, "teacher_weights": largest.teacher_weights + others}
+    )
+
+
+def memory_finding(estimate: MemoryEstimate, device: torch.device, loaded: int = 0, what: str = "") -> Finding:
+    """The estimate against what is free on this rank, of which `loaded` bytes are taken already."""
+    free = free_memory(device) + loaded
+    slack = SLACK["cpu" if device.type == "cpu" else "accelerator"]
+    said = f"{what}{estimate}, of {size(free)} {'RAM' if device.type == 'cpu' else 'on the device'}"
+    todo = (
+        "a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
+        "gradient_checkpointing, LoRA (use_peft), a teacher in 4 bits or from a cache, or FSDP over more devices"
+    )
+    if estimate.total > free:
+        return Finding("red", "memory", said, todo)
+    if estimate.total * slack > free:
+        return Finding("amber", "memory", f"{said}: little room for what the allocator holds beside", todo)
+    return Finding("green", "memory", said)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank may still take: of its accelerator, or its share of the machine's (or container's) RAM."""
+    if device.type == "cuda":
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + held
+    free = psutil.virtual_memory().available
+    with suppress(OSError, ValueError):  # no container, or one without a limit
+        group = Path("/sys/fs/cgroup")
+        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(statistics["inactive_file"]))
+    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
+def _texts(trainer: SFTTrainer) -> Iterator[Finding]:
+    """What is seen of a sample of the data: alone, and with student and teacher. The same on all ranks."""
+    sample, failed, runs = Sample(), None, trainer.accelerator.distributed_type not in SHARDED
+    try:
+        with leaving_no_trace(trainer):
+            sample, batches = look(trainer, rows_of(trainer))
+            if runs and sample.counted:
+                listen(trainer, batches, sample)
+                stopwatch(trainer, batches, sample)
+    except ValueError as error:
+        failed = Finding("red", "data", str(error))
+    except torch.OutOfMemoryError as error:
+        failed = Finding(
+            "red", "time", f"a micro-batch of {trainer.args.per_device_train_batch_size} does not fit: {error}"
+        )
+    samples, failures = zip(*gather_object([(sample, failed)]), strict=True)
+    sample = Sample.of_ranks(samples)
+    yield from filter(None, failures)
+    if sample.texts:
+        yield from _data(trainer, sample)
+    if not sample.counted or any(failures):
+        return
+    if runs:
+        yield from _losses(trainer, sample)
+        yield _time(trainer, sample)
+    else:
+        yield Finding(
+            "skipped",
+            "losses, time",
+            "not measured: until training starts, no rank has a student that fits to a sharded teacher",
+            "llm-distill check in one process, where both fit",
+        )
+
+
+def _data(trainer: SFTTrainer, sample: Sample) -> Iterator[Finding]:
+    args, tokenizer = trainer.args, trainer.processing_class
+    share = f"{sample.counted / sample.tokens:.1%} of {sample.tokens:,} tokens in {sample.texts:,} texts count"
+    masked = "is max_length shorter than the prompts, or does the chat template mark no assistant turn?"
+    if not sample.counted:
+        yield Finding("red", "what counts", f"{share}: every label is masked", masked)
+        return
+    if sample.counted < FEW * sample.tokens or sample.silent > MANY * sample.texts:
+        said = f"{share}; nothing counts in {sample.silent:,} texts" if sample.silent else share
+        yield Finding("amber", "what counts", said, f"the other tokens cost time and teach nothing: {masked}")
+    else:
+        yield Finding("green", "what counts", share)
+    if args.packing:
+        yield Finding("skipped", "cut texts", "not seen in packed rows")
+    elif args.max_length and sample.lengths:
+        cut = sum(length >= args.max_length for length in sample.lengths)
+        said = f"{cut:,} of {len(sample.lengths):,} texts fill max_length={args.max_length}: they are most likely cut"
+        if cut > MANY * len(sample.lengths):
+            todo = "a larger max_length, or packing=true with packing_strategy=wrapped, which goes on in the next row"
+            yield Finding("amber", "cut texts", said, todo)
+        else:
+            yield Finding("green", "cut texts", said if cut else f"none fills max_length={args.max_length}")
+    end = f"{tokenizer.eos_token} (EOS)"
+    if sample.ends:
+        yield Finding("green", "end of text", f"{end} is taught {sample.ends:,} times in {sample.texts:,} texts")
+    elif sample.ends_seen:
+        why = (
+            ", as where labels are masked by the padding token's id"
+            if tokenizer.pad_token_id == tokenizer.eos_token_id
+            else ""
+        )
+        todo = (
+            "a pad_token of its own (--pad_token)"
+            if tokenizer.pad_token_id == tokenizer.eos_token_id
+            else "let the labels include it"
+        )
+        yield Finding("amber", "end of text", f"{end} is there {sample.ends_seen:,} times and never counts{why}", todo)
+    else:
+        yield Finding(
+            "amber",
+            "end of text",
+            f"{end} is in none of the texts: the student will not learn to stop",
+            "end texts and answers with it; is a chat template's end of turn another token (--eos_token)?",
+        )
+
+
+def _losses(trainer: SFTTrainer, sample: Sample) -> Iterator[Finding]:
+    if sample.divergence_from_itself is not None:
+        said = f"student beside itself: {sample.divergence_from_itself:.1e} nats a token"
+        if sample.divergence_from_itself < NO_DIVERGENCE:
+            yield Finding("green", "divergence", said)
+        else:
+            yield Finding("red", "divergence", f"{said}, and must be 0", "the loss is wrong on this machine: report it")
+    total, tokens = sample.student_loss
+    alone = f"the student's is {total / tokens:.3f} nats a token" if tokens else "nothing counted"
+    if isinstance(trainer.teacher, AdaptersOffTeacher):
+        yield Finding("green", "loss", f"{alone}, and at the start the teacher's too")
+        return
+    if not sample.losses:
+        why = "there is no teacher" if trainer.teacher is None else "the teacher tells a part of its distribution"
+        yield Finding("skipped", "loss", f"{alone}; {why} to compare with it")
+        return
+    teacher, student, mean, error = difference(sample.losses)
+    said = (
+        f"teacher {teacher:.3f}, student {student:.3f} nats a token on {len(sample.losses):,} texts (difference "
+        f"{mean:+.3f} ± {SIGMAS * error:.3f}, two standard errors, paired by text)"
+    )
+    if mean + SIGMAS * error < 0:
+        yield Finding("green", "loss", said)
+        return
+    verdict = "the teacher is worse" if mean - SIGMAS * error > 0 else "the teacher is not clearly better"
+    yield Finding(
+        "amber",
+        "loss",
+        f"{said}: {verdict}",
+        "a student of such a teacher often ends worse than one of the text alone: a teacher that knows this data, its "
+        "own texts (llm-distill generate), or a larger ce_weight",
+    )
+
+
+def _time(trainer: SFTTrainer, sample: Sample) -> Finding:
+    args = trainer.args
+    seconds = sorted(sample.seconds)[len(sample.seconds) // 2] * args.gradient_accumulation_steps
+    said, steps = f"{seconds:.2g} s a step without the optimizer's", args.max_steps
+    if steps <= 0 and isinstance(trainer.train_dataset, Dataset):
+        batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * trainer.accelerator.num_processes))
+        steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    whole = f", {_duration(seconds * steps)} for {steps:,} steps" if steps > 0 else ""
+    return Finding("green", "time", said + whole)
+
+
+def _licences(trainer: SFTTrainer) -> Iterator[Finding]:
+    base, teacher = _base(trainer.model), trainer.teacher
+    teachers = [(member.model.config._name_or_path, member.describe().get("revision")) for member in _live(teacher)]
+    if teacher is not None and not teachers and not isinstance(teacher, AdaptersOffTeacher):
+        teachers = [(teacher.describe().get("model") or "", teacher.describe().get("revision"))]
+    yield from check_licences((base.config._name_or_path, getattr(base.config, "_commit_hash", None)), teachers)
+
+
+def check_configurations(
+    student: str,
+    args: DistillationConfig,
+    *,
+    revision: str | None = None,
+    peft_config: PeftConfig | None = None,
+    bits: int | None = None,
+    dtype: Any = "float32",
+) -> Report:
+    """What can be said before weights are loaded: whether student and teacher are there and fit to each other, and
+    whether they fit into memory with the shortest of texts.
+    """
+    findings, configs, tokenizers = [], {}, {}
+    named = {"student": (student, revision)}
+    if args.teacher_model_name_or_path and not args.teacher_server_url and not args.teacher_cache:
+        named["teacher"] = (args.teacher_model_name_or_path, args.teacher_model_revision)
+    for role, (name, commit) in named.items():
+        options = {"revision": commit, "trust_remote_code": args.trust_remote_code}
+        try:
+            configs[role] = AutoConfig.from_pretrained(name, **options)
+            tokenizers[role] = AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError, KeyError) as error:
+            said = f"{name!r} cannot be loaded: {' '.join(str(error).split())}"
+            todo = "check the name, HF_TOKEN for a gated repository, HF_HUB_OFFLINE"
+            findings.append(Finding("red", role, said, todo))
+        else:
+            findings.append(
+                Finding("green", role, f"{configs[role].model_type}: configuration and tokenizer are there")
+            )
+    if len(tokenizers) == 2:
+        try:
+            require_same_ids(tokenizers["teacher"], tokenizers["student"])
+            findings.append(Finding("green", "tokenizers", "the same ids for the student's tokens"))
+        except ValueError as error:
+            findings.append(Finding("red", "tokenizers", str(error)))
+    if "student" in configs:
+        findings.append(_least_memory(configs, args, peft_config, bits, dtype))
+    findings += check_licences(named["student"], [named["teacher"]] if "teacher" in named else [])
+    return Report(tuple(findings))
+
+
+def _least_memory(
+    configs: dict[str, PreTrainedConfig], args: DistillationConfig, peft_config: Any, bits: int | None, dtype: Any
+) -> Finding:
+    assert isinstance(args.teacher_model_init_kwargs, dict), "DistillationConfig has parsed it"
+    is_sharded = any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED"))
+    try:
+        estimate = estimate_memory(
+            configs["student"],
+            configs.get("teacher"),
+            args,
+            peft_config=peft_config,
+            dtype=dtype,
+            bits=bits,
+            teacher_dtype=args.teacher_model_init_kwargs.get("dtype", "auto"),
+            teacher_bits=4 if args.teacher_load_in_4bit else 8 if args.teacher_load_in_8bit else None,
+            ranks=args.world_size,
+            sharded=is_sharded,
+            device=args.device.type,
+            length=SHORTEST,
+        )
+    except ValueError as error:
+        return Finding("amber", "memory", str(error), "watch its first steps")
+    return memory_finding(estimate, args.device, what=f"with texts of {SHORTEST} tokens, ")
+
+
+def _live(teacher: Teacher | None) -> list[LiveTeacher]:
+    """Those of it that are models in memory."""
+    if isinstance(teacher, EnsembleTeacher):
+        return [live for member in teacher.teachers for live in _live(member)]
+    if isinstance(teacher, CachedTeacher):
+        return _live(teacher.live)
+    return [teacher] if isinstance(teacher, LiveTeacher) else []
+
+
+def _base(model: Any) -> PreTrainedModel:
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def _bits(model: Any) -> int | None:
+    return (
+        4 if getattr(model, "is_loaded_in_4bit", False) else 8 if getattr(model, "is_loaded_in_8bit", False) else None
+    )
+
+
+def _described(said: dict[str, Any]) -> str:
+    """A teacher, as `describe` tells of it."""
+    bits, parameters = said.get("bits"), said.get("parameters")
+    parts = [said.get("model") or said.get("architecture"), _millions(parameters) if parameters else None]
+    return ", ".join(str(part) for part in [*parts, said.get("dtype"), f"{bits} bits" if bits else None] if part)
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,1 @@
+"""A student in other programs' formats, written by their own libraries and verified before it is left."""
