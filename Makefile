@@ -4,7 +4,7 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint con
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check format test test-served bench clean
+.PHONY: help setup demo check docs notebooks format test test-served bench clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -25,11 +25,17 @@ setup: .venv/ready ## make the .venv with everything for development
 demo: .venv/runs ## teacher, two students, one table: about four minutes on two cores
 	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/demo.py
 
-check: setup ## lint, types, import order
+check: setup docs ## lint, types, import order, the documentation
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/lint-imports
+
+docs: setup ## the documentation as a site, in build/site: links, references and examples that fail are errors
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict
+
+notebooks: setup ## run the notebooks in place: about five minutes on two cores
+	$(RUN)/python notebooks/execute.py
 
 format: setup ## mend what ruff can mend
 	$(RUN)/ruff check --fix .

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_checkpoint
+from transformers.utils import is_in_notebook
 from trl import SFTTrainer
 
 from llm_distill import data_checks, hub
@@ -120,6 +121,8 @@ class DistillationTrainer(SFTTrainer):
                     for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
                         data_checks.require_readable(dataset, name, self.data_collator)
             self.add_callback(_FlushTeacher(self.teacher))
+        if is_in_notebook():
+            _show_table(self)
         revision = (args.model_init_kwargs or {}).get("revision")
         self.record = run_record(self.objective, self.teacher, self.model, revision)
         if hasattr(sft.get("train_dataset"), "__len__"):
@@ -404,6 +407,16 @@ class _FlushTeacher(TrainerCallback):
         self.teacher.flush()
 
     on_epoch_end = on_train_end = on_evaluate = on_predict = on_save
+
+
+def _show_table(trainer: DistillationTrainer) -> None:
+    """In Jupyter the metrics get columns, unless progress is not to be shown."""
+    from transformers.utils.notebook import NotebookProgressCallback
+
+    from llm_distill.notebook import NotebookTable  # there is an IPython only there
+
+    if trainer.pop_callback(NotebookProgressCallback) is not None:
+        trainer.add_callback(NotebookTable())
 
 
 def _name(model: Any) -> str:

@@ -37,6 +37,8 @@ from llm_distill.ranks import ranks
 class Recipe:
     """Everything that the result depends on. Chosen so that the whole fits into five minutes on two CPU cores."""
 
+    corpus_characters: int | None = None
+    """How much of the embedded corpus; by default all."""
     vocab_size: int = 2048
     block: int = 128
     teacher_width: int = 160
@@ -61,7 +63,7 @@ class Corpus:
 
 
 def prepare_corpus(recipe: Recipe) -> Corpus:
-    files = load_corpus()
+    files = load_corpus(max_characters=recipe.corpus_characters)
     tokenizer = train_tokenizer(files["train"], recipe.vocab_size)
     train, heldout = (
         token_blocks(files[split], tokenizer, recipe.block).shuffle(seed=0) for split in ("train", "test")
@@ -103,7 +105,7 @@ def make_config(folder: Path, recipe: Recipe, steps: int, seed: int, **options: 
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         dataset_kwargs={"skip_prepare_dataset": True},  # blocks of tokens already
         **options,
     )

@@ -1,30 +1,42 @@
-"""The README's Python blocks and commands run as written, in a folder where `make demo` was run."""
+"""The Python blocks and commands of README.md and docs/ run as written, in a folder where `make demo` was run.
+
+A page is one session: its blocks run in order, a block with a title is written to the file of that name. What cannot
+run here (a GPU, a download) is ```text, or ```yaml without a title.
+"""
 
 from __future__ import annotations
 
+import ast
 import os
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import demo
 import pytest
+from warm import run_page, warm_process
 
 ROOT = Path(demo.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r'^( *)```(\w*)(?: title="([^"]+)")?\n(.*?)^\1```$', flags=re.DOTALL | re.MULTILINE)
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks_of(page: Path) -> list[tuple[str, str, str]]:
+    """(language, file, text) of each block that is to be run or written."""
+    found = []
+    for indent, language, file, text in FENCE.findall(page.read_text()):
+        if file or language in ("python", "bash"):
+            found.append((language, file, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)))
+    return found
 
 
-@pytest.fixture(scope="module")
-def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def leave_a_demo(root: Path, recipe: demo.Recipe) -> Path:
     """A folder as the demo leaves it, but for the training: its teacher, student and tokenizer, and the recipes."""
-    recipe = demo.Recipe()
     tokenizer = demo.prepare_corpus(recipe).tokenizer
-    root = tmp_path_factory.mktemp("after_the_demo")
     teacher = demo.make_model(recipe, recipe.teacher_width, recipe.teacher_layers, seed=0)
     student = demo.make_model(recipe, recipe.student_width, recipe.student_layers, seed=1)
     for name, model in (("teacher", teacher), ("student", student)):
@@ -37,32 +49,51 @@ def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def run(command: list[str] | str, folder: Path) -> None:
+@pytest.fixture(scope="module")
+def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return leave_a_demo(tmp_path_factory.mktemp("after_the_demo"), demo.Recipe())
+
+
+@pytest.fixture(scope="module")
+def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same models, with a tokenizer that has read less."""
+    return leave_a_demo(tmp_path_factory.mktemp("small_demo"), demo.Recipe(corpus_characters=1_000_000))
+
+
+@pytest.fixture(scope="module")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """Where a warm process listens, and the PATH on which its `llm-distill` is found, and then that of this Python."""
+    folder = tmp_path_factory.mktemp("warm")
+    with warm_process(folder) as address:
+        yield address, f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}"
+
+
+def run(command: str, folder: Path) -> None:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment,
-        shell=isinstance(command, str),
-        capture_output=True,
-        text=True,
-        timeout=540,
-    )
+    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=folder, env=environment, shell=True, capture_output=True, text=True, timeout=540)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
-def test_the_python_blocks_run_as_written(after_the_demo: Path) -> None:
-    found = blocks("python")
-    assert len(found) == 2
-    for block in found:
-        run([sys.executable, "-c", block], after_the_demo)
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
+def test_the_blocks_run_as_written(page: Path, small_demo: Path, warm: tuple[str, str], tmp_path: Path) -> None:
+    folder = tmp_path / "page"
+    shutil.copytree(small_demo, folder, symlinks=True)
+    address, path = warm
+    run_page(address, blocks_of(page), folder, path)
 
 
-@pytest.mark.parametrize("block", blocks("bash"))
-def test_the_commands_run_as_written(after_the_demo: Path, block: str) -> None:
-    for command in block.splitlines():
-        run(command, after_the_demo)
+@pytest.mark.parametrize(
+    "block", [("python", "", "1 / 0"), ("bash", "", "false; true"), ("bash", "", "llm-distill train --divergenze tvd")]
+)
+def test_a_block_that_fails_is_seen(block: tuple[str, str, str], warm: tuple[str, str], tmp_path: Path) -> None:
+    address, path = warm
+    with pytest.raises(AssertionError, match=r"ZeroDivisionError|CalledProcessError"):
+        run_page(address, [block], tmp_path, path)
+
+
+def test_the_installed_command_is_what_the_pages_ran(small_demo: Path) -> None:
+    run("llm-distill train --config recipes/example.yaml --max_steps 1 --dataset_test_split none", small_demo)
 
 
 def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> None:
@@ -77,6 +108,22 @@ def test_the_recipe_writes_and_teaches_without_an_argument(after_the_demo: Path)
     assert (after_the_demo / "runs" / "sequence_kd" / "student" / "model.safetensors").is_file()
 
 
+def test_troubleshooting_quotes_what_the_code_says() -> None:
+    """A message that nobody can meet any more is not to be looked up."""
+    said = [
+        re.sub(r"\s+", " ", "".join(part.value if isinstance(part, ast.Constant) else "…" for part in parts))
+        for path in (ROOT / "llm_distill").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        for parts in [getattr(node, "values", [node]) if isinstance(node, ast.JoinedStr | ast.Constant) else []]
+        if all(isinstance(part, ast.FormattedValue) or isinstance(part.value, str) for part in parts)
+    ]
+    quoted = re.findall(r"^\| \*(.+?)\* \|", (ROOT / "docs" / "troubleshooting.md").read_text(), flags=re.MULTILINE)
+    fragments = [fragment.strip() for quote in quoted for fragment in quote.split("…") if fragment.strip(" :,")]
+    assert len(quoted) > 10
+    assert not [each for each in fragments if not any(each in text for text in said)]
+
+
 def test_every_command_of_make_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert targets >= set(re.findall(r"make ([\w-]+)$", README, flags=re.MULTILINE)) >= {"demo", "check", "test"}
+    named = {name for page in PAGES for name in re.findall(r"make ([\w-]+)$", page.read_text(), flags=re.MULTILINE)}
+    assert targets >= named >= {"demo", "check", "test"}

@@ -121,4 +121,4 @@ def _svg(figure: Any) -> str:
     file = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "gap report"}):  # text as text; the same file every time
         figure.savefig(file, format="svg", metadata={"Date": None})
-    return file.getvalue()[file.getvalue().index("<svg") :]
+    return " ".join(file.getvalue()[file.getvalue().index("<svg") :].split())  # a tenth of it is indentation

@@ -71,7 +71,7 @@ def report_on(
     return GapReport(content)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class GapReport:
     """Shows itself in Jupyter. `content` is what report.json holds; `figure` and every other is
     `{"value", "low", "high"}`, the ends of a 95 % bootstrap interval over texts.
@@ -224,7 +224,7 @@ class GapReport:
 
         return as_fragment(self)
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         return self.as_markdown()
 
 
