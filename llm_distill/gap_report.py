@@ -156,7 +156,7 @@ def _trainer(
         ce_weight=0.0 if teacher else 1.0,
         max_length=config.max_length,
         assistant_only_loss=config.assistant_only_loss,
-        gradient_checkpointing=False,
+        activation_checkpointing=False,
         bf16=False,
         report_to="none",
         trust_remote_code=config.trust_remote_code,

@@ -9,6 +9,7 @@ import os
 import platform
 import shlex
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -90,7 +91,9 @@ def run_options(*groups: Any, **more: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for group in groups:
         names = [each.name for each in fields(group) if each.init and each.name not in NOT_TOLD]
-        defaults = type(group)(**({"output_dir": "student"} if "output_dir" in names else {}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of defaults that nobody has chosen
+            defaults = type(group)(**({"output_dir": "student"} if "output_dir" in names else {}))
         values = {name: _plain(getattr(group, name)) for name in names}
         chosen |= {name: value for name, value in values.items() if value != _plain(getattr(defaults, name))}
     return public_value(chosen | more)
