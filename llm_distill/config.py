@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 import yaml
@@ -145,6 +145,7 @@ class DistillationConfig(SFTConfig):
     )
 
     def __post_init__(self) -> None:
+        self.chosen = fields_chosen(self)  # before the defaults of some depend on others
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and is_torch_bf16_gpu_available()
         super().__post_init__()
@@ -275,6 +276,16 @@ class CaptureConfig:
             raise ValueError(f"examples_per_shard must be at least 1, got {self.examples_per_shard}.")
         if self.cache_hub_private and self.cache_hub_id is None:
             raise ValueError("without effect here, so refused: cache_hub_private (there is no cache_hub_id).")
+
+
+def fields_chosen(config: Any) -> set[str]:
+    """The names of a dataclass's fields that are not at their defaults."""
+    names = set()
+    for each in fields(config):
+        default = each.default if each.default_factory is MISSING else each.default_factory()
+        if each.init and getattr(config, each.name) != default:
+            names.add(each.name)
+    return names
 
 
 def _mapping(name: str, value: dict[str, Any] | str | None) -> dict[str, Any]:

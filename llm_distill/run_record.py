@@ -9,7 +9,6 @@ import os
 import platform
 import shlex
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -25,6 +24,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import extract_commit_hash
 
+from llm_distill.config import DistillationConfig, fields_chosen
 from llm_distill.leaks import PLACES, SECRETS, public_command, public_value
 from llm_distill.objective import Objective
 from llm_distill.teachers import Teacher
@@ -90,12 +90,8 @@ def run_options(*groups: Any, **more: Any) -> dict[str, Any]:
     """
     chosen: dict[str, Any] = {}
     for group in groups:
-        names = [each.name for each in fields(group) if each.init and each.name not in NOT_TOLD]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of defaults that nobody has chosen
-            defaults = type(group)(**({"output_dir": "student"} if "output_dir" in names else {}))
-        values = {name: _plain(getattr(group, name)) for name in names}
-        chosen |= {name: value for name, value in values.items() if value != _plain(getattr(defaults, name))}
+        names = (group.chosen if isinstance(group, DistillationConfig) else fields_chosen(group)) - NOT_TOLD
+        chosen |= {each.name: _plain(getattr(group, each.name)) for each in fields(group) if each.name in names}
     return public_value(chosen | more)
 
 
