@@ -84,7 +84,7 @@ OURS: tuple[Method, ...] = (
 CACHED: tuple[SparseMethod, ...] = (TopK(32), Hybrid(0.017))
 RS_KD_BYTES = 36
 """What its paper stores a token: 12 tokens of 3 bytes."""
-SHARDS, EXAMPLES, ROWS, LOOKUPS = 1000, 256, 128, 2000
+START, LOOKUPS = (1000, 256, 128), 2000
 
 
 class Rival(SparseMethod):
@@ -353,33 +353,33 @@ def child(**task: Any) -> Any:
     return result
 
 
-def measure_start(folder: Path, shards: int) -> dict[str, Table]:
+def measure_start(folder: Path, shards: int, texts: int, tokens: int) -> dict[str, Table]:
     """Of a cache made up for it, in a fresh process, first from the disk and then from memory."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        write_shards(Path(made), shards)
+        write_shards(Path(made), shards, texts, tokens)
         files = list(Path(made).glob("shard-*"))
         for file in files:
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         size = sum(file.stat().st_size for file in files) / 1e9
-        title = f"{shards:,} shards of {EXAMPLES} texts of {ROWS} tokens, {size:.2f} GB"
+        title = f"{shards:,} shards of {texts:,} texts of {tokens} tokens, {size:.2f} GB"
         return {title: {"from disk": child(open=made), "from memory": child(open=made)}}
 
 
-def write_shards(folder: Path, shards: int) -> None:
+def write_shards(folder: Path, shards: int, texts: int, tokens: int) -> None:
     """Of random tokens; every shard has the same under other keys."""
-    method, shape = TopK(32), (ROWS, 32)
+    method, shape = TopK(32), (tokens, 32)
     said = {"teacher": {}, "tokenizer": {}, "vocab_size": 32_000, "temperature": 1.0, "seed": None, "data": {}}
     manifest.write_manifest(folder, {**said, "method": describe_method(method)})
-    counts, tail, texts = torch.full((ROWS,), 32), torch.zeros(ROWS), []
-    for _ in range(EXAMPLES):
+    counts, tail, packed = torch.full((tokens,), 32), torch.zeros(tokens), []
+    for _ in range(texts):
         ids, levels = torch.randint(32_000, shape), torch.rand(shape).mul(method.num_levels - 1).int()
-        texts.append(encode(method, Kept(counts, ids.flatten(), levels.flatten(), tail, tail)))
+        packed.append(encode(method, Kept(counts, ids.flatten(), levels.flatten(), tail, tail)))
     identity = TeacherCache(folder).identity
     for _ in range(shards):
         writer = ShardWriter(folder, method, identity)
-        for columns in texts:
-            writer.add(os.urandom(KEY_BYTES), ROWS, columns)
+        for columns in packed:
+            writer.add(os.urandom(KEY_BYTES), tokens, columns)
         writer.close()
 
 
@@ -415,7 +415,8 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Table]:
     recipe, folder = (SHORT, args.folder / "short") if args.short else (RECIPE, args.folder)
     folder.mkdir(parents=True, exist_ok=True)
     if part == "start":
-        return measure_start(folder, 20 if args.short else SHARDS)
+        shards, texts, tokens = args.start
+        return measure_start(folder, 20 if args.short else shards, texts, tokens)
     corpus = prepare_corpus(recipe)
     live = LiveTeacher(trained_teacher(folder / "teacher", recipe, corpus)[0], corpus.tokenizer)
     if part == "fidelity":
@@ -430,6 +431,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="students of each teacher; default: %(default)s")
     parser.add_argument("--steps", type=int, default=16, help=f"batches timed, after {train_step.LEFT_OUT} others")
     parser.add_argument("--rounds", type=int, default=3, help="how often every timed case gets a fresh process")
+    shape = ("SHARDS", "TEXTS", "TOKENS")
+    parser.add_argument("--start", type=int, nargs=3, metavar=shape, default=START, help="of the cache to be opened")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/cache"), help="for teacher, students, caches")
     parser.add_argument("--short", action="store_true", help="everything small: under a minute")
     parser.add_argument("--output", type=Path, default=None, help="writes NAME.json, NAME.md and NAME.png")
