@@ -62,7 +62,8 @@ def notebook_as_markdown(path: Path) -> str:
                 image = data["image/png"].replace("\n", "")
                 parts.append(f'<img alt="the plot of the cell above" src="data:image/png;base64,{image}">')
             elif "text/html" in data:
-                parts.append("\n".join(line for line in data["text/html"].splitlines() if line.strip()))
+                lines = (line for line in data["text/html"].splitlines() if line.strip())
+                parts.append("\n".join(["<div>", *lines, "</div>"]))  # outside of it an indented line would be code
             else:
                 parts.append(f"```text\n{output.get('text') or data['text/plain']}\n```")
     return "\n\n".join(parts)
