@@ -33,6 +33,13 @@ HELP = {
         "every option of `llm-distill train`. Exits with status 1 where something is red.",
         "epilog": "example: llm-distill check --config run.yaml --json found.json",
     },
+    "evaluate": {
+        "description": "Holds a student against its teacher on held-out texts: quality, likeness, calibration, the "
+        "passages in which it is furthest off, what both write, bias, and what they cost to run. Writes report.html, "
+        "report.md and report.json.",
+        "epilog": "example: llm-distill evaluate --student runs/student --teacher Qwen/Qwen2.5-7B --baseline "
+        "Qwen/Qwen2.5-0.5B --data code=code.jsonl mail=mail.jsonl:test",
+    },
 }
 """What `--help` says above and below the options."""
 
