@@ -159,8 +159,10 @@ def made(**columns: Any) -> Scores:
 
 
 def test_figures_against_hand_worked_numbers() -> None:
-    student = made(ce=[1, 2, 3, 2], kl=[0.5, 0.5, 2, 1], confidence=[0.9, 0.95, 0.5, 0.5], correct=[1, 0, 1, 0])
-    teacher, baseline = made(ce=[1, 1, 1, 1]), made(ce=[3, 3, 3, 3])
+    like = {"reverse_kl": [1, 1, 1, 5], "top1_agreement": [1, 0, 1, 1], "acceptance": [0.5, 0.5, 0.5, 0.9]}
+    sure = {"confidence": [0.9, 0.95, 0.5, 0.5], "correct": [1, 0, 1, 0]}
+    student = made(ce=[1, 2, 3, 2], kl=[0.5, 0.5, 2, 1], **like, **sure)
+    teacher, baseline = made(ce=[1, 1, 1, 1], **sure), made(ce=[3, 3, 3, 3])
     figures = loss_figures(student)
     assert figures["loss"]["value"] == 2
     assert figures["perplexity"]["value"] == pytest.approx(math.exp(2))
@@ -175,7 +177,10 @@ def test_figures_against_hand_worked_numbers() -> None:
     assert gap_closed(student, baseline, teacher) is None, "the teacher is worse than the baseline"
     (first,) = by_position(student, teacher)
     assert (first["from"], first["to"], first["tokens"], first["kl"]["value"]) == (0, 7, 4, 1)
+    assert (first["reverse_kl"]["value"], first["top1_agreement"]["value"]) == (2, 0.75)
+    assert first["student_ece"]["value"] == first["teacher_ece"]["value"] == pytest.approx((0.1 + 0.95 + 0) / 4)
     once, often = by_frequency(student, teacher)
+    assert once["student_ece"]["value"] == pytest.approx(0.5)
     assert (once["tokens"], once["kl"]["value"]) == (1, 2)
     assert (often["from"], often["to"], often["kl"]["value"]) == (2, 3, pytest.approx(2 / 3))
     (token,) = furthest_tokens(student, teacher, at_least=2)

@@ -39,9 +39,7 @@ def calibration_figures(scores: Scores) -> dict[str, Any]:
     likeliest token; `bins` for a reliability diagram.
     """
     confidence, correct = scores.columns["confidence"], scores.columns["correct"]
-    of_bin = np.minimum((confidence * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
-    gaps = np.stack([scores.per_text((correct - confidence) * (of_bin == b)) for b in range(CALIBRATION_BINS)])
-    tokens = scores.per_text()
+    of_bin = _confidence_bin(scores)
     bins = []
     for b in range(CALIBRATION_BINS):
         inside = of_bin == b
@@ -49,10 +47,22 @@ def calibration_figures(scores: Scores) -> dict[str, Any]:
             means = {"confidence": float(confidence[inside].mean()), "accuracy": float(correct[inside].mean())}
             bins.append({"tokens": int(inside.sum()), **means})
     return {
-        "ece": bootstrap(np.vstack([gaps, tokens]), lambda sums: np.abs(sums[:-1]).sum(0) / sums[-1]),
-        "accuracy": interval(scores.per_text(correct), tokens),
+        "ece": _calibration_error(scores, np.ones_like(of_bin)),
+        "accuracy": interval(scores.per_text(correct), scores.per_text()),
         "bins": bins,
     }
+
+
+def _confidence_bin(scores: Scores) -> NDArray[np.int64]:
+    return np.minimum((scores.columns["confidence"] * CALIBRATION_BINS).astype(int), CALIBRATION_BINS - 1)
+
+
+def _calibration_error(scores: Scores, inside: NDArray[Any]) -> Interval:
+    """Over the tokens for which `inside` is 1."""
+    of_bin = _confidence_bin(scores)
+    gaps = (scores.columns["correct"] - scores.columns["confidence"]) * inside
+    columns = [scores.per_text(gaps * (of_bin == b)) for b in range(CALIBRATION_BINS)]
+    return bootstrap(np.stack([*columns, scores.per_text(inside)]), lambda sums: np.abs(sums[:-1]).sum(0) / sums[-1])
 
 
 def behind(student: Scores, teacher: Scores) -> Interval:
@@ -78,7 +88,7 @@ def gap_closed(student: Scores, teacher: Scores, baseline: Scores) -> Interval |
 
 
 def by_position(student: Scores, teacher: Scores) -> list[dict[str, Any]]:
-    """How far off the student is at positions 0–7, 8–15, 16–31, … of a text."""
+    """Likeness, losses and calibration errors at positions 0–7, 8–15, 16–31, … of a text."""
     edges: Edges = [(0, 7)]
     while edges[-1][1] is not None and edges[-1][1] < student.position.max():
         edges.append((edges[-1][1] + 1, 2 * edges[-1][1] + 1))
@@ -150,10 +160,13 @@ def _binned(student: Scores, teacher: Scores, of: NDArray[Any], edges: Edges) ->
         figures = {
             name: interval(scores.per_text(scores.columns[column] * inside), tokens)
             for name, scores, column in (
-                ("kl", student, "kl"),
+                *((column, student, column) for column in BESIDE_THE_TEACHER),
                 ("student_loss", student, "ce"),
                 ("teacher_loss", teacher, "ce"),
             )
+        }
+        figures |= {
+            f"{who}_ece": _calibration_error(each, inside) for who, each in (("student", student), (TEACHER, teacher))
         }
         yield {"from": low, "to": high, "tokens": int(inside.sum()), **figures}
 

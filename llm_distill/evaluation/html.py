@@ -52,6 +52,7 @@ def as_fragment(report: GapReport) -> str:
         "<h2>Likeness</h2>",
         _rendered(report.likeness_table() if comparable else f"Not comparable: {report.content['comparable']}"),
         pictures.get("furthest", ""),
+        *(_where(report, name) for name in report.content["domains"] if comparable),
         *(_passages(name, domain) for name, domain in report.content["domains"].items()),
         "<h2>Calibration</h2>",
         _rendered(report.calibration_table()),
@@ -65,6 +66,11 @@ def as_fragment(report: GapReport) -> str:
         )
     parts += [pictures.get("resources", ""), f'<div class="made">{_rendered(report.made())}</div>']
     return '<div class="gap-report">\n' + "\n".join(filter(None, parts)) + "\n</div>"
+
+
+def _where(report: GapReport, domain: str) -> str:
+    tables = "".join(_rendered(report.where_table(domain, key)) for key in ("by_position", "by_frequency"))
+    return f"<details><summary>By position and frequency: {html.escape(domain)}</summary>{tables}</details>"
 
 
 def _passages(name: str, domain: dict[str, Any]) -> str:

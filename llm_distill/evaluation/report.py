@@ -40,7 +40,7 @@ LIKENESS = {
     "top1_agreement": "same likeliest token",
     "acceptance": "Σ min(p, q)",
 }
-SHARES = ("top1_agreement", "acceptance", "accuracy", "ece", "gap_closed")
+SHARES = ("top1_agreement", "acceptance", "accuracy", "ece", "student_ece", "teacher_ece", "gap_closed")
 
 
 def header(command: str) -> dict[str, Any]:
@@ -200,6 +200,19 @@ class GapReport:
                 if figures := found.get(key):
                     rows.append([domain, model, *(shown(figures[name], name) for name in LIKENESS)])
         return table(["domain", "beside the teacher", *LIKENESS.values()], rows)
+
+    def where_table(self, domain: str, key: str) -> str:
+        """A domain's figures `by_position` or `by_frequency`."""
+        names = [name for name in self.content["domains"][domain][key][0] if name not in ("from", "to", "tokens")]
+        rows = [
+            [
+                f"{each['from']:,}–{each['to'] or ''}",
+                f"{each['tokens']:,}",
+                *(shown(each[name], name) for name in names),
+            ]
+            for each in self.content["domains"][domain][key]
+        ]
+        return table([key.removeprefix("by_"), "tokens", *(name.replace("_", " ") for name in names)], rows)
 
     def calibration_table(self) -> str:
         """Of every model on every domain."""
