@@ -338,6 +338,7 @@ def test_the_student_of_a_run_reports_on_itself_and_shows_it(
         (["--bias", "nofile.csv"], "nofile.csv"),
         (["--task_limit", "3"], "without effect"),
         (["--max_texts", "-1"], "must not be negative"),
+        (["--resource_batch_sizes", "0"], "at least 1 each"),
     ],
 )
 def test_what_cannot_be_is_refused_in_a_line(

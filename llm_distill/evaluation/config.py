@@ -96,6 +96,8 @@ class EvaluateConfig:
         for name in ("max_texts", "generations"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
+        if not self.resource_batch_sizes or min(self.resource_batch_sizes) < 1:
+            raise ValueError(f"resource_batch_sizes must be at least 1 each, got {self.resource_batch_sizes}.")
         without_effect = {
             "baseline_revision (there is no baseline)": self.baseline_revision is not None and self.baseline is None,
             "teacher_load_in_8bit (teacher_load_in_4bit is chosen)": self.teacher_load_in_4bit
