@@ -74,9 +74,9 @@ FIDELITY_BLOCKS = 16
 OURS: tuple[Method, ...] = (
     *(TopK(k) for k in (2, 4, 8, 10, 16, 20, 32, 64, 128, 136, 256)),
     *(TopK(128, mass) for mass in (0.5, 0.7, 0.9)),
-    *(TopK(k, step=step) for k in (32, 128) for step in (1 / 4, 1 / 8, 1 / 32)),
+    *(TopK(k, step=step) for k in (32, 128) for step in (1 / 32, 1 / 64, 1 / 256)),
     *(Hybrid(threshold) for threshold in (0.2, 0.1, 0.05, 0.03, 0.02, 0.017, 0.01, 0.005, 0.002)),
-    *(Hybrid(threshold, step=1 / 4) for threshold in (0.03, 0.01)),
+    *(Hybrid(threshold, step=1 / 256) for threshold in (0.03, 0.01)),
     *(Sampled(draws) for draws in (12, 40, 50, 100)),
     Hidden("int8"),
     Hidden("bfloat16"),
@@ -104,6 +104,9 @@ class Rival(SparseMethod):
 
     def levels(self, log_weights: Tensor) -> Tensor:
         return (log_weights.double() / -self.step).round().clamp(0, 2**16 - 1).int()
+
+    def log_weights(self, levels: Tensor) -> Tensor:
+        return (levels * -self.step).masked_fill(levels == 2**16 - 1, -torch.inf)
 
 
 @dataclass(frozen=True)

@@ -251,9 +251,9 @@ class CaptureConfig:
     cache_kwargs: dict[str, Any] | str | None = field(
         default=None,
         metadata={
-            "help": "Parameters of the method as JSON or YAML: k (32), mass (1.0: keep no more than have this mass) "
-            "and step (1/16 nat) of top_k, threshold (0.02) and step of hybrid, draws (50) of sampled, dtype "
-            "(bfloat16, int8, float32) of hidden."
+            "help": "Parameters of the method as JSON or YAML: k (32), mass (1.0: keep no more than have this mass), "
+            "threshold (0: keep no token of less probability) and step (1/64, of √p) of top_k, threshold (0.02) and "
+            "step (1/32) of hybrid, draws (50) of sampled, dtype (bfloat16, int8, float32) of hidden."
         },
     )
     examples_per_shard: int = field(

@@ -211,9 +211,15 @@ def test_shards_of_another_cache_are_refused(folder: Path) -> None:
         TeacherCache(folder)
 
 
+def test_a_cache_of_an_older_format_is_refused(folder: Path) -> None:
+    write_manifest(folder, {**MANIFEST, "version": 1})
+    with pytest.raises(ValueError, match=r"has format version 1, which .* no longer reads: remove it"):
+        TeacherCache(folder)
+
+
 def test_a_cache_of_a_newer_format_is_refused(folder: Path) -> None:
-    write_manifest(folder, {**MANIFEST, "version": 2})
-    with pytest.raises(ValueError, match="format version 2, and this version of llm-distill reads up to 1: upgrade"):
+    write_manifest(folder, {**MANIFEST, "version": 3})
+    with pytest.raises(ValueError, match="format version 3, and this version of llm-distill reads up to 2: upgrade"):
         TeacherCache(folder)
 
 

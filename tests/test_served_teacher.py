@@ -113,7 +113,7 @@ def top_k_losses(folder: Path, tokenizer: PreTrainedTokenizerBase, student: str,
     """Of a run from a cache that the live teacher has filled."""
     cache = str(folder / "exact_cache")
     trainer = make_trainer(folder, tokenizer, student, teacher_model_name_or_path=str(teacher))
-    capture(trainer, cache, TopK(k, step=2**-12))
+    capture(trainer, cache, TopK(k, step=2**-17))
     return logged(train(folder / "cached", tokenizer, student, teacher_cache=cache), "loss")
 
 
@@ -491,7 +491,7 @@ def test_what_a_server_says_is_captured_and_added_to(
     served = {"teacher_server_url": running.url, "teacher_model_name_or_path": "teacher", "max_steps": 12}
     half = make_trainer(tmp_path, tokenizer, student, **served)
     half.train_dataset = make_rows([]).select(range(12))
-    captured = capture(half, cache, TopK(20, step=2**-12))
+    captured = capture(half, cache, TopK(20, step=2**-17))
     assert len(captured) == 12
     report_fidelity(half, captured)
     with pytest.raises(ValueError, match="the teacher would not be asked, because there is a teacher_cache"):
@@ -530,7 +530,7 @@ def test_the_command_line_captures_from_a_server(
     command += ["--use_cpu", "true", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
     with pytest.raises(SystemExit):
         main(command)
-    assert "TopK(k=32, mass=1.0, step=0.0625) keeps more than the 20 likeliest" in capsys.readouterr().err
+    assert "step=0.015625) keeps more than the 20 likeliest" in capsys.readouterr().err
     main([*command, "--cache_kwargs", "{k: 20}"])
     assert len(TeacherCache(tmp_path / "cache")) == 12
     assert TeacherCache(tmp_path / "cache").manifest["teacher"] == {"model": "teacher", "served": "vllm", "k": 20}

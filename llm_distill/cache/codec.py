@@ -16,7 +16,9 @@ from torch import Tensor
 
 from llm_distill.cache.methods import ENTROPY_STEP, Hidden, Kept, SparseMethod
 
-ID_BITS, LEVEL_BITS = 24, 16
+ZSTD_LEVEL = 9
+"""3 to 5 % smaller than at its lowest, for 1 to 3 µs a row in the thread that packs; 12 saves 1 % more in thrice that."""
+ID_BITS, LEVEL_BITS = 24, 18
 EXACT = 16
 """Numbers below are their own byte."""
 SPARSE_COLUMNS = ("counts", "levels", "ids", "id_bits", "entropy")
@@ -93,12 +95,12 @@ def decode(method: SparseMethod, parts: list[dict[str, bytes]]) -> SparseRows:
         raise ValueError(f"{counts.sum()} tokens were stored with {len(steps)} levels and {len(numbers)} ids.")
     levels = _running_sum(steps, _starts(counts))
     ids = _running_sum(numbers, np.flatnonzero(~_tied(steps, counts)))
-    weights = method.log_weights(torch.from_numpy(levels)).float()
-    padded_ids, log_weights, present = _padded(counts, ids, weights)
+    of_level = method.log_weights(torch.arange(method.num_levels)).float()
+    padded_ids, log_weights, present = _padded(counts, ids, of_level[torch.from_numpy(levels)])
     log_tail = None
     if method.has_tail:
         tail = torch.from_numpy(_joined(parts, "tail", _dtype(method.num_levels)).astype(np.int64))
-        log_tail = method.log_weights(tail).float().masked_fill(tail == method.num_levels - 1, -torch.inf)
+        log_tail = of_level[tail]
         total = torch.logaddexp(log_weights.logsumexp(-1), log_tail)
         log_weights, log_tail = (log_weights - total[:, None]).masked_fill(~present, -torch.inf), log_tail - total
     entropy = torch.from_numpy(_joined(parts, "entropy", np.dtype(np.uint8)).astype(np.float32)) * ENTROPY_STEP

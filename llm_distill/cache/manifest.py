@@ -16,7 +16,7 @@ FILE, HEAD_FILE, PLOT_FILE, LOCK_FILE, CARD_FILE = (
     ".lock",
     "README.md",
 )
-FORMAT, VERSION = "llm_distill teacher cache", 1
+FORMAT, VERSION = "llm_distill teacher cache", 2
 IDENTITY = ("teacher", "tokenizer", "vocab_size", "temperature", "method", "seed")
 """The fields that all of a cache's signals share. Another value of one of them makes another cache."""
 
@@ -39,7 +39,7 @@ def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
 
 def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
     """Raises:
-    ValueError: not a manifest, one of a newer format, or a damaged one.
+    ValueError: not a manifest, one of another format, or a damaged one.
     """
     again = "Run `llm-distill capture` again with the same settings: it keeps the shards and writes a new one."
     try:
@@ -52,6 +52,11 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where} has format version {manifest['version']}, and this version of llm-distill reads up to {VERSION}: "
             "upgrade it (pip install --upgrade llm-distill)."
+        )
+    if manifest.get("version", 0) < VERSION:
+        raise ValueError(
+            f"{where} has format version {manifest.get('version')}, which this version of llm-distill no longer reads: "
+            "remove it and capture again."
         )
     checksum = manifest.pop("checksum", None)
     if checksum != _hash(manifest):

@@ -7,7 +7,9 @@
 | `Sampled(draws)` | a fair draw of all tokens | forward KL, without bias |
 | `Hidden(dtype)` | the teacher's last hidden state; its head once | every divergence and temperature |
 
-Tokens are kept with a level, a whole number that stands for a log-probability; how levels are packed is `codec`'s.
+Tokens are kept with a level, a whole number that stands for a probability: in equal steps of √p, which for a given
+number of steps cost the least KL (to second order it is 2 Σ (Δ√p)²). Unlikely tokens have few levels, hence many equal
+ones, and those take the fewest bytes; how levels are packed is `codec`'s.
 """
 
 from __future__ import annotations
@@ -23,8 +25,6 @@ from torch import Tensor
 
 from llm_distill.fused.job import Top
 
-DEPTH = 16.0
-"""Log-probabilities below −DEPTH nats (1e-7) are not told apart."""
 ENTROPY_STEP = 1 / 16
 """Nats; the mean over many rows is much closer than that."""
 GROUP = 16
@@ -51,12 +51,14 @@ class SparseMethod(ABC):
     top: int = 0
     """How many of the likeliest tokens are all that it looks at; 0: it looks at all."""
     step: float
-    """Nats from one level to the next."""
+    """Of √p, from one level to the next."""
+    lowest: float = 0.0
+    """√p of the last level."""
 
     @property
-    @abstractmethod
     def num_levels(self) -> int:
         """Levels run from 0 (the largest weight) to one below this."""
+        return math.ceil((1 - self.lowest) / self.step) + 1
 
     @property
     @abstractmethod
@@ -78,7 +80,7 @@ class SparseMethod(ABC):
 
     def log_weights(self, levels: Int[Tensor, " entries"]) -> Float[Tensor, " entries"]:
         """What the levels stand for, in nats. Those of a method with a tail are not yet normalised: see `decode`."""
-        return levels * -self.step
+        return 2 * (self.lowest + (self.num_levels - 1 - levels).double() * self.step).log()
 
     def __call__(
         self,
@@ -110,26 +112,28 @@ def _positive(**values: int | float) -> None:
 
 @dataclass(frozen=True)
 class TopK(SparseMethod):
-    """The k likeliest tokens, or as few of them as have `mass` together, with the mass of all others.
+    """The k likeliest tokens, or those of them with at least the probability `threshold`, or as few as have `mass`
+    together; and the mass of all others. For the same bytes a threshold and a large k are the truest: they put tokens
+    where there are many to tell of.
 
-    Log-probabilities are rounded to multiples of `step` and made to sum to 1 when they are read: each is within one
-    step of the teacher's. Tokens below −16 nats go to the others.
+    √p is rounded to multiples of `step`; tokens that round to 0 go to the others (but for the likeliest). When read,
+    all is made to sum to 1. With η = step · √(k + 1) / 2, no √p is further off than (step / 2 + η √p) / (1 − η).
     """
 
     name = "top_k"
     has_tail = True
     k: int = 32
     mass: float = 1.0
-    step: float = 1 / 16
+    threshold: float = 0.0
+    step: float = 1 / 64
 
     def __post_init__(self) -> None:
         _positive(k=self.k, mass=self.mass, step=self.step)
-        if self.mass > 1:
-            raise ValueError(f"mass is a share of 1, got {self.mass}.")
-
-    @property
-    def num_levels(self) -> int:
-        return _levels_within_depth(self.step)
+        if self.mass > 1 or not 0 <= self.threshold < 1 or self.step > 1 / 2:
+            raise ValueError(
+                "mass is a share of 1, threshold a probability below 1 and step at most 1/2, got "
+                f"mass={self.mass}, threshold={self.threshold}, step={self.step}."
+            )
 
     @property
     def max_entries(self) -> int:
@@ -142,17 +146,19 @@ class TopK(SparseMethod):
     def keep(
         self, scores: Tensor | Top, log_total: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        last = self.num_levels - 1
         values, ids, vocab_size = top_tokens(scores, self.k) if isinstance(scores, Tensor) else scores
-        log_p = values.float() - log_total[:, None]
-        levels = (-log_p / self.step).round().clamp(0, last).int()
-        p = log_p.double().exp()
-        kept = (p.cumsum(-1) - p < self.mass) & (levels < last)
+        p = (values.double() - log_total[:, None]).exp()
+        steps = (p.sqrt() / self.step).round()
+        steps[:, 0].clamp_(min=1)
+        kept = (steps > 0) & (p >= self.threshold)
+        if self.mass < 1:
+            kept &= p.cumsum(-1) - p < self.mass
         kept[:, 0] = True
         rest = (1 - (p * kept).sum(-1)).clamp(min=0)
-        tail = (-rest.log() / self.step).round().clamp(0, last - 1).int()
-        tail[kept.sum(-1) == vocab_size] = last  # nothing outside
-        return kept.nonzero()[:, 0], ids[kept], levels[kept], tail
+        tail = (rest.sqrt() / self.step).round().clamp(min=1)
+        tail[kept.sum(-1) == vocab_size] = 0
+        last = self.num_levels - 1  # that of a tail that is not there
+        return kept.nonzero()[:, 0], ids[kept], last - steps[kept].int(), last - tail.int()
 
 
 @dataclass(frozen=True)
@@ -162,42 +168,40 @@ class Hybrid(SparseMethod):
     Every token is kept with probability min(1, p/τ), which for a given number of kept tokens has the least variance of
     all fair draws: noise comes from the tail alone, at most τ·p for a token. Confident rows keep few tokens, others
     up to 1/τ. One systematic pass over the running sum of min(1, p/τ) draws them. What is above the threshold is
-    rounded up or down to a level at random, so that its mean is exact too.
+    rounded up or down to a level at random, so that its mean is exact too; τ itself is one.
     """
 
     name = "hybrid"
     threshold: float = 0.02
-    step: float = 1 / 16
+    step: float = 1 / 32
 
     def __post_init__(self) -> None:
         _positive(threshold=self.threshold, step=self.step)
-        if not math.exp(1 - DEPTH) < self.threshold < 1:
+        if not 1e-6 < self.threshold < 1 or self.step > 1:
             raise ValueError(
-                f"threshold is a probability between {math.exp(1 - DEPTH):.0e} and 1, got {self.threshold}."
+                "threshold is a probability between 1e-6 and 1 and step at most 1, got "
+                f"threshold={self.threshold}, step={self.step}."
             )
 
     @property
-    def num_levels(self) -> int:
-        """The last level is the threshold."""
-        return round(-math.log(self.threshold) / self.step) + 1
+    def lowest(self) -> float:  # type: ignore[override]
+        return math.sqrt(self.threshold)
 
     @property
     def max_entries(self) -> int:
-        return math.ceil(math.exp((self.num_levels - 1) * self.step)) + 1
+        return math.ceil(1 / self.threshold) + 1
 
     def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        last = self.num_levels - 1
-        log_threshold = -last * self.step
-        share = (scores - (log_total + log_threshold)[:, None]).clamp_(max=0).exp_()
+        share = (scores - (log_total + math.log(self.threshold))[:, None]).clamp_(max=0).exp_()
         row, ids, _ = _systematic(share, uniform[:, 0], self.max_entries)
-        log_p = scores[row, ids].float() - log_total[row]
-        exact = (-log_p / self.step).clamp(0, last)  # below the threshold, the threshold
-        lower = exact.floor()
-        # p = w·e^(−lower·step) + (1 − w)·e^(−(lower + 1)·step) has the weight w of the lower level.
-        weight = (((lower - exact) * self.step).exp() - math.exp(-self.step)) / -math.expm1(-self.step)
+        root = ((scores[row, ids].double() - log_total[row]) / 2).exp().clamp(self.lowest, 1)
+        steps = ((root - self.lowest) / self.step).floor()
+        lower = self.lowest + steps * self.step
+        upper = lower + self.step
+        # root² = w · lower² + (1 − w) · upper² has the weight w of the lower level.
+        weight = (upper - root) * (upper + root) / (self.step * (upper + lower))
         spread = (uniform[row, 1] + ids.double() * 0.6180339887498949) % 1  # other numbers for other tokens
-        levels = (lower + (spread >= weight)).clamp(max=last)
-        return row, ids, levels.int(), None
+        return row, ids, (self.num_levels - 1 - steps - (spread >= weight).int()).clamp(min=0).int(), None
 
 
 @dataclass(frozen=True)
@@ -299,7 +303,3 @@ def _systematic(
     drawn = torch.searchsorted(sums, at) + vocab * torch.arange(rows, device=sums.device)[:, None]
     cells, counts = torch.unique_consecutive(drawn[at <= sums[:, -1:]], return_counts=True)
     return cells // vocab, cells % vocab, counts
-
-
-def _levels_within_depth(step: float) -> int:
-    return math.ceil(DEPTH / step)

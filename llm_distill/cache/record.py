@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_distill.cache.codec import encode, encode_hidden
+from llm_distill.cache.codec import ZSTD_LEVEL, encode, encode_hidden
 from llm_distill.cache.keys import Example
 from llm_distill.cache.methods import Hidden, Kept, Method, SparseMethod, TopK, in_entropy_steps
 from llm_distill.fused.logits import logits_in_chunks
@@ -119,7 +119,8 @@ def _require_finite(values: Float[Tensor, " rows"], rows: slice, examples: Seque
 def packed_size(columns: list[dict[str, bytes]]) -> int:
     """The bytes that the columns of some examples take on disk, about."""
     planes = [b"".join(each[name] for each in columns) for name in columns[0]] if columns else []
-    return sum(len(pa.compress(plane, "zstd", asbytes=True)) for plane in planes)
+    zstd = pa.Codec("zstd", ZSTD_LEVEL)
+    return sum(len(zstd.compress(plane, asbytes=True)) for plane in planes)
 
 
 @torch.no_grad()

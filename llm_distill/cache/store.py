@@ -27,7 +27,7 @@ from fsspec.implementations.local import LocalFileSystem
 from huggingface_hub import snapshot_download
 
 from llm_distill.cache import manifest as manifests
-from llm_distill.cache.codec import columns
+from llm_distill.cache.codec import ZSTD_LEVEL, columns
 from llm_distill.cache.keys import KEY_BYTES, KeyIndex
 from llm_distill.cache.methods import Method, make_method
 
@@ -56,6 +56,7 @@ class ShardWriter:
             self._temporary,
             self._schema,
             compression=dict.fromkeys(names, "zstd"),
+            compression_level=dict.fromkeys(names, ZSTD_LEVEL),
             use_dictionary=False,
             write_statistics=False,
         )

@@ -182,67 +182,78 @@ void store(const Side& side, Row z, const real* d, long V, student_logit* out) {
     for (long i = 0; i < V; i++) write(out + i, d[i] * (cap ? scale * (1 - (z[i] / cap) * (z[i] / cap)) : scale));
 }
 
+// A side of a row after `exponentials`: log_softmax(i) = (z[i] − maximum) / T − log_total, softmax(i) = exps[i] · scale.
+struct Softmax {
+    real maximum, inverse_T, log_total, scale;
+    template <class Row>
+    Softmax(Row z, long V, real maximum, real inverse_T, real* exps) : maximum(maximum), inverse_T(inverse_T) {
+        const double total = exponentials(z, V, maximum, inverse_T, exps);
+        log_total = std::log(total), scale = 1 / total;
+    }
+};
+
+struct Sums { double entropy = 0, kl = 0, acceptance = 0, value = 0, slopes = 0; real nearest = 2 * NOTHING; };
+
+// What two distributions are to each other (LIKENESS), and their divergence, which leaves q and ψ in q_ and p_ (LOSS).
+template <bool LIKENESS, bool LOSS, class Student, class Teacher>
+void compare(const Softmax s, const Softmax t, long V, Student z, Teacher y, real* q_, real* p_, Sums& sums) {
+    real nearest = 2 * NOTHING;
+    BLOCKS {
+        real h = 0, k = 0, both = 0, v = 0, slopes = 0;
+        SIMD(omp simd reduction(+ : h, k, both, v, slopes) reduction(max : nearest))
+        EACH {
+            const real q = q_[i] * s.scale, p = p_[i] * t.scale, to_z = z[i] - s.maximum, to_y = y[i] - t.maximum;
+            const real log_q = to_z * s.inverse_T - s.log_total, log_p = to_y * t.inverse_T - t.log_total;
+            if (LIKENESS) {
+                h += q * log_q;
+                k += p * (log_p - log_q);
+                both += min_(p, q);
+                nearest = max_(nearest, to_z + to_y);  // 0 where both have their maximum
+            }
+            if (LOSS) {
+                FORMULA
+                v += phi;
+                slopes += psi;
+                q_[i] = q;
+                p_[i] = psi;
+            }
+        }
+        sums.entropy -= h, sums.kl += k, sums.acceptance += both, sums.value += v, sums.slopes += slopes;
+    }
+    if (LIKENESS) sums.nearest = nearest;
+}
+
 // One row against the teacher's. q_ and p_ hold first exponentials, then q and ψ.
 template <class Student, class Teacher>
 void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p_, real* ce_) {
     const long V = a.vocab;
-    const bool tempered = a.temperature != 1;
+    const bool tempered = a.temperature != 1, with_ce = a.gradient && a.ce_weight != 0;
     const real inverse_T = 1 / a.temperature, kd_slope = a.kd_slope, ce_weight = a.ce_weight;
-    const real z_max = maximum_of(z, V), y_max = maximum_of(y, V);
-    double z_total = exponentials(z, V, z_max, 1, q_), y_total = exponentials(y, V, y_max, 1, p_);
-    real q_scale = 1 / z_total, p_scale = 1 / y_total, log_z = std::log(z_total), log_y = std::log(y_total);
-
-    double entropy = 0, kl = 0, acceptance = 0;
-    real nearest = 2 * NOTHING;
-    BLOCKS {
-        real h = 0, k = 0, both = 0;
-        SIMD(omp simd reduction(+ : h, k, both) reduction(max : nearest))
-        EACH {
-            const real q = q_[i] * q_scale, p = p_[i] * p_scale, to_z = z[i] - z_max, to_y = y[i] - y_max;
-            const real log_q = to_z - log_z, log_p = to_y - log_y;
-            h += q * log_q;
-            k += p * (log_p - log_q);
-            both += min_(p, q);
-            nearest = max_(nearest, to_z + to_y);  // 0 where both have their maximum
-        }
-        entropy -= h, kl += k, acceptance += both;
-    }
-    a.entropy[row] = entropy, a.kl[row] = kl, a.acceptance[row] = acceptance, a.agreement[row] = nearest == 0;
-    a.confidence[row] = q_scale, a.teacher_confidence[row] = p_scale;
+    const Softmax q(z, V, maximum_of(z, V), 1, q_), p(y, V, maximum_of(y, V), 1, p_);
+    Sums sums;
+    if (tempered)
+        compare<true, false>(q, p, V, z, y, q_, p_, sums);
+    else
+        compare<true, true>(q, p, V, z, y, q_, p_, sums);
+    a.entropy[row] = sums.entropy, a.kl[row] = sums.kl, a.acceptance[row] = sums.acceptance;
+    a.agreement[row] = sums.nearest == 0, a.confidence[row] = q.scale, a.teacher_confidence[row] = p.scale;
     if (a.targets) {
-        const real z_target = z[a.targets[row]] - z_max, y_target = y[a.targets[row]] - y_max;
-        a.ce[row] = log_z - z_target, a.teacher_ce[row] = log_y - y_target;
+        const real z_target = z[a.targets[row]] - q.maximum, y_target = y[a.targets[row]] - p.maximum;
+        a.ce[row] = q.log_total - z_target, a.teacher_ce[row] = p.log_total - y_target;
         a.correct[row] = z_target == 0, a.teacher_correct[row] = y_target == 0;
     }
-    const bool with_ce = a.gradient && ce_weight != 0;
     if (tempered) {
         if (with_ce) {
             SIMD(omp simd)
-            for (long i = 0; i < V; i++) ce_[i] = ce_weight * q_scale * q_[i];
+            for (long i = 0; i < V; i++) ce_[i] = ce_weight * q.scale * q_[i];
         }
-        z_total = exponentials(z, V, z_max, inverse_T, q_), y_total = exponentials(y, V, y_max, inverse_T, p_);
-        q_scale = 1 / z_total, p_scale = 1 / y_total, log_z = std::log(z_total), log_y = std::log(y_total);
+        const Softmax q_T(z, V, q.maximum, inverse_T, q_), p_T(y, V, p.maximum, inverse_T, p_);
+        compare<false, true>(q_T, p_T, V, z, y, q_, p_, sums);
     }
-
-    double value = 0, slopes = 0;
-    BLOCKS {
-        real v = 0, s = 0;
-        SIMD(omp simd reduction(+ : v, s))
-        EACH {
-            const real q = q_[i] * q_scale, p = p_[i] * p_scale;
-            const real log_q = (z[i] - z_max) * inverse_T - log_z, log_p = (y[i] - y_max) * inverse_T - log_y;
-            FORMULA
-            v += phi;
-            s += psi;
-            q_[i] = q;
-            p_[i] = psi;
-        }
-        value += v, slopes += s;
-    }
-    a.kd[row] = value;
+    a.kd[row] = sums.value;
     if (!a.gradient) return;
 
-    const real on_q = -kd_slope * real(slopes) + (tempered ? 0 : ce_weight);
+    const real on_q = -kd_slope * real(sums.slopes) + (tempered ? 0 : ce_weight);
     student_logit* out = a.gradient + row * V;
     if (!with_ce && is_plain(a.student)) {
         SIMD(omp simd)

@@ -20,7 +20,7 @@ from llm_distill import DistillationTrainer, ServedTeacher, TeacherCache
 from llm_distill.cache import TopK
 from llm_distill.capture import capture
 
-FINE = 2**-12
+FINE = 2**-17
 """Nats between the levels of a cache: its losses are within this of exact ones."""
 
 
