@@ -15,7 +15,9 @@ time: a step from the cache against one of transformers' `Trainer` (cross-entrop
 capture against the teacher's forward with logits. The capture's first two batches are left out; what it takes
 once, to compile and begin, is a figure of its own. Every case runs in a process of its own, in turn with the others.
 
-start: a cache of many shards that the system has not in memory: opened, then read in random order.
+start: a cache of many shards that the system has not in memory: opened, then read in random order. With `--hollow` the
+middle of each shard is a hole, for caches larger than the disk: opening reads what is there, and texts are read from
+the beginnings.
 
 Parts that are not asked for stay in NAME.json and NAME.md as they were.
 """
@@ -29,6 +31,7 @@ import math
 import os
 import random
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -41,6 +44,7 @@ from unittest import mock
 import torch
 from measure import in_fresh_process, machine, peak_memory
 from torch import Tensor
+from tqdm import tqdm
 
 # Before transformers reads them, here and in the children.
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
@@ -52,11 +56,11 @@ from demo import Corpus, Recipe, make_config, make_model, prepare_corpus, traine
 
 from llm_distill import CachedTeacher, DistillationTrainer, LiveTeacher, LMHead, Teacher, TeacherCache
 from llm_distill import capture as capturing
-from llm_distill.cache import Hidden, Hybrid, Sampled, TopK, manifest
+from llm_distill.cache import Hidden, Hybrid, Sampled, TopK, manifest, store
 from llm_distill.cache.codec import decode, encode
 from llm_distill.cache.fidelity import Fidelity, Sample, fidelity, plot
 from llm_distill.cache.keys import KEY_BYTES, examples_of
-from llm_distill.cache.methods import Kept, Method, SparseMethod, describe_method
+from llm_distill.cache.methods import Kept, Method, SparseMethod, describe_method, make_method
 from llm_distill.cache.record import encoded, keep
 from llm_distill.cache.store import ShardWriter
 from llm_distill.signals import HiddenSignal, SparseSignal
@@ -72,11 +76,12 @@ TEXT_STEPS = 300
 """Of the student at whose place gradients are compared: neither random nor the teacher."""
 FIDELITY_BLOCKS = 16
 OURS: tuple[Method, ...] = (
-    *(TopK(k) for k in (2, 4, 8, 10, 16, 20, 32, 64, 128, 136, 256)),
+    *(TopK(k) for k in (2, 4, 8, 10, 16, 20, 24, 32, 64, 128, 256)),
     *(TopK(128, mass) for mass in (0.5, 0.7, 0.9)),
-    *(TopK(k, step=step) for k in (32, 128) for step in (1 / 32, 1 / 64, 1 / 256)),
-    *(Hybrid(threshold) for threshold in (0.2, 0.1, 0.05, 0.03, 0.02, 0.017, 0.01, 0.005, 0.002)),
-    *(Hybrid(threshold, step=1 / 256) for threshold in (0.03, 0.01)),
+    *(TopK(512, threshold=threshold) for threshold in (0.01, 0.005, 0.003, 0.002, 0.001, 0.00065, 0.0006)),
+    *(TopK(k, step=step) for k in (32, 128) for step in (1 / 32, 1 / 128, 1 / 256)),
+    *(Hybrid(threshold) for threshold in (0.2, 0.1, 0.05, 0.03, 0.026, 0.02, 0.017, 0.01, 0.005, 0.002)),
+    *(Hybrid(threshold, step=step) for threshold in (0.03, 0.01) for step in (1 / 16, 1 / 128)),
     *(Sampled(draws) for draws in (12, 40, 50, 100)),
     Hidden("int8"),
     Hidden("bfloat16"),
@@ -85,6 +90,8 @@ CACHED: tuple[SparseMethod, ...] = (TopK(32), Hybrid(0.017))
 RS_KD_BYTES = 36
 """What its paper stores a token: 12 tokens of 3 bytes."""
 START, LOOKUPS = (1000, 256, 128), 2000
+KEPT_BYTES = 2**21
+"""Of a hollow shard, at each end."""
 
 
 class Rival(SparseMethod):
@@ -289,13 +296,14 @@ def seconds_a_batch(task: dict[str, Any], folder: str) -> list[float]:
     """One case, in this process; of a capture also how much longer than that its first batches take, all together: it
     compiles, allocates and opens files, once. What a trainer does before its first batch is not in it.
     """
-    if task["case"] == "Trainer step":
+    case, _, method = task["case"].partition(", ")
+    if case == "Trainer step":
         return [step_seconds(train_step.trainer_of({**task, "trainer": "hf"}, folder))]
     teacher, batches = train_step.build(task, "teacher").eval(), task["steps"] + train_step.LEFT_OUT
     inputs = train_step.tokens(task, batches * 8).split(8)
     with torch.no_grad():
         teacher(input_ids=inputs[0], use_cache=False)  # warms up
-        if task["case"] == "teacher's forward":
+        if case == "teacher's forward":
             began = time.perf_counter()
             for ids in inputs:
                 _ = teacher(input_ids=ids, use_cache=False).logits
@@ -311,9 +319,9 @@ def seconds_a_batch(task: dict[str, Any], folder: str) -> list[float]:
     # No estimate, which takes three batches however many there are.
     with mock.patch.object(capturing, "_estimate"), mock.patch.object(capturing, "ask", clocked):
         began = time.perf_counter()
-        cache = capturing.capture(trainer, f"{folder}/cache", TopK(32))
+        cache = capturing.capture(trainer, f"{folder}/cache", make_method(method))
         ended, counted = time.perf_counter(), starts[train_step.LEFT_OUT]  # to the end, with all that is written last
-    if task["case"] == "capture":
+    if case == "capture":
         seconds = (ended - counted) / task["steps"]
         return [seconds, counted - began - train_step.LEFT_OUT * seconds]
     return [step_seconds(our_trainer(task, CachedTeacher(cache), folder))]
@@ -334,10 +342,15 @@ def step_seconds(trainer: transformers.Trainer) -> float:
 
 def measure_time(steps: int, rounds: int) -> dict[str, Table]:
     """Every case's seconds a batch, and medians of the ratios within a round."""
-    pairs = {
-        "step from the cache / Trainer step, at most 1.05": ("step from the cache", "Trainer step"),
-        "capture's throughput / the forward's, at least 0.95": ("teacher's forward", "capture"),
-    }
+    pairs = {}
+    for method in (TopK.name, Hybrid.name):
+        pairs |= {
+            f"step from the cache / Trainer step, at most 1.05, {method}": (f"step, {method}", "Trainer step"),
+            f"capture's throughput / the forward's, at least 0.95, {method}": (
+                "teacher's forward",
+                f"capture, {method}",
+            ),
+        }
     cases: dict[str, list[float]] = {case: [] for pair in pairs.values() for case in pair}
     starts: list[float] = []
     for _, case in itertools.product(range(rounds), cases):
@@ -356,20 +369,20 @@ def child(**task: Any) -> Any:
     return result
 
 
-def measure_start(folder: Path, shards: int, texts: int, tokens: int) -> dict[str, Table]:
+def measure_start(folder: Path, shards: int, texts: int, tokens: int, hollow: bool) -> dict[str, Table]:
     """Of a cache made up for it, in a fresh process, first from the disk and then from memory."""
     with tempfile.TemporaryDirectory(dir=folder) as made:
-        write_shards(Path(made), shards, texts, tokens)
+        write_shards(Path(made), shards, texts, tokens, hollow)
         files = list(Path(made).glob("shard-*"))
         for file in files:
             with file.open("rb") as opened:
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         size = sum(file.stat().st_size for file in files) / 1e9
-        title = f"{shards:,} shards of {texts:,} texts of {tokens} tokens, {size:.2f} GB"
-        return {title: {"from disk": child(open=made), "from memory": child(open=made)}}
+        title = f"{shards:,} shards of {texts:,} texts of {tokens} tokens, {size:.2f} GB{', hollow' * hollow}"
+        return {title: {name: child(open=made, hollow=hollow) for name in ("from disk", "from memory")}}
 
 
-def write_shards(folder: Path, shards: int, texts: int, tokens: int) -> None:
+def write_shards(folder: Path, shards: int, texts: int, tokens: int, hollow: bool) -> None:
     """Of random tokens; every shard has the same under other keys."""
     method, shape = TopK(32), (tokens, 32)
     said = {"teacher": {}, "tokenizer": {}, "vocab_size": 32_000, "temperature": 1.0, "seed": None, "data": {}}
@@ -379,19 +392,24 @@ def write_shards(folder: Path, shards: int, texts: int, tokens: int) -> None:
         ids, levels = torch.randint(32_000, shape), torch.rand(shape).mul(method.num_levels - 1).int()
         packed.append(encode(method, Kept(counts, ids.flatten(), levels.flatten(), tail, tail)))
     identity = TeacherCache(folder).identity
-    for _ in range(shards):
+    store.ZSTD_LEVEL = 1  # random bytes do not get smaller
+    for _ in tqdm(range(shards), desc="Making shards"):
         writer = ShardWriter(folder, method, identity)
         for columns in packed:
             writer.add(os.urandom(KEY_BYTES), tokens, columns)
-        writer.close()
+        name = writer.close()
+        if hollow:
+            made, length = folder / str(name), os.path.getsize(folder / str(name)) - 2 * KEPT_BYTES
+            subprocess.run(["fallocate", "-p", "-o", str(KEPT_BYTES), "-l", str(length), str(made)], check=True)
 
 
-def open_cache(path: str) -> dict[str, float]:
+def open_cache(path: str, hollow: bool) -> dict[str, float]:
     with peak_memory("cpu") as memory:
         began = time.perf_counter()
         cache = TeacherCache(path)
         seconds = time.perf_counter() - began
-    keys = [random.choice(random.choice(cache.shards).keys).tobytes() for _ in range(LOOKUPS)]
+    shards = random.choices(cache.shards, k=LOOKUPS)
+    keys = [random.choice(s.keys[: s.group_starts[1] if hollow else None]).tobytes() for s in shards]
     began = time.perf_counter()
     for key in keys:
         decode(cache.method, [cache.load(key)])
@@ -419,7 +437,7 @@ def measure(part: str, args: argparse.Namespace) -> dict[str, Table]:
     folder.mkdir(parents=True, exist_ok=True)
     if part == "start":
         shards, texts, tokens = args.start
-        return measure_start(folder, 20 if args.short else shards, texts, tokens)
+        return measure_start(folder, 20 if args.short else shards, texts, tokens, args.hollow)
     corpus = prepare_corpus(recipe)
     live = LiveTeacher(trained_teacher(folder / "teacher", recipe, corpus)[0], corpus.tokenizer)
     if part == "fidelity":
@@ -436,6 +454,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="how often every timed case gets a fresh process")
     shape = ("SHARDS", "TEXTS", "TOKENS")
     parser.add_argument("--start", type=int, nargs=3, metavar=shape, default=START, help="of the cache to be opened")
+    parser.add_argument("--hollow", action="store_true", help="of that cache, leave the middle of each shard out")
     parser.add_argument("--folder", type=Path, default=Path("runs/bench/cache"), help="for teacher, students, caches")
     parser.add_argument("--short", action="store_true", help="everything small: under a minute")
     parser.add_argument("--output", type=Path, default=None, help="writes NAME.json, NAME.md and NAME.png")
@@ -443,7 +462,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.task:
         with tempfile.TemporaryDirectory(prefix="cache_") as folder:
-            found = open_cache(args.task["open"]) if "open" in args.task else seconds_a_batch(args.task, folder)
+            is_open = "open" in args.task
+            found = (
+                open_cache(args.task["open"], args.task["hollow"]) if is_open else seconds_a_batch(args.task, folder)
+            )
         print(json.dumps(found))
         return
     if args.short:
