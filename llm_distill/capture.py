@@ -89,6 +89,7 @@ def capture(
             raise ValueError(f"the {name} dataset has no texts.")
     check_widths(method, vocabulary_size(trainer.processing_class))
     folder, accelerator = Path(folder), trainer.accelerator
+    is_sharded = _is_sharded(trainer)  # before whatever makes an AcceleratorState anew, which forgets FSDP
     manifest = new_manifest(trainer, method)
     head = _stored_head(trainer.teacher.head) if isinstance(method, Hidden) else None  # type: ignore[attr-defined]
     with the_only_writer(folder) if accelerator.is_main_process else nullcontext():
@@ -101,7 +102,7 @@ def capture(
         accelerator.wait_for_everyone()  # so that all have seen the same shards
         _estimate(trainer, cache)
         try:
-            _fill(trainer, cache, examples_per_shard)
+            _fill(trainer, cache, examples_per_shard, is_sharded)
         except ConnectionError:  # of a stream
             raise
         except OSError as error:
@@ -134,7 +135,7 @@ def new_manifest(trainer: DistillationTrainer, method: Method) -> dict[str, Any]
 
 
 @torch.no_grad()
-def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard: int) -> None:
+def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard: int, is_sharded: bool) -> None:
     rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
     known = KnownKeys(cache)
     with _Encoder(cache) as encoder:
@@ -144,10 +145,10 @@ def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard:
             with tqdm(total=total, desc=f"Capturing {name}", unit=" texts", disable=not show) as bar:
                 windows = _windows(dataset, examples_per_shard)
                 for texts, plans in _one_ahead(_rounds(trainer, windows, ranks, known)):
-                    begun, own = bar.n, _in_step(plans, rank) if _is_sharded(trainer) else plans[rank]
+                    begun, own = bar.n, _in_step(plans, rank) if is_sharded else plans[rank]
                     for step, planned in enumerate(_answered_ahead(trainer, own), 1):
                         signal = ask(trainer, planned.batch)
-                        if planned.wanted:
+                        if planned.wanted or is_sharded:  # all ranks gather the head, though nothing be kept of it
                             encoder.add(planned, signal)
                         bar.n = begun + texts * step // len(own)
                         bar.set_postfix_str(encoder.progress())
@@ -362,7 +363,7 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], head: StoredHead | Non
     strange = [n for n in names if n not in known and not SHARD_NAME.fullmatch(n) and not n.startswith(".partial-")]
     if strange and manifests.FILE not in names:
         raise ValueError(f"{folder} is not a teacher cache and has other things in it, such as {strange[0]}.")
-    earlier = _earlier_manifest(folder)
+    earlier = _earlier_manifest(folder, drop_stale)
     identity = {} if drop_stale else {name: earlier[name] for name in manifests.IDENTITY if name in earlier}
     stale = manifests.differences(earlier, {name: wanted[name] for name in manifests.IDENTITY})
     manifest = {**wanted, **({} if stale else identity)}
@@ -391,7 +392,7 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], head: StoredHead | Non
     manifests.write_manifest(folder, manifest)
 
 
-def _earlier_manifest(folder: Path) -> dict[str, Any]:
+def _earlier_manifest(folder: Path, drop_stale: bool) -> dict[str, Any]:
     path = folder / manifests.FILE
     if not path.is_file():
         return {}
@@ -399,6 +400,10 @@ def _earlier_manifest(folder: Path) -> dict[str, Any]:
         return manifests.parse_manifest(path.read_bytes(), str(path))
     except manifests.DamagedManifestError as error:
         logger.warning("%s A new one is written.", error)
+        return {}
+    except manifests.OldFormatError:
+        if not drop_stale:
+            raise
         return {}
 
 

@@ -213,7 +213,9 @@ def test_shards_of_another_cache_are_refused(folder: Path) -> None:
 
 def test_a_cache_of_an_older_format_is_refused(folder: Path) -> None:
     write_manifest(folder, {**MANIFEST, "version": 1})
-    with pytest.raises(ValueError, match=r"has format version 1, which .* no longer reads: remove it"):
+    with pytest.raises(
+        ValueError, match=r"has format version 1, which .* no longer reads: capture again, with --drop_stale"
+    ):
         TeacherCache(folder)
 
 

@@ -300,7 +300,7 @@ def test_a_temperature_in_bfloat16_keeps_the_bound(
 ) -> None:
     teacher = LiveTeacher(tiny_llama(2).to(torch.bfloat16), tokenizer)
     made = trainer(teacher=teacher, loss_temperature=1.5, per_device_eval_batch_size=1)
-    cache = capture(made, tmp_path / "cache", TopK(VOCAB, step=2**-10))
+    cache = capture(made, tmp_path / "cache", TopK(VOCAB, step=2**-17))
     batch = made.data_collator([made.train_dataset[0]])
     with torch.no_grad():
         exact = (teacher.head(teacher.score(batch).hidden).float() / 1.5).log_softmax(-1)
@@ -308,7 +308,7 @@ def test_a_temperature_in_bfloat16_keeps_the_bound(
     rows = decode(cache.method, [stored or {}])
     there = rows.log_weights > -math.inf
     roots = exact.gather(1, rows.ids).div(2).exp()
-    assert ((rows.log_weights / 2).exp() - roots)[there].abs().max() <= 2**-10
+    assert ((rows.log_weights / 2).exp() - roots)[there].abs().max() <= 3e-5
 
 
 def test_a_damaged_head_is_reported(

@@ -61,6 +61,7 @@ def check_widths(method: SparseMethod | Hidden, vocab_size: int) -> None:
 def encode(method: SparseMethod, kept: Kept) -> dict[str, bytes]:
     """The tokens of one sequence's rows."""
     counts = kept.counts.cpu().numpy()
+    assert len(counts) <= 2 ** (64 - ID_BITS - LEVEL_BITS), "a text is shorter than four million tokens"
     row = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
     ids, levels = (part.cpu().numpy().astype(np.uint64) for part in (kept.ids, kept.levels))
     ordered = np.sort(row << np.uint64(ID_BITS + LEVEL_BITS) | levels << np.uint64(ID_BITS) | ids)
@@ -78,7 +79,7 @@ def encode(method: SparseMethod, kept: Kept) -> dict[str, bytes]:
         "entropy": kept.entropy.cpu().numpy().astype(np.uint8).tobytes(),
     }
     if kept.tail is not None:
-        result["tail"] = kept.tail.cpu().numpy().astype(_dtype(method.num_levels)).tobytes()
+        result["tail"] = kept.tail.cpu().numpy().astype(_dtype(method.num_tail_levels)).tobytes()
     return result
 
 
@@ -99,8 +100,8 @@ def decode(method: SparseMethod, parts: list[dict[str, bytes]]) -> SparseRows:
     padded_ids, log_weights, present = _padded(counts, ids, of_level[torch.from_numpy(levels)])
     log_tail = None
     if method.has_tail:
-        tail = torch.from_numpy(_joined(parts, "tail", _dtype(method.num_levels)).astype(np.int64))
-        log_tail = of_level[tail]
+        tail = torch.from_numpy(_joined(parts, "tail", _dtype(method.num_tail_levels)).astype(np.int64))
+        log_tail = method.log_tail(tail).float()
         total = torch.logaddexp(log_weights.logsumexp(-1), log_tail)
         log_weights, log_tail = (log_weights - total[:, None]).masked_fill(~present, -torch.inf), log_tail - total
     entropy = torch.from_numpy(_joined(parts, "entropy", np.dtype(np.uint8)).astype(np.float32)) * ENTROPY_STEP

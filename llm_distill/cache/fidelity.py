@@ -24,7 +24,7 @@ from llm_distill.signals import HiddenSignal, MixtureSignal
 
 ALTERNATIVES: tuple[Method, ...] = (
     *(TopK(k) for k in (4, 8, 16, 32, 64, 128)),
-    *(TopK(128, mass) for mass in (0.9, 0.99)),
+    *(TopK(512, threshold=threshold) for threshold in (0.01, 0.001)),
     *(Hybrid(threshold) for threshold in (0.2, 0.1, 0.05, 0.02, 0.01, 0.005)),
     Hidden("int8"),
     Hidden("bfloat16"),

@@ -25,9 +25,13 @@ class DamagedManifestError(ValueError):
     """The manifest is not what was written."""
 
 
+class OldFormatError(ValueError):
+    """The manifest is of a format that is no longer read."""
+
+
 def identity(manifest: dict[str, Any]) -> str:
     """A hash of what all signals share; every shard carries it."""
-    return _hash({name: manifest[name] for name in IDENTITY})[:32]
+    return _hash({"version": VERSION, **{name: manifest[name] for name in IDENTITY}})[:32]
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:
@@ -54,9 +58,9 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
             "upgrade it (pip install --upgrade llm-distill)."
         )
     if manifest.get("version", 0) < VERSION:
-        raise ValueError(
+        raise OldFormatError(
             f"{where} has format version {manifest.get('version')}, which this version of llm-distill no longer reads: "
-            "remove it and capture again."
+            "capture again, with --drop_stale."
         )
     checksum = manifest.pop("checksum", None)
     if checksum != _hash(manifest):

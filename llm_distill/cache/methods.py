@@ -7,9 +7,9 @@
 | `Sampled(draws)` | a fair draw of all tokens | forward KL, without bias |
 | `Hidden(dtype)` | the teacher's last hidden state; its head once | every divergence and temperature |
 
-Tokens are kept with a level, a whole number that stands for a probability: in equal steps of √p, which for a given
-number of steps cost the least KL (to second order it is 2 Σ (Δ√p)²). Unlikely tokens have few levels, hence many equal
-ones, and those take the fewest bytes; how levels are packed is `codec`'s.
+Tokens are kept with a level, a whole number that stands for a probability: of `TopK` and `Hybrid` in equal steps of √p,
+which for a given number of steps cost the least KL (to second order it is 2 Σ (Δ√p)²). Unlikely tokens have few levels,
+hence many equal ones, and those take the fewest bytes; how levels are packed is `codec`'s.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SparseMethod(ABC):
     top: int = 0
     """How many of the likeliest tokens are all that it looks at; 0: it looks at all."""
     step: float
-    """Of √p, from one level to the next."""
+    """Of √p, from one level to the next, at most."""
     lowest: float = 0.0
     """√p of the last level."""
 
@@ -59,6 +59,16 @@ class SparseMethod(ABC):
     def num_levels(self) -> int:
         """Levels run from 0 (the largest weight) to one below this."""
         return math.ceil((1 - self.lowest) / self.step) + 1
+
+    @property
+    def spacing(self) -> float:
+        """√p from one level to the next, so that 1 and `lowest` are levels."""
+        return (1 - self.lowest) / (self.num_levels - 1)
+
+    @property
+    def num_tail_levels(self) -> int:
+        """Those of the mass outside; the last is for none."""
+        return 2 * self.num_levels - 1
 
     @property
     @abstractmethod
@@ -80,7 +90,11 @@ class SparseMethod(ABC):
 
     def log_weights(self, levels: Int[Tensor, " entries"]) -> Float[Tensor, " entries"]:
         """What the levels stand for, in nats. Those of a method with a tail are not yet normalised: see `decode`."""
-        return 2 * (self.lowest + (self.num_levels - 1 - levels).double() * self.step).log()
+        return 2 * (self.lowest + (self.num_levels - 1 - levels).double() * self.spacing).log()
+
+    def log_tail(self, levels: Int[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+        """The same of the mass outside, whose fourth root has steps half as wide: it may be tiny, and must not be 0."""
+        return 4 * ((self.num_tail_levels - 1 - levels).double() * self.spacing / 2).log()
 
     def __call__(
         self,
@@ -116,8 +130,9 @@ class TopK(SparseMethod):
     together; and the mass of all others. For the same bytes a threshold and a large k are the truest: they put tokens
     where there are many to tell of.
 
-    √p is rounded to multiples of `step`; tokens that round to 0 go to the others (but for the likeliest). When read,
-    all is made to sum to 1. With η = step · √(k + 1) / 2, no √p is further off than (step / 2 + η √p) / (1 − η).
+    √p is rounded to multiples of `step`; tokens that round to 0 go to the others, but for the likeliest, which is kept.
+    When read, all is made to sum to 1. With η = step · √(k + 1) / 2 < 1, no √p of at least step / 2 is further off than
+    (step / 2 + η √p) / (1 − η), and neither is the root of the others' mass.
     """
 
     name = "top_k"
@@ -148,17 +163,17 @@ class TopK(SparseMethod):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         values, ids, vocab_size = top_tokens(scores, self.k) if isinstance(scores, Tensor) else scores
         p = (values.double() - log_total[:, None]).exp()
-        steps = (p.sqrt() / self.step).round()
+        last = self.num_levels - 1
+        steps = (p.sqrt() / self.spacing).round().clamp(max=last)
         steps[:, 0].clamp_(min=1)
         kept = (steps > 0) & (p >= self.threshold)
         if self.mass < 1:
             kept &= p.cumsum(-1) - p < self.mass
         kept[:, 0] = True
         rest = (1 - (p * kept).sum(-1)).clamp(min=0)
-        tail = (rest.sqrt() / self.step).round().clamp(min=1)
+        tail = (2 * rest.sqrt().sqrt() / self.spacing).round().clamp(1, 2 * last)
         tail[kept.sum(-1) == vocab_size] = 0
-        last = self.num_levels - 1  # that of a tail that is not there
-        return kept.nonzero()[:, 0], ids[kept], last - steps[kept].int(), last - tail.int()
+        return kept.nonzero()[:, 0], ids[kept], last - steps[kept].int(), 2 * last - tail.int()
 
 
 @dataclass(frozen=True)
@@ -166,9 +181,9 @@ class Hybrid(SparseMethod):
     """Tokens above the threshold τ exactly, any other with probability p/τ and then with weight τ.
 
     Every token is kept with probability min(1, p/τ), which for a given number of kept tokens has the least variance of
-    all fair draws: noise comes from the tail alone, at most τ·p for a token. Confident rows keep few tokens, others
-    up to 1/τ. One systematic pass over the running sum of min(1, p/τ) draws them. What is above the threshold is
-    rounded up or down to a level at random, so that its mean is exact too; τ itself is one.
+    all fair draws: its noise comes from the tail alone, a variance of at most τ·p for a token. Confident rows keep few
+    tokens, others up to 1/τ. One systematic pass over the running sum of min(1, p/τ) draws them. What is above the
+    threshold is rounded up or down to a level at random, so that its mean is exact too; that adds up to step²·p.
     """
 
     name = "hybrid"
@@ -195,11 +210,11 @@ class Hybrid(SparseMethod):
         share = (scores - (log_total + math.log(self.threshold))[:, None]).clamp_(max=0).exp_()
         row, ids, _ = _systematic(share, uniform[:, 0], self.max_entries)
         root = ((scores[row, ids].double() - log_total[row]) / 2).exp().clamp(self.lowest, 1)
-        steps = ((root - self.lowest) / self.step).floor()
-        lower = self.lowest + steps * self.step
-        upper = lower + self.step
+        steps = ((root - self.lowest) / self.spacing).floor()
+        lower = self.lowest + steps * self.spacing
+        upper = lower + self.spacing
         # root² = w · lower² + (1 − w) · upper² has the weight w of the lower level.
-        weight = (upper - root) * (upper + root) / (self.step * (upper + lower))
+        weight = (upper - root) * (upper + root) / (self.spacing * (upper + lower))
         spread = (uniform[row, 1] + ids.double() * 0.6180339887498949) % 1  # other numbers for other tokens
         return row, ids, (self.num_levels - 1 - steps - (spread >= weight).int()).clamp(min=0).int(), None
 

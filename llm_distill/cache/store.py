@@ -141,7 +141,7 @@ class TeacherCache:
             needed).
 
     Raises:
-        ValueError: no cache, one of a newer format, a damaged file, or shards that are another cache's.
+        ValueError: no cache, one of another format, a damaged file, or shards that are another cache's.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:

@@ -1,8 +1,8 @@
 """Captures a tiny teacher in a process of its own: what the tests of kills and of ranks launch.
 
-Usage: capture_worker.py FOLDER [OPTIONS], with OPTIONS as JSON: `pause` (seconds a batch), `texts`, `file_limit` (bytes
-that any file may have, as on a full disk). Without OPTIONS it reads them from its input, a line for each capture, and
-runs each in a fork of itself, whose process id it prints, then its exit status.
+Usage: capture_worker.py FOLDER [OPTIONS], with OPTIONS as JSON: `pause` (seconds a batch), `texts`, `fsdp2` (shards the
+teacher), `file_limit` (bytes that any file may have, as on a full disk). Without OPTIONS it reads them from
+its input, a line for each capture, and runs each in a fork of itself, whose process id it prints, then its exit status.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from accelerate.utils import DistributedType
 from datasets import Dataset
+from sharded import fsdp2
 from tiny import VOCAB, make_config, tiny_llama
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerFast
 
 from llm_distill import DistillationTrainer, LiveTeacher
@@ -51,17 +54,20 @@ def make_texts(count: int) -> Dataset:
     return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows])
 
 
-def make_trainer(folder: Path, texts: int) -> DistillationTrainer:
+def make_trainer(folder: Path, texts: int, sharded: bool = False) -> DistillationTrainer:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder.parent / "tokenizer")
-    return DistillationTrainer(
-        model=tiny_llama(1, hidden=16),
-        teacher=Slow(tiny_llama(2), tokenizer),
-        args=make_config(
-            folder / "out", dataset_kwargs={"skip_prepare_dataset": True}, max_length=None, per_device_eval_batch_size=4
-        ),
-        train_dataset=make_texts(texts),
-        processing_class=tokenizer,
+    student, teacher = tiny_llama(1, hidden=16), Slow(tiny_llama(2), tokenizer)
+    options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "per_device_eval_batch_size": 4}
+    args = make_config(folder / "out", **options)  # after the models, which ZeRO-3 would make in another way
+    if sharded:
+        teacher.prepare(fsdp2(), student)
+        assert all(isinstance(parameter, DTensor) for parameter in teacher.model.parameters())
+    trainer = DistillationTrainer(
+        student, teacher, args=args, train_dataset=make_texts(texts), processing_class=tokenizer
     )
+    if sharded:
+        trainer.accelerator.state.distributed_type = DistributedType.FSDP
+    return trainer
 
 
 def run(trainer: DistillationTrainer, folder: Path, options: dict[str, Any]) -> None:
@@ -76,7 +82,7 @@ def main() -> None:
     folder = Path(sys.argv[1])
     if len(sys.argv) > 2:
         options = json.loads(sys.argv[2])
-        run(make_trainer(folder, options.get("texts", TEXTS)), folder, options)
+        run(make_trainer(folder, options.get("texts", TEXTS), options.get("fsdp2", False)), folder, options)
         return
     trainer = make_trainer(folder, TEXTS)
     compiled(ForwardKL(), torch.float32, torch.float32)  # once, and not as most of the time of every fork

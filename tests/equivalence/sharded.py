@@ -71,6 +71,12 @@ def gradients(
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g) for name, g in grads.items()}
 
 
+def fsdp2() -> SimpleNamespace:
+    """What a trainer's accelerator holds under FSDP2, which accelerate itself refuses to be on a CPU."""
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state, torch_device_mesh=None)
+
+
 def make_models(tied: bool) -> tuple[PreTrainedModel, LiveTeacher]:
     student = tiny_llama(1, hidden=16, tie_word_embeddings=tied).double()
     return student, LiveTeacher(tiny_llama(2).double())
@@ -83,11 +89,7 @@ def main() -> None:
     mesh = init_device_mesh("cpu", (ranks,))
     student, teacher = make_models(tied)
     shard_student(student, mesh, tied)
-    # What a trainer's accelerator holds under FSDP2, which accelerate itself refuses to be on a CPU.
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2)
-    state = SimpleNamespace(fsdp_plugin=plugin)
-    engine = SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state, torch_device_mesh=None)
-    teacher.prepare(engine, student)
+    teacher.prepare(fsdp2(), student)
     assert all(isinstance(p, DTensor) for m in (student, teacher.model) for p in m.parameters())
 
     ids, labels = make_batch()

@@ -21,7 +21,7 @@ from llm_distill.cache import TopK
 from llm_distill.capture import capture
 
 FINE = 2**-17
-"""Nats between the levels of a cache: its losses are within this of exact ones."""
+"""Steps of √p in a cache whose losses are to be exact ones."""
 
 
 @pytest.fixture(scope="session")
