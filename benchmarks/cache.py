@@ -78,8 +78,8 @@ FIDELITY_BLOCKS = 16
 OURS: tuple[Method, ...] = (
     *(TopK(k) for k in (2, 4, 8, 10, 16, 20, 24, 32, 64, 128, 256)),
     *(TopK(128, mass) for mass in (0.5, 0.7, 0.9)),
-    *(TopK(512, threshold=threshold) for threshold in (0.01, 0.005, 0.003, 0.002, 0.001, 0.00065, 0.0006)),
-    *(TopK(k, step=step) for k in (32, 128) for step in (1 / 32, 1 / 128, 1 / 256)),
+    *(TopK(512, threshold=threshold, step=1 / 64) for threshold in (0.01, 0.005, 0.003, 0.002, 0.001, 0.00065, 0.0006)),
+    *(TopK(k, step=step) for k in (32, 128) for step in (1 / 32, 1 / 64, 1 / 255)),
     *(Hybrid(threshold) for threshold in (0.2, 0.1, 0.05, 0.03, 0.026, 0.02, 0.017, 0.01, 0.005, 0.002)),
     *(Hybrid(threshold, step=step) for threshold in (0.03, 0.01) for step in (1 / 16, 1 / 128)),
     *(Sampled(draws) for draws in (12, 40, 50, 100)),

@@ -252,7 +252,7 @@ class CaptureConfig:
         default=None,
         metadata={
             "help": "Parameters of the method as JSON or YAML: k (32), mass (1.0: keep no more than have this mass), "
-            "threshold (0: keep no token of less probability) and step (1/64, of √p) of top_k, threshold (0.02) and "
+            "threshold (0: keep no token of less probability) and step (1/128, of √p) of top_k, threshold (0.02) and "
             "step (1/32) of hybrid, draws (50) of sampled, dtype (bfloat16, int8, float32) of hidden."
         },
     )

@@ -243,7 +243,7 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
     for said in (
         f"| teacher | [{TEACHER}](https://huggingface.co/{TEACHER}), {REVISION}, bfloat16, 4 bits |",
         "| tokenizer: vocabulary | 5eed5eed5eed5eed |",
-        "| kept of each distribution | `TopK(k=16, mass=1.0, threshold=0.0, step=0.015625)` |",
+        "| kept of each distribution | `TopK(k=16, mass=1.0, threshold=0.0, step=0.0078125)` |",
         "| temperature | 2 |",
         "| texts | 2,000 |",
         "| tokens | 2,000 |",

@@ -333,7 +333,7 @@ def test_a_damaged_head_is_found(tmp_path: Path, captured: Callable[..., Path]) 
 def test_it_describes_the_teacher_that_it_stands_for(captured: Callable[..., Path]) -> None:
     described = CachedTeacher(str(captured(TopK(8)))).describe()
     assert described["model"] == "teacher"
-    assert described["cache"] == {"name": "top_k", "k": 8, "mass": 1.0, "threshold": 0.0, "step": 1 / 64}
+    assert described["cache"] == {"name": "top_k", "k": 8, "mass": 1.0, "threshold": 0.0, "step": 1 / 128}
     assert str(Path.home()) not in json.dumps(described)
 
 
