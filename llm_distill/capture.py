@@ -89,7 +89,6 @@ def capture(
             raise ValueError(f"the {name} dataset has no texts.")
     check_widths(method, vocabulary_size(trainer.processing_class))
     folder, accelerator = Path(folder), trainer.accelerator
-    is_sharded = _is_sharded(trainer)  # before whatever makes an AcceleratorState anew, which forgets FSDP
     manifest = new_manifest(trainer, method)
     head = _stored_head(trainer.teacher.head) if isinstance(method, Hidden) else None  # type: ignore[attr-defined]
     with the_only_writer(folder) if accelerator.is_main_process else nullcontext():
@@ -102,7 +101,7 @@ def capture(
         accelerator.wait_for_everyone()  # so that all have seen the same shards
         _estimate(trainer, cache)
         try:
-            _fill(trainer, cache, examples_per_shard, is_sharded)
+            _fill(trainer, cache, examples_per_shard)
         except ConnectionError:  # of a stream
             raise
         except OSError as error:
@@ -135,9 +134,9 @@ def new_manifest(trainer: DistillationTrainer, method: Method) -> dict[str, Any]
 
 
 @torch.no_grad()
-def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard: int, is_sharded: bool) -> None:
+def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard: int) -> None:
     rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    known = KnownKeys(cache)
+    known, is_sharded = KnownKeys(cache), _is_sharded(trainer)
     with _Encoder(cache) as encoder:
         for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset):
             total = len(dataset) if isinstance(dataset, Dataset) else None

@@ -19,6 +19,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from sharded import fsdp2
@@ -66,7 +67,8 @@ def make_trainer(folder: Path, texts: int, sharded: bool = False) -> Distillatio
         student, teacher, args=args, train_dataset=make_texts(texts), processing_class=tokenizer
     )
     if sharded:
-        trainer.accelerator.state.distributed_type = DistributedType.FSDP
+        for state in (trainer.accelerator.state, PartialState()):  # accelerate keeps it in both
+            state.distributed_type = DistributedType.FSDP
     return trainer
 
 
