@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from worker import make_rows
 
 from llm_distill import DistillationTrainer, EnsembleTeacher, LiveTeacher, TeacherCache
-from llm_distill.cache import Hidden, Hybrid, Sampled, TopK
+from llm_distill.cache import Hidden, Hybrid, Sampled, TopK, manifest
 from llm_distill.cache.codec import decode
 from llm_distill.cache.fidelity import effective_target
 from llm_distill.cache.keys import examples_of
@@ -142,6 +142,26 @@ def test_what_is_stale_goes_only_when_told_to(tmp_path: Path, trainer: Callable[
     capture(trainer(), folder, TopK(9), drop_stale=True)
     assert names(folder).isdisjoint(before)
     assert TeacherCache(folder).method == TopK(9)
+
+
+def test_a_cache_of_an_older_format_goes_only_when_told_to(
+    tmp_path: Path, trainer: Callable[..., DistillationTrainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(manifest, "VERSION", manifest.VERSION - 1)
+        capture(trainer(), folder, TopK(8))
+    before = names(folder)
+    with pytest.raises(ValueError, match="no longer reads: capture again, with --drop_stale"):
+        capture(trainer(), folder, TopK(8))
+    (folder / manifest.FILE).rename(tmp_path / manifest.FILE)  # shards alone are not taken for those of today either
+    with pytest.raises(ValueError, match="holds another cache"):
+        capture(trainer(), folder, TopK(8))
+    (tmp_path / manifest.FILE).rename(folder / manifest.FILE)
+    assert names(folder) == before
+    capture(trainer(), folder, TopK(8), drop_stale=True)
+    assert names(folder).isdisjoint(before)
+    assert len(TeacherCache(folder)) == len(make_rows([]))
 
 
 def test_two_captures_into_one_folder_are_refused(tmp_path: Path, trainer: Callable[..., DistillationTrainer]) -> None:

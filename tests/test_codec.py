@@ -44,7 +44,7 @@ SHAPES = {
 @given(
     vocab=st.integers(1, 700),
     k=st.integers(1, 80),
-    log2_step=st.integers(-17, -4),
+    log2_step=st.integers(-17, -1),
     mass=st.sampled_from([1.0, 0.9]),
     threshold=st.sampled_from([0.0, 0.01, 0.3]),
 )
@@ -60,6 +60,8 @@ def test_top_k_is_within_its_bound_of_the_teacher(
     spread = method.step * math.sqrt(min(k, vocab) + 1) / 2
 
     def bound(root: Tensor) -> Tensor:
+        if spread >= 1:  # so coarse that nothing is promised
+            return torch.full_like(root, math.inf)
         return (method.step / 2 + spread * root) / (1 - spread) + 1e-6
 
     off = ((rows.log_weights / 2).exp() - exact).abs()
@@ -84,7 +86,7 @@ def test_top_k_is_within_its_bound_of_the_teacher(
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("vocab", [1, 2, 3, 50, 300])
-@pytest.mark.parametrize("method", [Hybrid(0.05), Hybrid(0.3, step=0.25), Sampled(20)], ids=str)
+@pytest.mark.parametrize("method", [Hybrid(0.05), Hybrid(0.3, step=0.5), Sampled(20)], ids=str)
 def test_fair_draws_are_unbiased(method: SparseMethod, vocab: int, shape: str) -> None:
     torch.manual_seed(vocab)
     log_p = SHAPES[shape](1, vocab).log_softmax(-1)

@@ -530,7 +530,8 @@ def test_the_command_line_captures_from_a_server(
     command += ["--use_cpu", "true", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
     with pytest.raises(SystemExit):
         main(command)
-    assert "step=0.0078125) keeps more than the 20 likeliest" in capsys.readouterr().err
+    said = "TopK(k=32, mass=1.0, threshold=0.0, step=0.0078125) keeps more than the 20 likeliest"
+    assert said in capsys.readouterr().err
     main([*command, "--cache_kwargs", "{k: 20}"])
     assert len(TeacherCache(tmp_path / "cache")) == 12
     assert TeacherCache(tmp_path / "cache").manifest["teacher"] == {"model": "teacher", "served": "vllm", "k": 20}

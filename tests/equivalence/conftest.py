@@ -1,4 +1,4 @@
-"""Running `worker.py` to its end."""
+"""Running the workers to their end."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import CPU, WORKER, Run, start
+from launch import CPU, WORKER, Run, run_to_end, shards
 from transformers import PreTrainedTokenizerBase
 
 
@@ -20,9 +20,22 @@ def run_worker(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[.
     def run(name: str, ranks: int = 1, launcher: Path = CPU, **options: Any) -> Run:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        process = start(WORKER, str(folder), json.dumps(options), ranks=ranks, launcher=launcher)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-5000:]
+        run_to_end(WORKER, str(folder), json.dumps(options), ranks=ranks, launcher=launcher)
         return Run(folder)
+
+    return run
+
+
+@pytest.fixture
+def captured_shards(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., set[str]]:
+    """Runs `capture_worker.py` to its end and gives the names of the shards that it leaves."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+
+    def run(ranks: int, launcher: Path = CPU, **options: Any) -> set[str]:
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        worker = Path(__file__).with_name("capture_worker.py")
+        run_to_end(worker, str(folder), json.dumps(options), ranks=ranks, launcher=launcher)
+        return shards(folder)
 
     return run

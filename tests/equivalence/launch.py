@@ -14,6 +14,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from llm_distill import TeacherCache
+
 WORKER = Path(__file__).with_name("worker.py")
 CPU = Path(__file__).parents[2] / "recipes" / "accelerate" / "cpu.yaml"
 
@@ -56,3 +58,18 @@ def start(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) -
     return subprocess.Popen(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
     )
+
+
+def run_to_end(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) -> str:
+    """What it prints."""
+    process = start(script, *arguments, ranks=ranks, launcher=launcher)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output[-5000:]
+    return output
+
+
+def shards(folder: Path) -> set[str]:
+    """Those of a cache, named by their bytes."""
+    cache = TeacherCache(folder / "cache")
+    assert cache.verify() == []
+    return {shard.name for shard in cache.shards}

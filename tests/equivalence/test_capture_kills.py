@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launch import start
+from launch import shards, start
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill import TeacherCache
@@ -69,13 +69,6 @@ def forks(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Forks]
     assert forks.process.stdin is not None
     forks.process.stdin.close()
     forks.process.wait(timeout=60)
-
-
-def shards(folder: Path) -> set[str]:
-    """Named by their bytes."""
-    cache = TeacherCache(folder / "cache")
-    assert cache.verify() == []
-    return {shard.name for shard in cache.shards}
 
 
 def test_twenty_kills_end_in_the_same_bytes(tmp_path: Path, forks: Forks) -> None:

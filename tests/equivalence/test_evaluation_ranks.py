@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 from evaluation_worker import compare, write_task
-from launch import start
+from launch import run_to_end
 
 
 def test_two_ranks_find_what_one_finds(saved: Path, tmp_path: Path):
     tasks = write_task(tmp_path)
     worker = Path(__file__).with_name("evaluation_worker.py")
-    process = start(worker, *map(str, (saved, tasks, tmp_path)), ranks=2)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-4000:]
+    run_to_end(worker, *map(str, (saved, tasks, tmp_path)), ranks=2)
     alone = _numbers(json.loads(json.dumps(compare(saved, tasks))))
     for rank in range(2):
         found = _numbers(json.loads((tmp_path / f"found-{rank}.json").read_text()))

@@ -6,14 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from shutil import which
 
-import capture_worker
 import pytest
 import yaml
 from datasets import Dataset
-from launch import CPU, Run, start
-from transformers import PreTrainedTokenizerBase
-
-from llm_distill import TeacherCache
+from launch import CPU, Run, run_to_end
 
 pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's")
 pytestmark = pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs")
@@ -42,19 +38,12 @@ def test_zero3_gives_the_losses_of_one_rank(run_worker: Callable[..., Run], on_c
 
 
 def test_a_capture_of_a_sharded_teacher_writes_the_files_of_one_rank(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, on_cpu: Path
+    captured_shards: Callable[..., set[str]], on_cpu: Path
 ) -> None:
     """Of 15 shards: one rank has nothing left in the last round, and must run its share of the layers all the same."""
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    for ranks, launcher in ((1, CPU), (2, on_cpu)):
-        (tmp_path / str(ranks)).mkdir()
-        process = start(Path(capture_worker.__file__), str(tmp_path / str(ranks)), "{}", ranks=ranks, launcher=launcher)
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-5000:]
-    one, two = (TeacherCache(tmp_path / ranks / "cache") for ranks in ("1", "2"))
-    assert two.verify() == []
-    assert len(two.shards) == 15
-    assert {shard.name for shard in two.shards} == {shard.name for shard in one.shards}
+    one, two = captured_shards(1), captured_shards(2, on_cpu)
+    assert len(two) == 15
+    assert two == one
 
 
 def test_a_check_before_weights_are_sharded_says_what_it_cannot_measure(
@@ -73,9 +62,7 @@ def test_a_check_before_weights_are_sharded_says_what_it_cannot_measure(
         "report_to": "none",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    process = start(RECIPES / "token_kl.py", *arguments, ranks=2, launcher=on_cpu)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-5000:]
+    output = run_to_end(RECIPES / "token_kl.py", *arguments, ranks=2, launcher=on_cpu)
     assert "0.01 M of them trained" in output
     assert output.count("skipped  losses, time") == 1
     assert (tmp_path / "out" / "model.safetensors").exists()
