@@ -403,7 +403,8 @@ def write_shards(folder: Path, shards: int, texts: int, tokens: int, hollow: boo
         if hollow:
             made = folder / str(name)
             length = made.stat().st_size - 2 * KEPT_BYTES
-            assert length > 0, "--hollow needs larger shards, as of --start 2500 2048 256"
+            if length <= 0:
+                raise ValueError("--hollow needs larger shards, as of --start 2500 2048 256.")
             subprocess.run(["fallocate", "-p", "-o", str(KEPT_BYTES), "-l", str(length), str(made)], check=True)
 
 
