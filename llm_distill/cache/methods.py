@@ -2,7 +2,7 @@
 
 | method | keeps, per row | serves |
 |---|---|---|
-| `TopK(k, mass, threshold)` | the likeliest tokens, the mass of all others | every divergence, of k + 1 cells (a lower bound) |
+| `TopK(k, mass, …)` | the likeliest tokens, the mass of all others | every divergence, of k + 1 cells (a lower bound) |
 | `Hybrid(threshold)` | every token above the threshold, a fair draw of those below | forward KL, without bias |
 | `Sampled(draws)` | a fair draw of all tokens | forward KL, without bias |
 | `Hidden(dtype)` | the teacher's last hidden state; its head once | every divergence and temperature |
