@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 BATCHES_AHEAD = 4
 """How many batches may wait to be packed, while the teacher goes on."""
 MEASURED_BATCHES = 3
+LARGEST_HEAP_BLOCK = 2**25
+"""Bytes; larger blocks are always given back by glibc."""
 PREPARATION = ("max_length", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss")
 """Options that decide where a text is cut and which of its tokens count."""
 
@@ -100,6 +102,8 @@ def capture(
             CachedTeacher(cache).check(trainer.objective.divergence, trainer.objective.temperature)
         accelerator.wait_for_everyone()  # so that all have seen the same shards
         _estimate(trainer, cache)
+        if accelerator.device.type == "cpu":
+            _keep_freed_memory()
         try:
             _fill(trainer, cache, examples_per_shard)
         except ConnectionError:  # of a stream
@@ -115,6 +119,13 @@ def capture(
             cache.record_contents()
         accelerator.wait_for_everyone()
     return cache
+
+
+def _keep_freed_memory() -> None:
+    """From the largest block that it has seen freed, glibc takes how much free memory it keeps. Without this one it can
+    give back the activations of every layer, and take a fifth of a forward to map them anew for the next.
+    """
+    torch.empty(LARGEST_HEAP_BLOCK - 2**16, dtype=torch.uint8)
 
 
 def new_manifest(trainer: DistillationTrainer, method: Method) -> dict[str, Any]:

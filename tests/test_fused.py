@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llm_distill.divergences import Divergence, make_divergence
 from llm_distill.fused import cpp_backend, fused_head_loss, head_loss, logits, products, torch_backend
 from llm_distill.fused.head_loss import opened_projection
-from llm_distill.fused.job import Job, Top
+from llm_distill.fused.job import Choice, Few, Job
 from llm_distill.fused.logits import logits_in_chunks
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
@@ -369,11 +369,37 @@ def test_the_likeliest_tokens_come_with_the_statistics(
     monkeypatch.setattr(logits, "chunk_rows", lambda *_: 16)
     head, hidden = make_head(STUDENT, 1, scale, soft_cap), hidden_states(STUDENT, 1)
     log_p = (head(hidden) / temperature).log_softmax(-1)
-    for found in logits_in_chunks(hidden, head, temperature, k):
-        assert isinstance(found.scores, Top)
+    for found in logits_in_chunks(hidden, head, temperature, Choice(k)):
+        assert isinstance(found.scores, Few)
         expected = log_p[found.rows].topk(min(k, VOCAB))
         assert torch.allclose(found.scores.values - found.log_total[:, None], expected.values)
         assert torch.equal(found.scores.ids, expected.indices)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("threshold", [0.3, 0.02, 1e-3])
+@pytest.mark.parametrize("vocab", [3, 64, 1000])
+@pytest.mark.parametrize(("temperature", "soft_cap"), [(1.0, None), (2.0, 6.0)])
+def test_fair_draws_come_with_the_statistics(
+    vocab: int, threshold: float, temperature: float, soft_cap: float | None
+) -> None:
+    torch.manual_seed(0)
+    head, draws = LMHead(nn.Linear(STUDENT, vocab), vocab, soft_cap=soft_cap), 2000
+    hidden, choice = torch.randn(1, STUDENT) * 5, Choice(int(1 / threshold) + 2, threshold)
+    log_p = (head(hidden)[0] / temperature).log_softmax(-1)
+    expected = (log_p.exp() / threshold).clamp(max=1)
+    kept = []
+    for found in logits_in_chunks(hidden.expand(draws, -1), head, temperature, choice, torch.rand(draws)):
+        assert isinstance(found.scores, Few)
+        drawn = found.scores.ids >= 0
+        assert (found.scores.ids.diff() > 0)[drawn[:, 1:]].all()  # each once
+        values = (found.scores.values - found.log_total[:, None])[drawn]
+        assert torch.allclose(values, log_p[found.scores.ids[drawn]], atol=1e-5)
+        assert ((drawn.sum(-1) - expected.sum()).abs() < 1 + 1e-3).all()
+        kept.append(found.scores.ids[drawn])
+    share = torch.bincount(torch.cat(kept), minlength=vocab) / draws
+    assert (share[expected >= 1] == 1).all()
+    assert ((share - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt() + 2 / draws).all()
 
 
 @pytest.mark.parametrize("vocab", [3, 300, 5000])
@@ -385,11 +411,11 @@ def test_of_tied_tokens_the_first_are_the_likeliest(vocab: int, dtype: torch.dty
     student = opened_projection(head, torch.zeros(5, 1, dtype=dtype), torch.zeros(vocab, 1, dtype=dtype), None)
     k = min(70, vocab)
     job = Job(student, None, [], make_divergence("forward_kl"), 1.0, 0.0, 1.0, 0.0, None)
-    top = cpp_backend.statistics_and_top(job, raw, k)[1]
+    top = cpp_backend.statistics_and_few(job, raw, Choice(k))[1]
     expected = raw.float().sort(dim=-1, descending=True, stable=True)
     assert torch.equal(top.values[:4], expected.values[:4, :k])
     assert torch.equal(top.ids[:4], expected.indices[:4, :k])
-    assert top.ids[4, 0] == 0
+    assert top.ids[4].tolist() == [0] + [-1] * (k - 1)
     assert (top.values[4, 1:] < -1e29).all()
 
 

@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_distill.fused.job import Top
+from llm_distill.fused.job import Choice, Few
 
 ENTROPY_STEP = 1 / 16
 """Nats; the mean over many rows is much closer than that."""
@@ -48,8 +48,8 @@ class SparseMethod(ABC):
 
     name: ClassVar[str]
     has_tail: ClassVar[bool] = False
-    top: int = 0
-    """How many of the likeliest tokens are all that it looks at; 0: it looks at all."""
+    choice: Choice | None = None
+    """The tokens that are all it looks at; None: it looks at all."""
     step: float
     """Of √p, from one level to the next, at most."""
     lowest: float = 0.0
@@ -82,7 +82,7 @@ class SparseMethod(ABC):
         """Chooses, with two uniform numbers per row.
 
         Args:
-            scores: log p = scores − log_total: [rows, vocab], or a `Top` where `top` asks for no more.
+            scores: log p = scores − log_total: [rows, vocab], or those of its `choice`.
 
         Returns:
             Row, id and level of each entry (`[entries]`), and the level of the tail (`[rows]`) if there is one.
@@ -98,7 +98,7 @@ class SparseMethod(ABC):
 
     def __call__(
         self,
-        scores: Float[Tensor, "rows vocab"] | Top,
+        scores: Float[Tensor, "rows vocab"] | Few,
         uniform: Float[Tensor, "rows 2"],
         log_total: Float[Tensor, " rows"] | None = None,
         entropy: Float[Tensor, " rows"] | None = None,
@@ -156,11 +156,11 @@ class TopK(SparseMethod):
         return self.k
 
     @property
-    def top(self) -> int:  # type: ignore[override]
-        return self.k
+    def choice(self) -> Choice:  # type: ignore[override]
+        return Choice(self.k)
 
     def keep(
-        self, scores: Tensor | Top, log_total: Tensor, uniform: Tensor
+        self, scores: Tensor | Few, log_total: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         values, ids, vocab_size = top_tokens(scores, self.k) if isinstance(scores, Tensor) else scores
         p = (values.double() - log_total[:, None]).exp()
@@ -207,10 +207,21 @@ class Hybrid(SparseMethod):
     def max_entries(self) -> int:
         return math.ceil(1 / self.threshold) + 1
 
-    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        share = (scores - (log_total + math.log(self.threshold))[:, None]).clamp_(max=0).exp_()
-        row, ids, _ = _systematic(share, uniform[:, 0], self.max_entries)
-        root = ((scores[row, ids].double() - log_total[row]) / 2).exp().clamp(self.lowest, 1)
+    @property
+    def choice(self) -> Choice:  # type: ignore[override]
+        return Choice(self.max_entries, self.threshold)
+
+    def keep(
+        self, scores: Tensor | Few, log_total: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        if isinstance(scores, Tensor):
+            share = (scores - (log_total + math.log(self.threshold))[:, None]).clamp_(max=0).exp_()
+            row, ids, _ = _systematic(share, uniform[:, 0], self.max_entries)
+            values = scores[row, ids]
+        else:
+            drawn = scores.ids >= 0
+            row, ids, values = drawn.nonzero()[:, 0], scores.ids[drawn], scores.values[drawn]
+        root = ((values.double() - log_total[row]) / 2).exp().clamp(self.lowest, 1)
         steps = ((root - self.lowest) / self.spacing).floor()
         lower = self.lowest + steps * self.spacing
         upper = lower + self.spacing
@@ -290,18 +301,18 @@ def in_entropy_steps(entropy: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     return (entropy / ENTROPY_STEP).round().clamp(0, 255).int()
 
 
-def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> Top:
+def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> Few:
     """As `scores.topk(k)`, on a CPU in less time: the k largest lie in the k groups of largest maximum."""
     rows, vocab = scores.shape
     groups, k = vocab // GROUP, min(k, vocab)
     if scores.device.type != "cpu" or groups < 4 * k:
-        return Top(*scores.topk(k), vocab)
+        return Few(*scores.topk(k), vocab)
     whole = scores[:, : groups * GROUP].view(rows, GROUP, groups)  # a group's tokens lie far apart: amax is vectorised
     best = whole.amax(1).topk(k, sorted=False).indices
     ids = (best[:, :, None] + groups * torch.arange(GROUP)).flatten(1)
     ids = torch.cat([ids, torch.arange(groups * GROUP, vocab).expand(rows, -1)], -1)
     values, order = scores.gather(-1, ids).topk(k)
-    return Top(values, ids.gather(-1, order), vocab)
+    return Few(values, ids.gather(-1, order), vocab)
 
 
 def _systematic(

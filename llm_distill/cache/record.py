@@ -43,7 +43,7 @@ def keep(
     uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
     chunks: list[list[Any]] = []
     if isinstance(signal, HiddenSignal):
-        for logits in logits_in_chunks(signal.hidden, signal.head, temperature, method.top):
+        for logits in logits_in_chunks(signal.hidden, signal.head, temperature, method.choice, uniform[:, 0]):
             _require_finite(logits.log_total, logits.rows, examples)
             draws = uniform[logits.rows].to(logits.log_total.device)
             kept = method(logits.scores, draws, logits.log_total, logits.entropy)

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from llm_distill.divergences import Divergence
 from llm_distill.fused.formula import Language, UntranslatableError, translate
-from llm_distill.fused.job import Job, Projection, RowStatistics, Top
+from llm_distill.fused.job import Choice, Few, Job, Projection, RowStatistics
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Kernels:
             "kd entropy kl acceptance agreement confidence teacher_confidence ce teacher_ce correct teacher_correct"
         )
         self.Statistics = self._structure(
-            "student | | temperature top | maximum log_total tempered_log_total mean top_values top_ids"
+            "student | | temperature most threshold | start maximum log_total tempered_log_total mean values ids"
         )
         self.Gradient = self._structure(
             "student | gradient | temperature | maximum slope log_total slope_T tempered_log_total"
@@ -127,29 +127,36 @@ def dense(
 
 def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
     """As `torch_backend.statistics`."""
-    return statistics_and_top(job, raw, 0)[0]
+    return statistics_and_few(job, raw, Choice(0))[0]
 
 
-def statistics_and_top(job: Job, raw: Float[Tensor, "rows vocab"], k: int) -> tuple[RowStatistics, Top]:
-    """The same, and in the same pass the k largest logits, of equal ones the first. Where less than k are larger than
-    −1e30, the others are too, and of no token.
+def statistics_and_few(
+    job: Job, raw: Float[Tensor, "rows vocab"], choice: Choice, start: Float[Tensor, " rows"] | None = None
+) -> tuple[RowStatistics, Few]:
+    """The same, and the logits of a few tokens while the row is at hand; of equal ones the first are the likeliest.
+
+    Args:
+        start: of each row's draw, from 0 to 1; needed with a threshold.
     """
     kernels = compiled(job.divergence, raw.dtype, raw.dtype)
     assert kernels is not None
     result = RowStatistics(*job.metrics["entropy"].new_empty(4, len(raw)))
-    values = result.maximum.new_empty(len(raw), k)
-    top = Top(values, torch.empty_like(values, dtype=torch.long), raw.shape[1])
+    values = result.maximum.new_empty(len(raw), choice.most)
+    few = Few(values, torch.empty_like(values, dtype=torch.long), raw.shape[1])
+    start = None if start is None else start.to(values.dtype).contiguous()
     arguments = kernels.Statistics(
         student=_side(kernels, job.student, raw),
         temperature=job.temperature,
-        top=k,
+        most=choice.most,
+        threshold=choice.threshold,
+        start=_pointer(start),
         **{name: _pointer(value) for name, value in result._asdict().items()},
-        top_values=_pointer(top.values),
-        top_ids=_pointer(top.ids),
+        values=_pointer(few.values),
+        ids=_pointer(few.ids),
         vocab=raw.shape[1],
     )
     kernels.run("statistics", arguments, len(raw))
-    return result, top
+    return result, few
 
 
 def softmax_gradient(

@@ -62,11 +62,22 @@ class RowStatistics(NamedTuple):
     """Σ (z − maximum) · softmax(z)."""
 
 
-class Top(NamedTuple):
-    """The likeliest tokens of each row, the likeliest first."""
+class Choice(NamedTuple):
+    """The few tokens of each row that are wanted."""
 
-    values: Float[Tensor, "rows k"]
-    ids: Int[Tensor, "rows k"]
+    most: int
+    """No row has more; without a threshold the likeliest so many, the likeliest first."""
+    threshold: float = 0.0
+    """Every token with probability min(1, p / threshold), by systematic sampling (Madow, 1949): the tokens at which the
+    sum of these, from a random start below 1, passes a whole number. In the order of their ids."""
+
+
+class Few(NamedTuple):
+    """Those tokens."""
+
+    values: Float[Tensor, "rows most"]
+    ids: Int[Tensor, "rows most"]
+    """−1 where a row has fewer."""
     vocab_size: int
     """Of how many tokens."""
 

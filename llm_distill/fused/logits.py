@@ -12,7 +12,7 @@ from torch import Tensor
 from llm_distill.divergences import ForwardKL
 from llm_distill.fused import cpp_backend
 from llm_distill.fused.head_loss import choose_backend, chunk_rows, opened_projection
-from llm_distill.fused.job import Job, Top
+from llm_distill.fused.job import Choice, Few, Job
 from llm_distill.fused.products import chunk_buffers, logits_dtype, multiply
 from llm_distill.heads import LMHead
 
@@ -24,7 +24,7 @@ class Logits(NamedTuple):
     """Of some rows, one after the other."""
 
     rows: slice
-    scores: Float[Tensor, "rows vocab"] | Top
+    scores: Float[Tensor, "rows vocab"] | Few
     """Divided by T. Overwritten by the next."""
     log_total: Float[Tensor, " rows"]
     """log p = scores − log_total."""
@@ -34,15 +34,22 @@ class Logits(NamedTuple):
 
 @torch.no_grad()
 def logits_in_chunks(
-    hidden: Float[Tensor, "rows hidden"], head: LMHead, temperature: float, top: int = 0
+    hidden: Float[Tensor, "rows hidden"],
+    head: LMHead,
+    temperature: float,
+    choice: Choice | None = None,
+    start: Float[Tensor, " rows"] | None = None,
 ) -> Iterator[Logits]:
     """One product of the head, one pass for the statistics; nothing of `[rows, vocab]` is kept.
 
     Args:
-        top: how many of the likeliest tokens are all that is wanted (0: all are). They are found in the pass for the
-            statistics where that is compiled; elsewhere all tokens come nevertheless.
+        choice: the tokens that are wanted, of the distribution at this temperature (None: all are). They are chosen
+            in the pass for the statistics where that is compiled; elsewhere all tokens come nevertheless.
+        start: of each row's draw, from 0 to 1; needed where the choice has a threshold.
     """
-    device, top = hidden.device, min(top, head.vocab_size)
+    device = hidden.device
+    if choice is not None:
+        choice = choice._replace(most=min(choice.most, head.vocab_size))
     with head.weights() as (weight, bias), torch.autocast(device.type, enabled=False):
         student = opened_projection(head, hidden, weight, bias)
         job = Job(student, None, [], ForwardKL(), temperature, 0.0, 1.0, 0.0, None)
@@ -51,24 +58,24 @@ def logits_in_chunks(
         size = min(chunk_rows(head.vocab_size, [dtype], device, None), max(len(hidden), 1))
         tile = size if device.type != "cpu" else max(1, TILE_BYTES // (head.vocab_size * dtype.itemsize))
         with chunk_buffers((size, head.vocab_size), [dtype], device) as (buffer,):
-            for start in range(0, len(hidden), size):
-                part = student.hidden[start : start + size]
+            for begin in range(0, len(hidden), size):
+                all_rows = slice(begin, min(begin + size, len(hidden)))
+                part = student.hidden[all_rows]
                 raw = buffer[: len(part)]
                 multiply(part, student.weight.T, out=raw)
-                found, best = (
-                    cpp_backend.statistics_and_top(job, raw, top)
-                    if top and backend is cpp_backend
+                found, few = (
+                    cpp_backend.statistics_and_few(job, raw, choice, None if start is None else start[all_rows])
+                    if choice is not None and backend is cpp_backend
                     else (backend.statistics(job, raw), None)
                 )
                 log_total = found.maximum / temperature + found.tempered_log_total
                 entropy = found.log_total - found.mean
-                if best is not None:
-                    best = best._replace(values=best.values / temperature)
-                    yield Logits(slice(start, start + len(part)), best, log_total, entropy)
+                if few is not None:
+                    yield Logits(all_rows, few._replace(values=few.values / temperature), log_total, entropy)
                     continue
                 for first in range(0, len(part), tile):
                     of = slice(first, first + tile)
-                    rows = slice(start + first, min(start + first + tile, start + len(part)))
+                    rows = slice(begin + first, min(begin + first + tile, all_rows.stop))
                     values = raw[of] if head.is_linear and student.bias is None else student.logits(raw[of])
                     values = values if temperature == 1 else values.float() / temperature
                     yield Logits(rows, values, log_total[of], entropy[of])

@@ -97,10 +97,11 @@ struct Dense {
 
 struct Statistics {
     Side student;
-    double temperature, top;
+    double temperature, most, threshold;
+    const real* start;  // [rows], of the draw; unused without a threshold
     real *maximum, *log_total, *tempered_log_total, *mean;  // [rows]
-    real* top_values;  // [rows, top], the largest first and of equals the one of smaller id; null: not wanted
-    int64_t* top_ids;
+    real* values;  // [rows, most]: the largest first and of equals the one of smaller id, or those drawn
+    int64_t* ids;  // −1 where a row has fewer
     long vocab;
 };
 
@@ -296,7 +297,7 @@ struct Token {
 
 void write_top(Token* tokens, long count, long k, real* values, int64_t* ids) {
     std::partial_sort(tokens, tokens + std::min(k, count), tokens + count);
-    std::fill(tokens + std::min(k, count), tokens + k, Token{2 * NOTHING, 0});
+    std::fill(tokens + std::min(k, count), tokens + k, Token{2 * NOTHING, -1});
     for (long i = 0; i < k; i++) values[i] = tokens[i].value, ids[i] = tokens[i].id;
 }
 
@@ -328,13 +329,44 @@ real top_of(Row z, long V, long k, real* values, int64_t* ids, real* lane, Token
     return maximum;
 }
 
+// Every token with the probability min(1, p / threshold): where the sum of these, from `sum` on, passes a whole number.
+// A strip that passes none is not looked at any closer.
+template <class Row>
+void draw_of(Row z, long V, real maximum, real inverse_T, real log_total, real threshold, double sum, long most,
+             real* values, int64_t* ids) {
+    const real log_certain = log_total + std::log(threshold);
+    long count = 0;
+    for (long first = 0; first < V; first += STRIP) {
+        const long n = std::min(STRIP, V - first);
+        real share[STRIP], strip = 0;
+        SIMD(omp simd reduction(+ : strip))
+        for (long i = 0; i < n; i++) {
+            share[i] = exp_negative(min_((z[first + i] - maximum) * inverse_T - log_certain, 0));
+            strip += share[i];
+        }
+        if (std::floor(sum + strip) == std::floor(sum)) {
+            sum += strip;
+            continue;
+        }
+        for (long i = 0; i < n && count < most; i++) {
+            const double before = std::floor(sum);
+            sum += share[i];
+            if (std::floor(sum) != before) values[count] = z[first + i], ids[count++] = first + i;
+        }
+    }
+    std::fill(values + count, values + most, 2 * NOTHING);
+    std::fill(ids + count, ids + most, -1);
+}
+
 template <class Row>
 void statistics_row(const Statistics& a, long row, Row z, real* lane, Token* tokens) {
-    const long V = a.vocab, k = a.top;
+    const long V = a.vocab, most = a.most;
     const bool tempered = a.temperature != 1;
     const real inverse_T = 1 / a.temperature;
-    const real maximum =
-        k ? top_of(z, V, k, a.top_values + row * k, a.top_ids + row * k, lane, tokens) : maximum_of(z, V);
+    const bool drawn = a.threshold != 0;
+    real* values = a.values + row * most;
+    int64_t* ids = a.ids + row * most;
+    const real maximum = most && !drawn ? top_of(z, V, most, values, ids, lane, tokens) : maximum_of(z, V);
     double total = 0, weighted = 0, total_T = 0;
     BLOCKS {
         real sum = 0, mean = 0, sum_T = 0;
@@ -354,6 +386,7 @@ void statistics_row(const Statistics& a, long row, Row z, real* lane, Token* tok
     a.mean[row] = weighted / total;
     a.log_total[row] = std::log(total);
     a.tempered_log_total[row] = std::log(tempered ? total_T : total);
+    if (drawn) draw_of(z, V, maximum, inverse_T, a.tempered_log_total[row], a.threshold, a.start[row], most, values, ids);
 }
 
 template <class Row>
@@ -384,7 +417,7 @@ void gradient_row(const Gradient& a, long row, Row z, real* d) {
 extern "C" void statistics(const Statistics* args, long first, long last) {
     const Statistics& a = *args;
     const long V = a.vocab;
-    std::unique_ptr<real[]> z_(new real[V]), lane(new real[lanes_for(a.top)]);
+    std::unique_ptr<real[]> z_(new real[V]), lane(new real[lanes_for(a.most)]);
     std::unique_ptr<Token[]> tokens(new Token[V]);
     for (long row = first; row < last; row++) {
         if (is_plain(a.student))
