@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.evaluation.compare import TEACHER, Scores
-from llm_distill.fused.job import Top
+from llm_distill.fused.job import Choice, Few
 from llm_distill.fused.logits import logits_in_chunks
 from llm_distill.heads import LMHead
 from llm_distill.rows import counted_rows
@@ -109,14 +109,14 @@ def _worst_windows(student: Scores) -> Iterator[tuple[int, int]]:
 def _tops(hidden: Tensor, head: LMHead, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, float]]]:
     """The likeliest tokens of each row, with their probabilities."""
     rows: list[list[tuple[str, float]]] = []
-    for part in logits_in_chunks(hidden, head, 1.0, top=TOP):
-        if isinstance(part.scores, Top):
+    for part in logits_in_chunks(hidden, head, 1.0, Choice(TOP)):
+        if isinstance(part.scores, Few):
             values, ids = part.scores.values, part.scores.ids
         else:
             values, ids = part.scores.topk(min(TOP, part.scores.shape[1]))
         probabilities = (values.float() - part.log_total[:, None].float()).exp()
         rows += [
-            [(tokenizer.decode([i]), p) for i, p in zip(*pair, strict=True)]
+            [(tokenizer.decode([i]), p) for i, p in zip(*pair, strict=True) if i >= 0]
             for pair in zip(ids.tolist(), probabilities.tolist(), strict=True)
         ]
     return rows
