@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from llm_distill.divergences import Divergence, make_divergence
 from llm_distill.fused import cpp_backend, fused_head_loss, head_loss, logits, products, torch_backend
 from llm_distill.fused.head_loss import opened_projection
-from llm_distill.fused.job import Choice, Few, Job
+from llm_distill.fused.job import Choice, Few, Job, Projection
 from llm_distill.fused.logits import logits_in_chunks
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
@@ -332,14 +332,26 @@ def test_without_a_compiler_it_runs_in_torch(monkeypatch: pytest.MonkeyPatch) ->
         cpp_backend.compiled.cache_clear()
 
 
-def test_16_bit_products_are_summed_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_16_bit_products_are_summed_in_float32(
+    weight: torch.dtype, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one tensor of float32, or in two of which the one becomes the gradient."""
     monkeypatch.setattr(products, "VOCAB_TILE", {"cpu": 7})  # 29 rows in tiles of 7 and 1
-    d_logits, x = torch.randn(2, 64, VOCAB).bfloat16(), torch.randn(2, 64, STUDENT).bfloat16()
-    total = torch.full((VOCAB, STUDENT), torch.nan)
-    products.add_weight_gradient(total, d_logits[0], x[0], first=True)
-    products.add_weight_gradient(total, d_logits[1], x[1], first=False)
-    parts = [(d.T @ h).float() for d, h in zip(d_logits, x, strict=True)]
-    assert torch.equal(total, parts[0] + parts[1])
+    if not is_compiled:
+        monkeypatch.setattr(cpp_backend, "can_add_halves", lambda *_: False)
+    d_logits, x = torch.randn(5, 64, VOCAB).bfloat16(), torch.randn(5, 64, STUDENT).bfloat16()
+    head = torch.zeros(VOCAB, STUDENT, dtype=weight)
+    student = Projection(LMHead(nn.Linear(STUDENT, VOCAB), VOCAB), x[0], head.bfloat16(), None)
+    job = Job(student, None, [], make_divergence("forward_kl"), 1.0, 0.0, 1.0, 0.0, None)
+    gradient = products.WeightGradient(head, job, len(x))
+    for d, h in zip(d_logits, x, strict=True):
+        gradient.add(d, h)
+    expected = sum((d.T @ h).float() for d, h in zip(d_logits, x, strict=True))
+    in_halves = is_compiled and weight == torch.bfloat16
+    assert (gradient.rest is not None) == in_halves
+    assert torch.equal(gradient.total, expected.bfloat16() if in_halves else expected)
 
 
 @pytest.mark.parametrize("rows", [128, 64, 16])

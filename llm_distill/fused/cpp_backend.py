@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_distill.divergences import Divergence
@@ -73,6 +73,7 @@ class Kernels:
         self.Gradient = self._structure(
             "student | gradient | temperature | maximum slope log_total slope_T tempered_log_total"
         )
+        self.Halves = self._structure("| high low product | is_last |")
 
     def _structure(self, fields: str) -> type[ctypes.Structure]:
         kinds = (self.Side, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
@@ -183,6 +184,34 @@ def softmax_gradient(
         vocab=raw.shape[1],
     )
     kernels.run("gradient", arguments, len(raw))
+
+
+def can_add_halves(job: Job, device: torch.device) -> bool:
+    """Whether there is `add_halves`."""
+    return device.type == "cpu" and len(job.teachers) <= 1 and _kernels_of(job) is not None
+
+
+def add_halves(
+    job: Job,
+    high: Float[Tensor, "rows width"],
+    low: Int[Tensor, "rows width"],
+    product: Float[Tensor, "rows width"],
+    *,
+    is_last: bool,
+) -> None:
+    """Adds bfloat16 to float32 numbers of which `high` are the upper 16 bits, as bfloat16, and `low` the others. The
+    last time `high` becomes the sum rounded to the nearest bfloat16.
+    """
+    kernels = _kernels_of(job)
+    assert kernels is not None
+    pointers = {name: _pointer(each) for name, each in (("high", high), ("low", low), ("product", product))}
+    kernels.run("add_halves", kernels.Halves(**pointers, is_last=is_last, vocab=high.shape[1]), len(high))
+
+
+def _kernels_of(job: Job) -> Kernels | None:
+    """Those that its passes over rows use."""
+    student = job.student.hidden.dtype
+    return compiled(job.divergence, student, job.teachers[0].hidden.dtype if job.teachers else student)
 
 
 @functools.cache

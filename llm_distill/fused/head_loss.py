@@ -22,7 +22,7 @@ from torch import Tensor
 from llm_distill.divergences import Divergence
 from llm_distill.fused import cpp_backend, torch_backend
 from llm_distill.fused.job import Job, Projection, statistics_dtype
-from llm_distill.fused.products import add_weight_gradient, chunk_buffers, logits_dtype, multiply, sum_dtype
+from llm_distill.fused.products import WeightGradient, chunk_buffers, logits_dtype, multiply
 from llm_distill.fused.sparse import sparse
 from llm_distill.heads import LMHead
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
@@ -110,9 +110,8 @@ class _FusedHeadLoss(torch.autograd.Function):
     ) -> Tensor:
         needs_hidden, needs_weight, needs_bias = (wants_gradients and needs for needs in ctx.needs_input_grad[:3])
         d_hidden = torch.empty_like(hidden) if needs_hidden else None
-        d_weight = d_bias = None
-        if needs_weight and not len(hidden):
-            d_weight = torch.zeros_like(weight)  # otherwise the first chunk writes it
+        d_weight: WeightGradient | None = None
+        d_bias = None
         if needs_bias:
             assert bias is not None
             d_bias = torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
@@ -126,10 +125,10 @@ class _FusedHeadLoss(torch.autograd.Function):
                     d_hidden[rows] = d_logits @ job.student.weight
                 if needs_weight:
                     if d_weight is None:
-                        dtype = sum_dtype(weight.dtype, d_logits.dtype, -(-len(hidden) // len(d_logits)))
-                        d_weight = torch.empty_like(weight, dtype=dtype)
-                    add_weight_gradient(d_weight, d_logits, job.student.hidden[rows], first=rows.start == 0)
-        ctx.gradients = (d_hidden, d_weight, d_bias)
+                        d_weight = WeightGradient(weight, job, -(-len(hidden) // len(d_logits)))
+                    d_weight.add(d_logits, job.student.hidden[rows])
+        no_rows = torch.zeros_like(weight) if needs_weight and d_weight is None else None
+        ctx.gradients = (d_hidden, d_weight.total if d_weight else no_rows, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.num_rows = num_rows
         return job.loss() / num_rows

@@ -13,6 +13,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from llm_distill.fused import cpp_backend
+from llm_distill.fused.job import Job
+
 VOCAB_TILE = {"cpu": 2**11, "accelerator": 2**15}
 """Rows of dW that are added up at a time where the product cannot add in float32 by itself."""
 
@@ -71,41 +74,49 @@ def multiply(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Float[Tensor
         out.copy_(a @ b)
 
 
-def sum_dtype(weight: torch.dtype, compute: torch.dtype, products: int) -> torch.dtype:
-    """What dW is summed in: float32 at least, but for one or two products in bfloat16. Each is a sum in float32 inside,
-    and the second is added to the first before it is rounded, so that nothing is lost by leaving float32 out.
+class WeightGradient:
+    """dW = Σ d_logitsᵀ · hidden over the chunks of a job, summed in float32 at least.
+
+    `total` is in the weight's dtype from the start where nothing is lost by it. So it is with one or two products in
+    bfloat16: each is a sum in float32 inside, and the second is added to the first before it is rounded. Where there
+    are more, and it is compiled, `total` has the upper halves of the float32 sums and `rest` the lower ones.
     """
-    is_exact = weight == compute == torch.bfloat16 and products <= 2
-    return weight if is_exact else torch.promote_types(weight, torch.float32)
 
+    def __init__(self, weight: Float[Tensor, "vocab width"], job: Job, num_products: int) -> None:
+        compute = job.student.hidden.dtype
+        is_narrow = weight.dtype == compute == torch.bfloat16
+        has_rest = is_narrow and num_products > 2 and cpp_backend.can_add_halves(job, weight.device)
+        is_float32 = not (has_rest or (is_narrow and num_products <= 2))
+        dtype = torch.promote_types(weight.dtype, torch.float32) if is_float32 else weight.dtype
+        self.total = torch.empty_like(weight, dtype=dtype)
+        self.rest = torch.zeros_like(weight, dtype=torch.int16) if has_rest else None
+        self._job, self._left, self._is_first = job, num_products, True
 
-def add_weight_gradient(
-    total: Float[Tensor, "vocab width"],
-    d_logits: Float[Tensor, "rows vocab"],
-    hidden: Float[Tensor, "rows width"],
-    *,
-    first: bool,
-) -> None:
-    """Total += d_logitsᵀ · hidden (the first time, total = …: what was in it is not read)."""
-    same, direct = total.dtype == hidden.dtype, _gives_float32(torch.mm, hidden.dtype, hidden.device)
-    if first and (same or direct):
-        multiply(d_logits.T, hidden, out=total)
-    elif same:
-        torch.addmm(total, d_logits.T, hidden, out=total)
-    elif _gives_float32(torch.addmm, hidden.dtype, hidden.device):
-        torch.addmm(total, d_logits.T, hidden, out_dtype=total.dtype, out=total)
-    else:  # added up in float32 a tile at a time, which on a CPU stays in the cache
-        size = VOCAB_TILE["cpu" if hidden.device.type == "cpu" else "accelerator"]
-        part = hidden.new_empty(size, hidden.shape[1], dtype=total.dtype)
-        narrow = part if direct else torch.empty_like(part, dtype=hidden.dtype)
-        for start in range(0, len(total), size):
-            tile = total[start : start + size]
-            n = len(tile)
-            multiply(d_logits[:, start : start + n].T, hidden, out=narrow[:n])
-            if first:
-                tile.copy_(narrow[:n])
-            else:
-                tile.add_(part[:n] if direct else part[:n].copy_(narrow[:n]))
+    def add(self, d_logits: Float[Tensor, "rows vocab"], hidden: Float[Tensor, "rows width"]) -> None:
+        """One product more; after the last, `total` is dW."""
+        total, first, device = self.total, self._is_first, hidden.device
+        self._is_first, self._left = False, self._left - 1
+        same, direct = total.dtype == hidden.dtype, _gives_float32(torch.mm, hidden.dtype, device)
+        if first and (same or direct):
+            multiply(d_logits.T, hidden, out=total)
+        elif same and self.rest is None:
+            torch.addmm(total, d_logits.T, hidden, out=total)
+        elif _gives_float32(torch.addmm, hidden.dtype, device):
+            torch.addmm(total, d_logits.T, hidden, out_dtype=total.dtype, out=total)
+        else:  # added up a tile at a time, which on a CPU stays in the cache
+            size = VOCAB_TILE["cpu" if device.type == "cpu" else "accelerator"]
+            product = torch.empty(size, hidden.shape[1], dtype=torch.float32 if direct else hidden.dtype, device=device)
+            for start in range(0, len(total), size):
+                tile = total[start : start + size]
+                part = product[: len(tile)]
+                multiply(d_logits[:, start : start + len(tile)].T, hidden, out=part)
+                if first:
+                    tile.copy_(part)
+                elif self.rest is None:
+                    tile.add_(part)
+                else:
+                    rest = self.rest[start : start + size]
+                    cpp_backend.add_halves(self._job, tile, rest, part, is_last=not self._left)
 
 
 @functools.cache

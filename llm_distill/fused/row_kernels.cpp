@@ -113,6 +113,13 @@ struct Gradient {
     long vocab;
 };
 
+struct Halves {  // of numbers of 32 bits: [rows, vocab]
+    uint16_t *high, *low;
+    const bfloat16* product;
+    double is_last;
+    long vocab;
+};
+
 namespace {
 
 #define BLOCKS for (long begin = 0, end = BLOCK < V ? BLOCK : V; begin < V; begin = end, end = end + BLOCK < V ? end + BLOCK : V)
@@ -437,5 +444,25 @@ extern "C" void gradient(const Gradient* args, long first, long last) {
             gradient_row(a, row, plain<student_logit>(a.student, row, V), d);
         else
             gradient_row(a, row, processed<student_logit>(a.student, row, V, z_), d);
+    }
+}
+
+extern "C" void add_halves(const Halves* args, long first, long last) {
+    const Halves& a = *args;
+    const bool is_last = a.is_last != 0;
+    SIMD(omp simd)
+    for (long i = first * a.vocab; i < last * a.vocab; i++) {
+        uint32_t bits = uint32_t(a.high[i]) << 16 | a.low[i];
+        float sum;
+        std::memcpy(&sum, &bits, 4);
+        sum += read(a.product[i]);
+        if (is_last) {
+            bfloat16 rounded;
+            write(&rounded, sum);
+            a.high[i] = rounded.bits;
+        } else {
+            std::memcpy(&bits, &sum, 4);
+            a.high[i] = bits >> 16, a.low[i] = uint16_t(bits);
+        }
     }
 }
