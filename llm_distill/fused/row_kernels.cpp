@@ -70,12 +70,12 @@ inline real read(bfloat16 x) {
 }
 inline void write(float* to, real x) { *to = float(x); }
 inline void write(double* to, real x) { *to = x; }
-inline void write(bfloat16* to, real x) {  // to the nearest, ties to even; NaN stays NaN
-    float value = float(x);
+inline uint16_t rounded(float x) {  // to the nearest bfloat16, ties to even; NaN stays NaN
     uint32_t bits;
-    std::memcpy(&bits, &value, 4);
-    to->bits = uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+    std::memcpy(&bits, &x, 4);
+    return uint16_t(x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
 }
+inline void write(bfloat16* to, real x) { to->bits = rounded(float(x)); }
 
 }  // namespace
 
@@ -447,22 +447,29 @@ extern "C" void gradient(const Gradient* args, long first, long last) {
     }
 }
 
-extern "C" void add_halves(const Halves* args, long first, long last) {
-    const Halves& a = *args;
-    const bool is_last = a.is_last != 0;
+namespace {
+
+template <bool LAST>
+void add_halves_of(const Halves& a, long begin, long end) {
+    uint16_t *high = a.high, *low = a.low;
+    const bfloat16* product = a.product;
     SIMD(omp simd)
-    for (long i = first * a.vocab; i < last * a.vocab; i++) {
-        uint32_t bits = uint32_t(a.high[i]) << 16 | a.low[i];
+    for (long i = begin; i < end; i++) {
+        uint32_t bits = uint32_t(high[i]) << 16 | low[i];
         float sum;
         std::memcpy(&sum, &bits, 4);
-        sum += read(a.product[i]);
-        if (is_last) {
-            bfloat16 rounded;
-            write(&rounded, sum);
-            a.high[i] = rounded.bits;
-        } else {
-            std::memcpy(&bits, &sum, 4);
-            a.high[i] = bits >> 16, a.low[i] = uint16_t(bits);
-        }
+        sum += float(read(product[i]));
+        std::memcpy(&bits, &sum, 4);
+        if (LAST)
+            high[i] = rounded(sum);
+        else
+            high[i] = bits >> 16, low[i] = uint16_t(bits);
     }
+}
+
+}  // namespace
+
+extern "C" void add_halves(const Halves* args, long first, long last) {
+    const long begin = first * args->vocab, end = last * args->vocab;
+    args->is_last ? add_halves_of<true>(*args, begin, end) : add_halves_of<false>(*args, begin, end);
 }
