@@ -16,7 +16,7 @@ from torch import Tensor
 from llm_distill.fused import cpp_backend
 from llm_distill.fused.job import Job
 
-VOCAB_TILE = {"cpu": 2**12, "accelerator": 2**15}
+VOCAB_TILE = {"cpu": 2**11, "accelerator": 2**15}
 """Rows of dW that are added up at a time where the product cannot add in float32 by itself."""
 
 
