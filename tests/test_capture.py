@@ -27,6 +27,7 @@ from llm_distill.cache.methods import Method
 from llm_distill.capture import capture
 from llm_distill.capture_report import measure_fidelity
 from llm_distill.cli import main
+from llm_distill.fused import cpp_backend
 
 
 @pytest.fixture
@@ -315,9 +316,16 @@ def test_texts_in_which_nothing_counts_are_passed_over(
     assert len(capture(made, tmp_path / "cache", TopK(8))) == 21
 
 
+@pytest.mark.parametrize("is_compiled", [True, False])
 def test_a_temperature_in_bfloat16_keeps_the_bound(
-    tmp_path: Path, trainer: Callable[..., DistillationTrainer], tokenizer: PreTrainedTokenizerBase
+    is_compiled: bool,
+    tmp_path: Path,
+    trainer: Callable[..., DistillationTrainer],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    if not is_compiled:
+        monkeypatch.setattr(cpp_backend, "compiled", lambda *_: None)
     teacher = LiveTeacher(tiny_llama(2).to(torch.bfloat16), tokenizer)
     made = trainer(teacher=teacher, loss_temperature=1.5, per_device_eval_batch_size=1)
     cache = capture(made, tmp_path / "cache", TopK(VOCAB, step=2**-17))
