@@ -202,7 +202,7 @@ def chunk_rows(vocab_size: int, dtypes: list[torch.dtype], device: torch.device,
 
 
 def _tile(rows: int, device: torch.device) -> int:
-    """What a chunk is a multiple of: in bfloat16 on a CPU other multiples of 64 take up to 8 % longer, odd numbers 30 %."""
+    """What a chunk is a multiple of. In bfloat16 on a CPU other multiples of 64 take up to 8 % longer, odd ones 30."""
     return 256 if rows >= 256 and device.type == "cpu" else 64
 
 
