@@ -88,8 +88,8 @@ class WeightGradient:
         has_rest = is_narrow and num_products > 2 and cpp_backend.can_add_halves(job, weight.device)
         is_float32 = not (has_rest or (is_narrow and num_products <= 2))
         dtype = torch.promote_types(weight.dtype, torch.float32) if is_float32 else weight.dtype
-        self.total = torch.empty_like(weight, dtype=dtype)
-        self.rest = torch.zeros_like(weight, dtype=torch.int16) if has_rest else None
+        self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+        self.rest = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device) if has_rest else None
         self._job, self._left, self._is_first = job, num_products, True
 
     def add(self, d_logits: Float[Tensor, "rows vocab"], hidden: Float[Tensor, "rows width"]) -> None:
