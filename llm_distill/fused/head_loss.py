@@ -197,8 +197,8 @@ def chunk_rows(vocab_size: int, dtypes: list[torch.dtype], device: torch.device,
     rows = (buffer_mib or BUFFER_MIB[kind]) * 2**20 // (vocab_size * sum(dtype.itemsize for dtype in dtypes))
     if buffer_mib is not None:
         return max(1, min(MAX_CHUNK_ROWS[kind], rows))
-    rows = max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS[kind], rows))
-    return rows // _tile(rows, device) * _tile(rows, device)
+    tile = _tile(rows, device)
+    return max(MIN_CHUNK_ROWS, min(MAX_CHUNK_ROWS[kind], rows // tile * tile))
 
 
 def _tile(rows: int, device: torch.device) -> int:
