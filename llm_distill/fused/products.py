@@ -85,17 +85,17 @@ class WeightGradient:
     def __init__(self, weight: Float[Tensor, "vocab width"], job: Job, num_products: int) -> None:
         compute = job.student.hidden.dtype
         is_narrow = weight.dtype == compute == torch.bfloat16
-        has_rest = is_narrow and num_products > 2 and cpp_backend.can_add_halves(job, weight.device)
-        is_float32 = not (has_rest or (is_narrow and num_products <= 2))
-        dtype = torch.promote_types(weight.dtype, torch.float32) if is_float32 else weight.dtype
+        becomes_dw = is_narrow and (num_products <= 2 or cpp_backend.can_add_halves(job, weight.device))
+        has_rest = becomes_dw and num_products > 2
+        dtype = weight.dtype if becomes_dw else torch.promote_types(weight.dtype, torch.float32)
         self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
         self.rest = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device) if has_rest else None
-        self._job, self._left, self._is_first = job, num_products, True
+        self._job, self._num_products, self._num_added = job, num_products, 0
 
     def add(self, d_logits: Float[Tensor, "rows vocab"], hidden: Float[Tensor, "rows width"]) -> None:
         """One product more; after the last, `total` is dW."""
-        total, first, device = self.total, self._is_first, hidden.device
-        self._is_first, self._left = False, self._left - 1
+        total, first, device = self.total, self._num_added == 0, hidden.device
+        self._num_added += 1
         same, direct = total.dtype == hidden.dtype, _gives_float32(torch.mm, hidden.dtype, device)
         if first and (same or direct):
             multiply(d_logits.T, hidden, out=total)
@@ -116,7 +116,8 @@ class WeightGradient:
                     tile.add_(part)
                 else:
                     rest = self.rest[start : start + size]
-                    cpp_backend.add_halves(self._job, tile, rest, part, is_last=not self._left)
+                    is_last = self._num_added == self._num_products
+                    cpp_backend.add_halves(self._job, tile, rest, part, is_last=is_last)
 
 
 @functools.cache
