@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jaxtyping
@@ -37,9 +40,9 @@ def several_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs the test in one back end; the compiled one must be there, and not be left for the other unawares."""
 
-    def choose(job: Job, gradient: torch.dtype, *logits: torch.dtype, device: torch.device) -> Any:
-        if request.param == "compiled" and len(logits) < 3:
-            assert cpp_backend.compiled(job.divergence, logits[0], logits[-1]), "no kernels: is g++ installed?"
+    def choose(job: Job) -> Any:
+        if request.param == "compiled" and len(job.teachers) <= 1:
+            assert cpp_backend.kernels_of(job), "no kernels: is g++ installed?"
             return cpp_backend
         return torch_backend
 
@@ -320,6 +323,28 @@ def test_a_formula_that_cannot_be_translated_runs_in_torch(caplog: pytest.LogCap
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(*(torch.autograd.grad(each, hidden)[0] for each in (loss, expected)))
     assert "torch.square cannot be translated" in caplog.text
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are counted there")
+def test_rows_are_shared_out_over_the_threads_of_the_products() -> None:
+    """Which wait for work in a loop: any other thread would have to share their cores."""
+    code = """if 1:
+        import os, torch
+        from torch import nn
+        from llm_distill.divergences import make_divergence
+        from llm_distill.fused import fused_head_loss
+        from llm_distill.heads import LMHead
+        torch.set_num_threads(3)
+        head, hidden = nn.Linear(64, 512), torch.randn(512, 64, requires_grad=True)
+        torch.autograd.grad(head(hidden).exp().sum(), [hidden, head.weight])
+        threads = len(os.listdir("/proc/self/task"))
+        loss, _ = fused_head_loss(hidden, LMHead(head, 512), None, make_divergence("forward_kl"),
+                                  targets=torch.arange(512), ce_weight=1.0)
+        torch.autograd.grad(loss, [hidden, head.weight])
+        print(threads, len(os.listdir("/proc/self/task")))
+    """
+    before, after = subprocess.check_output([sys.executable, "-c", code], text=True).split()
+    assert after == before
 
 
 def test_without_a_compiler_it_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from llm_distill.signals import HiddenSignal
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["TRITON_INTERPRET"] == "1", "conftest.py sets it before Triton is imported"
-    monkeypatch.setattr(head_loss, "choose_backend", lambda *_, **__: triton_backend)
+    monkeypatch.setattr(head_loss, "choose_backend", lambda _: triton_backend)
     monkeypatch.setattr(head_loss, "chunk_rows", lambda *_: 32)
     monkeypatch.setattr(triton_backend, "BLOCK", 16)  # 29 tokens in blocks of 16 and 13
 
@@ -51,7 +51,7 @@ def test_metrics_are_those_of_the_torch_back_end(kind: str, monkeypatch: pytest.
     options: dict[str, Any] = {"targets": torch.arange(ROWS) % VOCAB}
     found = []
     for backend in (triton_backend, head_loss.torch_backend):
-        monkeypatch.setattr(head_loss, "choose_backend", lambda *_, backend=backend, **__: backend)
+        monkeypatch.setattr(head_loss, "choose_backend", lambda _, backend=backend: backend)
         found.append(
             fused_head_loss(
                 hidden_states(STUDENT, 5), make_head(STUDENT, 0), signal, make_divergence("forward_kl"), **options
@@ -90,7 +90,7 @@ def test_a_gradient_of_another_type_than_the_logits(monkeypatch: pytest.MonkeyPa
     options = {"targets": torch.arange(ROWS) % VOCAB, "ce_weight": 0.5}
     found = []
     for backend in (triton_backend, head_loss.torch_backend):
-        monkeypatch.setattr(head_loss, "choose_backend", lambda *_, backend=backend, **__: backend)
+        monkeypatch.setattr(head_loss, "choose_backend", lambda _, backend=backend: backend)
         loss, _ = fused_head_loss(hidden, head, signal, make_divergence("jsd"), **options)
         found.append([loss, *torch.autograd.grad(loss, [hidden, head.module.weight])])
     for ours, theirs in zip(*found, strict=True):

@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from llm_distill.cache.methods import top_tokens
 from llm_distill.evaluation.compare import TEACHER, Scores
 from llm_distill.fused.job import Choice, Few
 from llm_distill.fused.logits import logits_in_chunks
@@ -110,10 +111,7 @@ def _tops(hidden: Tensor, head: LMHead, tokenizer: PreTrainedTokenizerBase) -> l
     """The likeliest tokens of each row, with their probabilities."""
     rows: list[list[tuple[str, float]]] = []
     for part in logits_in_chunks(hidden, head, 1.0, Choice(TOP)):
-        if isinstance(part.scores, Few):
-            values, ids = part.scores.values, part.scores.ids
-        else:
-            values, ids = part.scores.topk(min(TOP, part.scores.shape[1]))
+        values, ids, _ = part.scores if isinstance(part.scores, Few) else top_tokens(part.scores, TOP)
         probabilities = (values.float() - part.log_total[:, None].float()).exp()
         rows += [
             [(tokenizer.decode([i]), p) for i, p in zip(*pair, strict=True) if i >= 0]

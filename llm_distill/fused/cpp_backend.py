@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import logging
 import os
 import shlex
 import shutil
 import subprocess
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -48,7 +46,7 @@ FLAGS = (
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
-    "-fopenmp-simd",
+    "-fopenmp",
     "-shared",
     "-fPIC",
 )
@@ -82,11 +80,14 @@ class Kernels:
 
     def run(self, name: str, arguments: ctypes.Structure, rows: int) -> None:
         """All rows, shared out over torch's number of threads. The interpreter is free meanwhile."""
-        function = getattr(self._library, name)
-        threads = torch.get_num_threads()
-        edges = [ctypes.c_long(rows * i // threads) for i in range(threads + 1)]
-        parts = itertools.pairwise(edges)
-        list(_pool(threads).map(lambda part: function(ctypes.byref(arguments), *part), parts))
+        run = getattr(self._library, name)
+        run(ctypes.byref(arguments), ctypes.c_long(rows), ctypes.c_int(torch.get_num_threads()))
+
+
+def kernels_of(job: Job) -> Kernels | None:
+    """Those of its passes over rows, if it can have any."""
+    types = [side.hidden.dtype for side in (job.student, *job.teachers)]
+    return compiled(job.divergence, types[0], types[-1]) if len(types) <= 2 else None
 
 
 def dense(
@@ -97,7 +98,7 @@ def dense(
     gradient: Float[Tensor, "rows vocab"] | None,
 ) -> None:
     """As `torch_backend.dense`, of one teacher."""
-    kernels = compiled(job.divergence, raw.dtype, teacher_raw[0].dtype)
+    kernels = kernels_of(job)
     assert kernels is not None
     values = {name: metric[rows] for name, metric in job.metrics.items()}
     targets = None if job.targets is None else job.targets[rows].contiguous()
@@ -139,7 +140,7 @@ def statistics_and_few(
     Args:
         start: of each row's draw, from 0 to 1; needed with a threshold.
     """
-    kernels = compiled(job.divergence, raw.dtype, raw.dtype)
+    kernels = kernels_of(job)
     assert kernels is not None
     result = RowStatistics(*job.metrics["entropy"].new_empty(4, len(raw)))
     values = result.maximum.new_empty(len(raw), choice.most)
@@ -169,7 +170,7 @@ def softmax_gradient(
     slope_T: Float[Tensor, " rows"] | None,
 ) -> None:
     """As `torch_backend.softmax_gradient`."""
-    kernels = compiled(job.divergence, raw.dtype, raw.dtype)
+    kernels = kernels_of(job)
     assert kernels is not None
     slope, slope_T = slope.contiguous(), None if slope_T is None else slope_T.contiguous()
     arguments = kernels.Gradient(
@@ -188,7 +189,7 @@ def softmax_gradient(
 
 def can_add_halves(job: Job, device: torch.device) -> bool:
     """Whether there is `add_halves`."""
-    return device.type == "cpu" and len(job.teachers) <= 1 and _kernels_of(job) is not None
+    return device.type == "cpu" and kernels_of(job) is not None
 
 
 def add_halves(
@@ -202,16 +203,10 @@ def add_halves(
     """Adds bfloat16 to float32 numbers of which `high` are the upper 16 bits, as bfloat16, and `low` the others. The
     last time `high` becomes the sum rounded to the nearest bfloat16.
     """
-    kernels = _kernels_of(job)
+    kernels = kernels_of(job)
     assert kernels is not None
     pointers = {name: _pointer(each) for name, each in (("high", high), ("low", low), ("product", product))}
     kernels.run("add_halves", kernels.Halves(**pointers, is_last=is_last, vocab=high.shape[1]), len(high))
-
-
-def _kernels_of(job: Job) -> Kernels | None:
-    """Those that its passes over rows use."""
-    student = job.student.hidden.dtype
-    return compiled(job.divergence, student, job.teachers[0].hidden.dtype if job.teachers else student)
 
 
 @functools.cache
@@ -261,12 +256,3 @@ def _pointer(tensor: Tensor | None) -> int | None:
         return None
     assert tensor.is_contiguous()
     return tensor.data_ptr()
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="fused_head_loss")
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_pool.cache_clear)  # threads do not survive a fork

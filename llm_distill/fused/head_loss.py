@@ -149,7 +149,7 @@ def _chunks(job: Job, buffer_mib: int | None, wants_gradients: bool) -> Iterator
     student, vocab_size = job.student, job.student.head.vocab_size
     device, compute = student.hidden.device, student.hidden.dtype
     dtypes = [logits_dtype(side.hidden.dtype, device) for side in (student, *job.teachers)]
-    backend, in_place = choose_backend(job, compute, *dtypes, device=device), dtypes[0] == compute
+    backend, in_place = choose_backend(job), dtypes[0] == compute
     if not in_place:
         dtypes.append(compute)  # of the gradient
     total = len(student.hidden)
@@ -171,19 +171,14 @@ def _chunks(job: Job, buffer_mib: int | None, wants_gradients: bool) -> Iterator
             yield rows, gradient
 
 
-def choose_backend(
-    job: Job, gradient: torch.dtype, student: torch.dtype, *teachers: torch.dtype, device: torch.device
-) -> ModuleType:
+def choose_backend(job: Job) -> ModuleType:
     """What the passes over rows run in: compiled where it can be, torch otherwise (and for mixtures)."""
-    if device.type == "cuda" and len(teachers) <= 1 and triton_is_available():
+    device = job.student.hidden.device
+    if device.type == "cuda" and len(job.teachers) <= 1 and triton_is_available():
         from llm_distill.fused import triton_backend
 
         return triton_backend if triton_backend.can_run(job.divergence, device) else torch_backend
-    if device.type == "cpu" and gradient == student and len(teachers) <= 1:
-        return (
-            cpp_backend if cpp_backend.compiled(job.divergence, student, *(teachers or (student,))) else torch_backend
-        )
-    return torch_backend
+    return cpp_backend if device.type == "cpu" and cpp_backend.kernels_of(job) else torch_backend
 
 
 @functools.cache

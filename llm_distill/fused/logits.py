@@ -54,7 +54,7 @@ def logits_in_chunks(
         student = opened_projection(head, hidden, weight, bias)
         job = Job(student, None, [], ForwardKL(), temperature, 0.0, 1.0, 0.0, None)
         dtype = logits_dtype(student.hidden.dtype, device)
-        backend = choose_backend(job, dtype, dtype, device=device)
+        backend = choose_backend(job)
         size = min(chunk_rows(head.vocab_size, [dtype], device, None), max(len(hidden), 1))
         tile = size if device.type != "cpu" else max(1, TILE_BYTES // (head.vocab_size * dtype.itemsize))
         with chunk_buffers((size, head.vocab_size), [dtype], device) as (buffer,):

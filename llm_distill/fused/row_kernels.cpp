@@ -126,6 +126,16 @@ namespace {
 #define EACH for (long i = begin; i < end; i++)
 #define SIMD(...) _Pragma(#__VA_ARGS__)
 
+// Rows shared out over the threads that the products run in: they wait for more work in a loop, and any other thread
+// would have to share their cores.
+template <class Arguments>
+void share_out(const Arguments* args, long rows, int threads, void (*part)(const Arguments&, long, long)) {
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int i = 0; i < threads; i++) part(*args, rows * i / threads, rows * (i + 1) / threads);
+}
+#define EXPORTED(name, Arguments) \
+    extern "C" void name(const Arguments* args, long rows, int threads) { share_out(args, rows, threads, name##_rows); }
+
 // A row's logits: read from the product as they are, where there is no bias and no post-processing, else from scratch.
 template <class logit>
 struct Plain {
@@ -274,10 +284,7 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
     store(a.student, z, p_, V, out);
 }
 
-}  // namespace
-
-extern "C" void dense(const Dense* args, long first, long last) {
-    const Dense& a = *args;
+void dense_rows(const Dense& a, long first, long last) {
     const long V = a.vocab;
     std::unique_ptr<real[]> memory(new real[5 * V]);
     real *q_ = memory.get(), *p_ = q_ + V, *ce_ = p_ + V, *z_ = ce_ + V, *y_ = z_ + V;
@@ -289,8 +296,6 @@ extern "C" void dense(const Dense* args, long first, long last) {
                       processed<teacher_logit>(a.teacher, row, V, y_), q_, p_, ce_);
     }
 }
-
-namespace {
 
 const long LANES = 256, STRIP = 64;
 
@@ -419,10 +424,7 @@ void gradient_row(const Gradient& a, long row, Row z, real* d) {
     store(a.student, z, d, V, out);
 }
 
-}  // namespace
-
-extern "C" void statistics(const Statistics* args, long first, long last) {
-    const Statistics& a = *args;
+void statistics_rows(const Statistics& a, long first, long last) {
     const long V = a.vocab;
     std::unique_ptr<real[]> z_(new real[V]), lane(new real[lanes_for(a.most)]);
     std::unique_ptr<Token[]> tokens(new Token[V]);
@@ -434,8 +436,7 @@ extern "C" void statistics(const Statistics* args, long first, long last) {
     }
 }
 
-extern "C" void gradient(const Gradient* args, long first, long last) {
-    const Gradient& a = *args;
+void gradient_rows(const Gradient& a, long first, long last) {
     const long V = a.vocab;
     std::unique_ptr<real[]> memory(new real[2 * V]);
     real *d = memory.get(), *z_ = d + V;
@@ -446,8 +447,6 @@ extern "C" void gradient(const Gradient* args, long first, long last) {
             gradient_row(a, row, processed<student_logit>(a.student, row, V, z_), d);
     }
 }
-
-namespace {
 
 template <bool LAST>
 void add_halves_of(const Halves& a, long begin, long end) {
@@ -467,9 +466,14 @@ void add_halves_of(const Halves& a, long begin, long end) {
     }
 }
 
+void add_halves_rows(const Halves& a, long first, long last) {
+    a.is_last ? add_halves_of<true>(a, first * a.vocab, last * a.vocab)
+              : add_halves_of<false>(a, first * a.vocab, last * a.vocab);
+}
+
 }  // namespace
 
-extern "C" void add_halves(const Halves* args, long first, long last) {
-    const long begin = first * args->vocab, end = last * args->vocab;
-    args->is_last ? add_halves_of<true>(*args, begin, end) : add_halves_of<false>(*args, begin, end);
-}
+EXPORTED(dense, Dense)
+EXPORTED(statistics, Statistics)
+EXPORTED(gradient, Gradient)
+EXPORTED(add_halves, Halves)
