@@ -41,8 +41,8 @@ CPP = Language(
     },
 )
 FLAGS = (
-    "-std=c++17",
-    "-O3",
+    "-std=c++14",  # whose headers are read in less time
+    "-O2",
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -86,8 +86,11 @@ class Kernels:
 
 def kernels_of(job: Job) -> Kernels | None:
     """Those of its passes over rows, if it can have any."""
-    types = [side.hidden.dtype for side in (job.student, *job.teachers)]
-    return compiled(job.divergence, types[0], types[-1]) if len(types) <= 2 else None
+    sides = [job.student, *job.teachers]
+    if len(sides) > 2:
+        return None
+    is_plain = all(side.head.is_linear and side.bias is None for side in sides)
+    return compiled(job.divergence, sides[0].hidden.dtype, sides[-1].hidden.dtype, is_plain)
 
 
 def dense(
@@ -210,9 +213,14 @@ def add_halves(
 
 
 @functools.cache
-def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype) -> Kernels | None:
+def compiled(
+    divergence: Divergence, student: torch.dtype, teacher: torch.dtype, is_plain: bool = True
+) -> Kernels | None:
     """The kernels for raw logits of these types (without a teacher, the student's twice, so that nothing is compiled
     for it alone), or None where the machine, a type or the formula does not allow them.
+
+    Args:
+        is_plain: raw logits are logits: no bias, scale or cap.
     """
     if student not in TYPES or teacher not in TYPES:
         return None
@@ -230,6 +238,7 @@ def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype)
         "REAL": "double" if student == torch.float64 else "float",
         "STUDENT_LOGIT": TYPES[student],
         "TEACHER_LOGIT": TYPES[teacher],
+        "IS_PLAIN": int(is_plain),
         "FORMULA": formula,
     }
     source = Path(__file__).with_name("row_kernels.cpp")

@@ -1,8 +1,8 @@
 // Losses and gradients of rows of logits on a CPU, compiled at the first use for the machine and the divergence at hand.
 //
 // cpp_backend.py defines REAL (float or double), STUDENT_LOGIT and TEACHER_LOGIT (the types of the raw logits: REAL or
-// another, or bfloat16), and FORMULA, the divergence's φ and ψ as statements. A row goes through a few short passes; what
-// lies between them stays in the cache of the core.
+// another, or bfloat16), IS_PLAIN (neither a bias nor post-processing: raw logits are logits), and FORMULA, the divergence's
+// φ and ψ as statements. A row goes through a few short passes; what lies between them stays in the cache of the core.
 
 #include <algorithm>
 #include <cmath>
@@ -136,27 +136,19 @@ void share_out(const Arguments* args, long rows, int threads, void (*part)(const
 #define EXPORTED(name, Arguments) \
     extern "C" void name(const Arguments* args, long rows, int threads) { share_out(args, rows, threads, name##_rows); }
 
-// A row's logits: read from the product as they are, where there is no bias and no post-processing, else from scratch.
 template <class logit>
-struct Plain {
-    const logit* raw;
-    real operator[](long i) const { return read(raw[i]); }
-};
-struct Processed {
-    const real* z;
-    real operator[](long i) const { return z[i]; }
+struct Logits {
+    const logit* z;
+    real operator[](long i) const { return read(z[i]); }
 };
 
-bool is_plain(const Side& side) { return !side.bias && side.scale == 1 && side.cap == 0; }
-
+// A row's logits: where they are the raw ones, read from the product as they are; otherwise made in `scratch`.
 template <class logit>
-Plain<logit> plain(const Side& side, long row, long V) {
-    return {static_cast<const logit*>(side.raw) + row * V};
-}
-
-template <class logit>
-Processed processed(const Side& side, long row, long V, real* scratch) {
+auto logits_of(const Side& side, long row, long V, real* scratch) {
     const logit* raw = static_cast<const logit*>(side.raw) + row * V;
+#if IS_PLAIN
+    return Logits<logit>{raw};
+#else
     const real *bias = side.bias, scale = side.scale, cap = side.cap;
     SIMD(omp simd)
     for (long i = 0; i < V; i++) {
@@ -164,7 +156,8 @@ Processed processed(const Side& side, long row, long V, real* scratch) {
         if (cap) z = cap * tanh_(z / cap);
         scratch[i] = x < EXCLUDED ? NOTHING : z;
     }
-    return {scratch};
+    return Logits<real>{scratch};
+#endif
 }
 
 template <class Row>
@@ -273,7 +266,7 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
 
     const real on_q = -kd_slope * real(sums.slopes) + (tempered ? 0 : ce_weight);
     student_logit* out = a.gradient + row * V;
-    if (!with_ce && is_plain(a.student)) {
+    if (!with_ce && IS_PLAIN) {
         SIMD(omp simd)
         for (long i = 0; i < V; i++) write(out + i, kd_slope * p_[i] + on_q * q_[i]);
         return;
@@ -288,13 +281,9 @@ void dense_rows(const Dense& a, long first, long last) {
     const long V = a.vocab;
     std::unique_ptr<real[]> memory(new real[5 * V]);
     real *q_ = memory.get(), *p_ = q_ + V, *ce_ = p_ + V, *z_ = ce_ + V, *y_ = z_ + V;
-    for (long row = first; row < last; row++) {
-        if (is_plain(a.student) && is_plain(a.teacher))
-            dense_row(a, row, plain<student_logit>(a.student, row, V), plain<teacher_logit>(a.teacher, row, V), q_, p_, ce_);
-        else
-            dense_row(a, row, processed<student_logit>(a.student, row, V, z_),
-                      processed<teacher_logit>(a.teacher, row, V, y_), q_, p_, ce_);
-    }
+    for (long row = first; row < last; row++)
+        dense_row(a, row, logits_of<student_logit>(a.student, row, V, z_), logits_of<teacher_logit>(a.teacher, row, V, y_),
+                  q_, p_, ce_);
 }
 
 const long LANES = 256, STRIP = 64;
@@ -413,7 +402,7 @@ void gradient_row(const Gradient& a, long row, Row z, real* d) {
             const real x = z[i] - maximum;
             d[i] = slope * exp_negative(x - log_total) + slope_T * exp_negative(x * inverse_T - log_total_T);
         }
-    } else if (is_plain(a.student)) {
+    } else if (IS_PLAIN) {
         SIMD(omp simd)
         for (long i = 0; i < V; i++) write(out + i, slope * exp_negative(z[i] - maximum - log_total));
         return;
@@ -428,24 +417,15 @@ void statistics_rows(const Statistics& a, long first, long last) {
     const long V = a.vocab;
     std::unique_ptr<real[]> z_(new real[V]), lane(new real[lanes_for(a.most)]);
     std::unique_ptr<Token[]> tokens(new Token[V]);
-    for (long row = first; row < last; row++) {
-        if (is_plain(a.student))
-            statistics_row(a, row, plain<student_logit>(a.student, row, V), lane.get(), tokens.get());
-        else
-            statistics_row(a, row, processed<student_logit>(a.student, row, V, z_.get()), lane.get(), tokens.get());
-    }
+    for (long row = first; row < last; row++)
+        statistics_row(a, row, logits_of<student_logit>(a.student, row, V, z_.get()), lane.get(), tokens.get());
 }
 
 void gradient_rows(const Gradient& a, long first, long last) {
     const long V = a.vocab;
     std::unique_ptr<real[]> memory(new real[2 * V]);
     real *d = memory.get(), *z_ = d + V;
-    for (long row = first; row < last; row++) {
-        if (is_plain(a.student))
-            gradient_row(a, row, plain<student_logit>(a.student, row, V), d);
-        else
-            gradient_row(a, row, processed<student_logit>(a.student, row, V, z_), d);
-    }
+    for (long row = first; row < last; row++) gradient_row(a, row, logits_of<student_logit>(a.student, row, V, z_), d);
 }
 
 template <bool LAST>

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -37,13 +36,10 @@ class Run:
 
 def start(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) -> subprocess.Popen[str]:
     """`accelerate launch` on CPU, as a user would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     options = {
         "config_file": launcher,
         "num_processes": ranks,
-        "main_process_port": port,
+        "main_process_port": 0,  # a free one
         "num_cpu_threads_per_process": 1,
     }
     command = [sys.executable, "-m", "accelerate.commands.launch"]
