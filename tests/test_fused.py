@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,29 @@ def test_rows_are_shared_out_over_the_threads_of_the_products() -> None:
     """
     before, after = subprocess.check_output([sys.executable, "-c", code], text=True).split()
     assert after == before
+
+
+def test_every_pass_over_rows_is_vectorised() -> None:
+    """One number after the other would take ten times as long, which a flag or a branch can bring on."""
+    rows, vocab = 16, 50_000
+    raw, teacher_raw = torch.randn(2, rows, vocab)
+
+    def fastest(cap: float | None = None, bias: bool = False, ce_weight: float = 0.0) -> float:
+        head = LMHead(nn.Linear(STUDENT, vocab, bias=bias), vocab, 1.0, cap)
+        side = opened_projection(head, torch.zeros(rows, STUDENT), head.module.weight, head.module.bias)
+        targets = torch.arange(rows)
+        job = Job(side, None, [side], make_divergence("forward_kl"), 1.0, 1.0, 1.0, ce_weight, targets)
+        job.metrics["kd"] = torch.empty(rows)
+        times = []
+        for _ in range(7):
+            began = time.perf_counter()
+            cpp_backend.dense(job, slice(0, rows), raw, [teacher_raw], torch.empty_like(raw))
+            times.append(time.perf_counter() - began)
+        return min(times)
+
+    usual = fastest()
+    for options in ({"ce_weight": 0.5}, {"bias": True}, {"cap": 30.0}):
+        assert fastest(**options) < 5 * usual, options
 
 
 def test_without_a_compiler_it_runs_in_torch(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ CPP = Language(
 )
 FLAGS = (
     "-std=c++14",  # whose headers are read in less time
-    "-O2",
+    "-O3",
     "-march=native",
     "-fno-math-errno",
     "-fno-trapping-math",

@@ -83,6 +83,7 @@ def dense(
         WANTS_GRADIENT=gradient is not None,
         WITH_CE=bool(job.ce_weight),
         SLOPE_SUM_KNOWN=job.divergence.slope_sum is not None,
+        TEMPERED=job.temperature != 1,
         **_common(values["kd"]),
     )
     values["kd"] *= job.squared

@@ -75,24 +75,30 @@ def statistics_kernel(
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     RAW += row * V
-    maximum = tl.full((), 2 * NOTHING, REAL)
-    total, total_T, weighted = tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL)
+    # Each place in the block has a running maximum and sums relative to it: nothing is exchanged before the end.
+    maximum = tl.full((BLOCK,), 2 * NOTHING, REAL)
+    total, total_T, weighted = tl.zeros((BLOCK,), REAL), tl.zeros((BLOCK,), REAL), tl.zeros((BLOCK,), REAL)
     for start in range(0, V, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        z = _logits(RAW, BIAS, columns, V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
-        higher = tl.maximum(maximum, tl.max(z, 0))
-        e = tl.where(columns < V, tl.exp(z - higher), 0.0).to(REAL)
-        rescale = tl.exp(maximum - higher)
-        weighted = (weighted + total * (maximum - higher)) * rescale + tl.sum(e * (z - higher), 0)
-        total = total * rescale + tl.sum(e, 0)
+        z = _logits(RAW, BIAS, start + tl.arange(0, BLOCK), V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
+        to_maximum = z - maximum
+        is_higher = to_maximum > 0
+        e = tl.exp(-tl.abs(to_maximum))
+        weighted = tl.where(is_higher, (weighted - total * to_maximum) * e, weighted + e * to_maximum)
+        total = tl.where(is_higher, total * e + 1, total + e)
         if TEMPERED:
-            e_T = tl.where(columns < V, tl.exp((z - higher) * inverse_T), 0.0).to(REAL)
-            total_T = total_T * tl.exp((maximum - higher) * inverse_T) + tl.sum(e_T, 0)
-        maximum = higher
-    tl.store(MAXIMUM + row, maximum)
-    tl.store(LOG_TOTAL + row, tl.log(total))
-    tl.store(TEMPERED_LOG_TOTAL + row, tl.log(total_T if TEMPERED else total))
-    tl.store(MEAN + row, weighted / total)
+            e_T = tl.exp(-tl.abs(to_maximum) * inverse_T)
+            total_T = tl.where(is_higher, total_T * e_T + 1, total_T + e_T)
+        maximum = tl.maximum(maximum, z)
+    highest = tl.max(maximum, 0)
+    to_highest = maximum - highest
+    e = tl.exp(to_highest)
+    mean = tl.sum((weighted + total * to_highest) * e, 0)
+    sum_of_totals = tl.sum(total * e, 0)
+    tempered_sum = tl.sum(total_T * tl.exp(to_highest * inverse_T), 0) if TEMPERED else sum_of_totals
+    tl.store(MAXIMUM + row, highest)
+    tl.store(LOG_TOTAL + row, tl.log(sum_of_totals))
+    tl.store(TEMPERED_LOG_TOTAL + row, tl.log(tempered_sum))
+    tl.store(MEAN + row, mean / sum_of_totals)
 
 
 @triton.jit
@@ -103,6 +109,7 @@ def dense_kernel(
     Z_HAS_BIAS: tl.constexpr, Z_PLAIN: tl.constexpr, Z_HAS_CAP: tl.constexpr,
     Y_HAS_BIAS: tl.constexpr, Y_PLAIN: tl.constexpr, Y_HAS_CAP: tl.constexpr,
     FORMULA: tl.constexpr, WANTS_GRADIENT: tl.constexpr, WITH_CE: tl.constexpr, SLOPE_SUM_KNOWN: tl.constexpr,
+    TEMPERED: tl.constexpr,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -112,8 +119,9 @@ def dense_kernel(
     log_z, log_z_T, z_max = tl.load(LOG_Z + row), tl.load(LOG_Z_T + row), tl.load(Z_MAX + row)
     log_y, log_y_T, y_max = tl.load(LOG_Y + row), tl.load(LOG_Y_T + row), tl.load(Y_MAX + row)
     target = tl.load(TARGETS + row) if WITH_CE else 0
-    value, slopes, kl, both = tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL), tl.zeros((), REAL)
-    nearest = tl.full((), 2 * NOTHING, REAL)
+    value, slopes, kl = tl.zeros((BLOCK,), REAL), tl.zeros((BLOCK,), REAL), tl.zeros((BLOCK,), REAL)
+    both, nearest = tl.zeros((BLOCK,), REAL), tl.full((BLOCK,), 2 * NOTHING, REAL)
+    sum_of_slopes = tl.zeros((), REAL) + slope_sum
     # Passes over the row: the values, with the gradient where Σψ is known before; otherwise the gradient after them.
     PASSES: tl.constexpr = 2 if WANTS_GRADIENT and not SLOPE_SUM_KNOWN else 1
     for number in tl.static_range(PASSES):
@@ -127,16 +135,16 @@ def dense_kernel(
             q, p = tl.exp(log_q), tl.exp(log_p)
             phi, psi = FORMULA(p, q, log_p, log_q)
             if number == 0:
-                value += tl.sum(tl.where(inside, phi, 0.0).to(REAL), 0)
-                slopes += tl.sum(tl.where(inside, psi, 0.0).to(REAL), 0)
-                log_q_1, log_p_1 = to_z - log_z, to_y - log_y
-                p_1 = tl.exp(log_p_1)
-                kl += tl.sum(tl.where(inside, p_1 * (log_p_1 - log_q_1), 0.0).to(REAL), 0)
-                both += tl.sum(tl.where(inside, tl.minimum(p_1, tl.exp(log_q_1)), 0.0).to(REAL), 0)
-                distance = tl.where(inside, to_z + to_y, NOTHING).to(REAL)
-                nearest = tl.maximum(nearest, tl.max(distance, 0))
+                value += tl.where(inside, phi, 0.0).to(REAL)
+                slopes += tl.where(inside, psi, 0.0).to(REAL)
+                log_q_1, log_p_1, q_1, p_1 = log_q, log_p, q, p
+                if TEMPERED:
+                    log_q_1, log_p_1 = to_z - log_z, to_y - log_y
+                    q_1, p_1 = tl.exp(log_q_1), tl.exp(log_p_1)
+                kl += p_1 * (log_p_1 - log_q_1)  # past the vocabulary both are 0
+                both += tl.minimum(p_1, q_1)
+                nearest = tl.maximum(nearest, to_z + to_y)
             if WANTS_GRADIENT and number == PASSES - 1:
-                sum_of_slopes = slope_sum if SLOPE_SUM_KNOWN else slopes
                 d = kd_slope * (psi - q * sum_of_slopes)
                 if WITH_CE:
                     d += ce_weight * (tl.exp(to_z - log_z) - tl.where(columns == target, 1.0, 0.0).to(REAL))
@@ -145,10 +153,12 @@ def dense_kernel(
                     if Z_HAS_CAP:
                         d *= 1 - (z / z_cap) * (z / z_cap)
                 tl.store(GRADIENT + columns, d, mask=inside)
-    tl.store(KD + row, value)
-    tl.store(KL + row, kl)
-    tl.store(ACCEPTANCE + row, both)
-    tl.store(AGREEMENT + row, tl.where(nearest == 0, 1.0, 0.0))
+        if number == 0 and not SLOPE_SUM_KNOWN:
+            sum_of_slopes = tl.sum(slopes, 0)
+    tl.store(KD + row, tl.sum(value, 0))
+    tl.store(KL + row, tl.sum(kl, 0))
+    tl.store(ACCEPTANCE + row, tl.sum(both, 0))
+    tl.store(AGREEMENT + row, tl.where(tl.max(nearest, 0) == 0, 1.0, 0.0))
 
 
 @triton.jit
