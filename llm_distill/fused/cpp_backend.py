@@ -10,6 +10,7 @@ import ctypes
 import functools
 import logging
 import os
+import platform
 import shlex
 import shutil
 import subprocess
@@ -44,6 +45,7 @@ FLAGS = (
     "-std=c++14",  # whose headers are read in less time
     "-O3",
     "-march=native",
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),  # gcc halves them on Intel's
     "-fno-math-errno",
     "-fno-trapping-math",
     "-fopenmp",

@@ -133,21 +133,21 @@ def dense_kernel(
             to_z, to_y = z - z_max, y - y_max
             log_q, log_p = to_z * inverse_T - log_z_T, to_y * inverse_T - log_y_T
             q, p = tl.exp(log_q), tl.exp(log_p)
+            log_q_1, log_p_1, q_1, p_1 = log_q, log_p, q, p  # at temperature 1
+            if TEMPERED:
+                log_q_1, log_p_1 = to_z - log_z, to_y - log_y
+                q_1, p_1 = tl.exp(log_q_1), tl.exp(log_p_1)
             phi, psi = FORMULA(p, q, log_p, log_q)
             if number == 0:
                 value += tl.where(inside, phi, 0.0).to(REAL)
                 slopes += tl.where(inside, psi, 0.0).to(REAL)
-                log_q_1, log_p_1, q_1, p_1 = log_q, log_p, q, p
-                if TEMPERED:
-                    log_q_1, log_p_1 = to_z - log_z, to_y - log_y
-                    q_1, p_1 = tl.exp(log_q_1), tl.exp(log_p_1)
                 kl += p_1 * (log_p_1 - log_q_1)  # past the vocabulary both are 0
                 both += tl.minimum(p_1, q_1)
                 nearest = tl.maximum(nearest, to_z + to_y)
             if WANTS_GRADIENT and number == PASSES - 1:
                 d = kd_slope * (psi - q * sum_of_slopes)
                 if WITH_CE:
-                    d += ce_weight * (tl.exp(to_z - log_z) - tl.where(columns == target, 1.0, 0.0).to(REAL))
+                    d += ce_weight * (q_1 - tl.where(columns == target, 1.0, 0.0).to(REAL))
                 if not Z_PLAIN:
                     d *= z_scale
                     if Z_HAS_CAP:
