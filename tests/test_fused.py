@@ -375,7 +375,7 @@ def test_without_a_compiler_it_runs_in_torch(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("CXX", "no-such-compiler")
     cpp_backend.compiled.cache_clear()
     try:
-        assert cpp_backend.compiled(make_divergence("jsd"), torch.float32, torch.float32) is None
+        assert cpp_backend.compiled(make_divergence("jsd"), torch.float32, torch.float32, True) is None
         compare("jsd", {"beta": 0.5}, "hidden", make_head(STUDENT, 0))
     finally:
         cpp_backend.compiled.cache_clear()
@@ -389,7 +389,7 @@ def test_16_bit_products_are_summed_in_float32(
     """In one tensor of float32, or in two of which the one becomes the gradient."""
     monkeypatch.setattr(products, "VOCAB_TILE", {"cpu": 7})  # 29 rows in tiles of 7 and 1
     if not is_compiled:
-        monkeypatch.setattr(cpp_backend, "can_add_halves", lambda *_: False)
+        monkeypatch.setattr(cpp_backend, "kernels_of", lambda _: None)
     d_logits, x = torch.randn(5, 64, VOCAB).bfloat16(), torch.randn(5, 64, STUDENT).bfloat16()
     head = torch.zeros(VOCAB, STUDENT, dtype=weight)
     student = Projection(LMHead(nn.Linear(STUDENT, VOCAB), VOCAB), x[0], head.bfloat16(), None)

@@ -87,9 +87,9 @@ class Kernels:
 
 
 def kernels_of(job: Job) -> Kernels | None:
-    """Those of its passes over rows, if it can have any."""
+    """Those of its passes over rows, on a CPU and with one teacher at most."""
     sides = [job.student, *job.teachers]
-    if len(sides) > 2:
+    if len(sides) > 2 or job.student.hidden.device.type != "cpu":
         return None
     is_plain = all(side.head.is_linear and side.bias is None for side in sides)
     return compiled(job.divergence, sides[0].hidden.dtype, sides[-1].hidden.dtype, is_plain)
@@ -192,11 +192,6 @@ def softmax_gradient(
     kernels.run("gradient", arguments, len(raw))
 
 
-def can_add_halves(job: Job, device: torch.device) -> bool:
-    """Whether there is `add_halves`."""
-    return device.type == "cpu" and kernels_of(job) is not None
-
-
 def add_halves(
     job: Job,
     high: Float[Tensor, "rows width"],
@@ -215,9 +210,7 @@ def add_halves(
 
 
 @functools.cache
-def compiled(
-    divergence: Divergence, student: torch.dtype, teacher: torch.dtype, is_plain: bool = True
-) -> Kernels | None:
+def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype, is_plain: bool) -> Kernels | None:
     """The kernels for raw logits of these types (without a teacher, the student's twice, so that nothing is compiled
     for it alone), or None where the machine, a type or the formula does not allow them.
 

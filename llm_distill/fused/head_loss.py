@@ -178,7 +178,7 @@ def choose_backend(job: Job) -> ModuleType:
         from llm_distill.fused import triton_backend
 
         return triton_backend if triton_backend.can_run(job.divergence, device) else torch_backend
-    return cpp_backend if device.type == "cpu" and cpp_backend.kernels_of(job) else torch_backend
+    return cpp_backend if cpp_backend.kernels_of(job) else torch_backend
 
 
 @functools.cache

@@ -85,7 +85,7 @@ class WeightGradient:
     def __init__(self, weight: Float[Tensor, "vocab width"], job: Job, num_products: int) -> None:
         compute = job.student.hidden.dtype
         is_narrow = weight.dtype == compute == torch.bfloat16
-        becomes_dw = is_narrow and (num_products <= 2 or cpp_backend.can_add_halves(job, weight.device))
+        becomes_dw = is_narrow and bool(num_products <= 2 or cpp_backend.kernels_of(job))
         has_rest = becomes_dw and num_products > 2
         dtype = weight.dtype if becomes_dw else torch.promote_types(weight.dtype, torch.float32)
         self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)

@@ -87,7 +87,7 @@ def main() -> None:
         run(make_trainer(folder, options.get("texts", TEXTS), options.get("fsdp2", False)), folder, options)
         return
     trainer = make_trainer(folder, TEXTS)
-    compiled(ForwardKL(), torch.float32, torch.float32)  # once, and not as most of the time of every fork
+    compiled(ForwardKL(), torch.float32, torch.float32, True)  # once, and not as most of the time of every fork
     print("ready", flush=True)
     for line in sys.stdin:
         options = json.loads(line)
