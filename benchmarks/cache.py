@@ -55,17 +55,16 @@ import transformers
 from demo import Corpus, Recipe, make_config, make_model, prepare_corpus, trained_teacher
 
 from llm_distill import CachedTeacher, DistillationTrainer, LiveTeacher, LMHead, Teacher, TeacherCache
-from llm_distill import capture as capturing
 from llm_distill.cache import Hidden, Hybrid, Sampled, TopK, manifest, store
 from llm_distill.cache.codec import decode, encode
-from llm_distill.cache.fidelity import Fidelity, Sample, fidelity, plot
-from llm_distill.cache.keys import KEY_BYTES, examples_of
 from llm_distill.cache.methods import Kept, Method, SparseMethod, describe_method, make_method
 from llm_distill.cache.record import encoded, keep
 from llm_distill.cache.store import ShardWriter
+from llm_distill.capture import run as capturing
+from llm_distill.capture.fidelity import Fidelity, Sample, fidelity, plot
+from llm_distill.models import hidden_of_counted_rows
+from llm_distill.rows import KEY_BYTES, Batch, examples_of
 from llm_distill.signals import HiddenSignal, SparseSignal
-from llm_distill.teachers import Batch
-from llm_distill.teachers.live import hidden_of_counted_rows
 
 Table = dict[str, dict[str, Any]]
 """Rows by name, of figures by name."""

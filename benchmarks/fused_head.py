@@ -24,8 +24,8 @@ from measure import MIB, in_fresh_process, machine, peak_memory, seconds
 from torch import Tensor, nn
 
 from llm_distill.divergences import DIVERGENCES, make_divergence
-from llm_distill.fused import fused_head_loss
 from llm_distill.heads import LMHead
+from llm_distill.losses.fused import fused_head_loss
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
 
 K = 64

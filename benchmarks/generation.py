@@ -27,7 +27,7 @@ from measure import machine
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
 from llm_distill import LiveTeacher
-from llm_distill.corpus import load_corpus, train_tokenizer
+from llm_distill.data.corpus import load_corpus, train_tokenizer
 from llm_distill.generation import Sampling, TransformersEngine, generate, make_filters, prompts_of
 
 VOCAB, LENGTHS = 8192, (8, 16, 24, 32, 48, 64)

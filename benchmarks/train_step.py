@@ -41,8 +41,9 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_distill import DistillationConfig, DistillationTrainer
+from llm_distill.rows import Batch
 from llm_distill.signals import SparseSignal
-from llm_distill.teachers import Batch, LiveTeacher, Teacher
+from llm_distill.teachers import LiveTeacher, Teacher
 
 LEFT_OUT = 2
 """Steps at the start that are not counted: they compile, allocate and make the optimizer's state."""

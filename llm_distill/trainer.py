@@ -22,22 +22,22 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput, get_last_che
 from transformers.utils import is_in_notebook
 from trl import SFTTrainer
 
-from llm_distill import data_checks, hub
 from llm_distill.check.checks import check_trainer
 from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
+from llm_distill.data import checks as data_checks
 from llm_distill.heads import LMHead
-from llm_distill.hub.push import push_student, require_place
 from llm_distill.leaks import public_value
-from llm_distill.objective import Objective
-from llm_distill.progress import Stopwatch, empty_tally, means, tally_by_sample
-from llm_distill.publishing import hub_errors
-from llm_distill.rows import count_rows, counted_rows
-from llm_distill.run_record import RESUMED, circumstances, require_same_run, run_options, run_record, write_run
-from llm_distill.students import Lesson, add_lesson_forward
+from llm_distill.losses.in_forward import Lesson, add_lesson_forward
+from llm_distill.losses.metrics import Stopwatch, empty_tally, means, tally_by_sample
+from llm_distill.losses.objective import Objective
+from llm_distill.models import vocabulary_size
+from llm_distill.publish.card import TAGS, write_model_card
+from llm_distill.publish.hub import hub_errors
+from llm_distill.publish.record import RESUMED, circumstances, require_same_run, run_options, run_record, write_run
+from llm_distill.publish.student import push_student, require_place
+from llm_distill.rows import SIGNAL, SKIPPED, count_rows, counted_rows
 from llm_distill.teachers import CachedTeacher, Teacher, make_teacher
-from llm_distill.teachers.base import SIGNAL, SKIPPED
-from llm_distill.teachers.describe import vocabulary_size
 
 if TYPE_CHECKING:
     from llm_distill.evaluation.report import GapReport
@@ -112,7 +112,7 @@ class DistillationTrainer(SFTTrainer):
         for name, dataset in named_datasets(self.train_dataset, self.eval_dataset):
             data_checks.require_rows(dataset, name)
             data_checks.require_length(dataset, name, self.teacher.max_length if self.teacher else None)
-        self.model.add_model_tags(hub.TAGS)
+        self.model.add_model_tags(TAGS)
         self.collate: Any = self.data_collator
         if self.teacher is not None:
             if self.teacher.reader is not None and self.objective.kd_weight:
@@ -213,7 +213,7 @@ class DistillationTrainer(SFTTrainer):
         revision: str | None = None,
         token: str | None = None,
     ) -> CommitInfo | None:
-        """Saves the student, writes its card and uploads both: see `llm_distill.hub.push.push_student`, also for what
+        """Saves the student, writes its card and uploads both: see `llm_distill.publish.student.push_student`, also for what
         is refused. The commit, on the first rank.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
@@ -337,7 +337,7 @@ class DistillationTrainer(SFTTrainer):
             self._write_run(folder)
             tags = [tags] if isinstance(tags, str) else tags
             name = model_name or (self.args.hub_model_id or folder.absolute().name).split("/")[-1]
-            hub.write_model_card(folder, name=name, tags=tags)
+            write_model_card(folder, name=name, tags=tags)
 
     def _write_run(self, folder: Path) -> None:
         how = circumstances(

@@ -14,7 +14,7 @@ from pathlib import Path
 from demo import use_all_cores
 from token_kl import embedded_defaults
 
-from llm_distill.commands.capture import capture
+from llm_distill.cli.capture import capture
 
 if __name__ == "__main__":
     use_all_cores()

@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 from transformers.utils import logging
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
-from llm_distill.corpus import load_corpus, token_blocks, train_tokenizer
+from llm_distill.data.corpus import load_corpus, token_blocks, train_tokenizer
 from llm_distill.ranks import ranks
 
 

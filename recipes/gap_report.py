@@ -13,8 +13,8 @@ from pathlib import Path
 from demo import Recipe, prepare_corpus, train_students, trained_teacher, use_all_cores
 
 from llm_distill import LiveTeacher
-from llm_distill.commands.evaluate import evaluate
-from llm_distill.corpus import NAME
+from llm_distill.cli.evaluate import evaluate
+from llm_distill.data.corpus import NAME
 
 
 def embedded_defaults(folder: Path = Path("runs", "demo")) -> list[str]:

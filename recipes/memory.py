@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm_distill.check.memory import estimate_memory
-from llm_distill.commands.options import parse_train
+from llm_distill.cli.parsing import parse_train
 
 RECIPES = Path(__file__).parent
 RUNS = (("`live.yaml`", "live", 1), ("`live.yaml`, FSDP 2", "live", 8), ("`cached.yaml`, `sequence.yaml`", "cached", 1))

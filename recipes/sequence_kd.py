@@ -21,9 +21,9 @@ from accelerate import PartialState
 from demo import Recipe, use_all_cores
 from token_kl import embedded_defaults
 
-from llm_distill.commands.generate import generate
-from llm_distill.commands.train import train
-from llm_distill.corpus import NAME
+from llm_distill.cli.generate import generate
+from llm_distill.cli.train import train
+from llm_distill.data.corpus import NAME
 
 FOLDER = Path("runs", "sequence_kd")
 

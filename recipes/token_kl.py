@@ -14,8 +14,8 @@ from pathlib import Path
 from accelerate import PartialState
 from demo import Recipe, make_model, prepare_corpus, trained_teacher, use_all_cores
 
-from llm_distill.commands.train import train
-from llm_distill.corpus import NAME
+from llm_distill.cli.train import train
+from llm_distill.data.corpus import NAME
 
 
 def embedded_defaults(folder: Path = Path("runs")) -> list[str]:

@@ -13,13 +13,14 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 from jaxtyping import install_import_hook
 
 FUSED = ("cpp_backend", "head_loss", "job", "logits", "products", "sparse", "torch_backend")  # Triton reads its own
-CACHE = ("fidelity", "methods", "record")
+CACHE = ("methods", "record")
 install_import_hook(
     [
         "llm_distill.divergences",
         "llm_distill.rows",
-        *(f"llm_distill.fused.{name}" for name in FUSED),
+        *(f"llm_distill.losses.fused.{name}" for name in FUSED),
         *(f"llm_distill.cache.{name}" for name in CACHE),
+        "llm_distill.capture.fidelity",
         "llm_distill.evaluation.bias",
     ],
     "beartype.beartype",
@@ -35,7 +36,7 @@ from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill import DistillationConfig
-from llm_distill.corpus import load_corpus, train_tokenizer
+from llm_distill.data.corpus import load_corpus, train_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_distill.heads import LMHead
+from llm_distill.models import hidden_of_counted_rows
 from llm_distill.rows import counted_rows
-from llm_distill.teachers.live import hidden_of_counted_rows
 
 FAMILIES = [*POST_PROCESSED, *PRE_PROCESSED, *ORDINARY]
 

@@ -8,10 +8,11 @@ import sys
 import time
 from pathlib import Path
 
+import demo
 import nbformat
 import pytest
-from test_readme import ROOT
 
+ROOT = Path(demo.__file__).parents[1]
 sys.path.append(str(ROOT / "notebooks"))
 from execute import execute
 

@@ -4,18 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-FILE, HEAD_FILE, PLOT_FILE, LOCK_FILE, CARD_FILE = (
-    "manifest.json",
-    "head.safetensors",
-    "fidelity.png",
-    ".lock",
-    "README.md",
-)
+from llm_distill.files import write_atomically
+
+FILE, HEAD_FILE, PLOT_FILE, CARD_FILE = "manifest.json", "head.safetensors", "fidelity.png", "README.md"
 FORMAT, VERSION = "llm_distill teacher cache", 2
 IDENTITY = ("teacher", "tokenizer", "vocab_size", "temperature", "method", "seed")
 """The fields that all of a cache's signals share. Another value of one of them makes another cache."""
@@ -66,38 +60,6 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
     if checksum != _hash(manifest):
         raise DamagedManifestError(f"{where} is damaged: its checksum does not fit. {again}")
     return manifest
-
-
-def differences(stored: dict[str, Any], wanted: dict[str, Any], holder: str = "the cache") -> list[str]:
-    """`field: the cache has …, asked for is …` for each field that is in both and differs."""
-    ours, theirs = _flat(stored), _flat(wanted)
-    return [
-        f"{name}: {holder} has {ours[name]!r}, asked for is {value!r}"
-        for name, value in theirs.items()
-        if name in ours and json.dumps(ours[name]) != json.dumps(value)
-    ]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, also after a power cut."""
-    handle, temporary = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in nested.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
 
 
 def _hash(content: dict[str, Any]) -> str:

@@ -23,12 +23,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_distill.fused.job import Choice, Few
+from llm_distill.losses.fused.job import Choice, Few
+from llm_distill.losses.fused.logits import top_tokens
 
 ENTROPY_STEP = 1 / 16
 """Nats; the mean over many rows is much closer than that."""
-GROUP = 16
-"""Tokens whose maximum is looked at first when the likeliest are sought."""
 
 
 class Kept(NamedTuple):
@@ -299,20 +298,6 @@ def describe_method(method: Method) -> dict[str, Any]:
 def in_entropy_steps(entropy: Float[Tensor, " rows"]) -> Int[Tensor, " rows"]:
     """As it is stored, in a byte."""
     return (entropy / ENTROPY_STEP).round().clamp(0, 255).int()
-
-
-def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> Few:
-    """As `scores.topk(k)`, on a CPU in less time: the k largest lie in the k groups of largest maximum."""
-    rows, vocab = scores.shape
-    groups, k = vocab // GROUP, min(k, vocab)
-    if scores.device.type != "cpu" or groups < 4 * k:
-        return Few(*scores.topk(k), vocab)
-    whole = scores[:, : groups * GROUP].view(rows, GROUP, groups)  # a group's tokens lie far apart: amax is vectorised
-    best = whole.amax(1).topk(k, sorted=False).indices
-    ids = (best[:, :, None] + groups * torch.arange(GROUP)).flatten(1)
-    ids = torch.cat([ids, torch.arange(groups * GROUP, vocab).expand(rows, -1)], -1)
-    values, order = scores.gather(-1, ids).topk(k)
-    return Few(values, ids.gather(-1, order), vocab)
 
 
 def _systematic(

@@ -13,9 +13,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_distill.cache.codec import ZSTD_LEVEL, encode, encode_hidden
-from llm_distill.cache.keys import Example
 from llm_distill.cache.methods import Hidden, Kept, Method, SparseMethod, TopK, in_entropy_steps
-from llm_distill.fused.logits import logits_in_chunks
+from llm_distill.losses.fused.logits import logits_in_chunks
+from llm_distill.rows import Example
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
 CHUNK_BYTES = 2**26

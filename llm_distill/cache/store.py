@@ -18,7 +18,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import filelock
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -28,8 +27,9 @@ from huggingface_hub import snapshot_download
 
 from llm_distill.cache import manifest as manifests
 from llm_distill.cache.codec import ZSTD_LEVEL, columns
-from llm_distill.cache.keys import KEY_BYTES, KeyIndex
+from llm_distill.cache.keys import KeyIndex
 from llm_distill.cache.methods import Method, make_method
+from llm_distill.rows import KEY_BYTES
 
 GROUP_BYTES = 2**19
 """What is compressed, and read, together: small, because examples are read in any order."""
@@ -37,6 +37,8 @@ PARTS = [manifests.FILE, "shard-*.parquet", manifests.HEAD_FILE]
 """What of a repository is downloaded."""
 GROUPS_KEPT, SHARDS_KEPT = 16, 256
 SHARD_NAME = re.compile(r"shard-[0-9a-f]{32}\.parquet")
+AT_WORK = "another capture, or a training run with on_miss=live,"
+"""Who may be writing into the folder of a cache."""
 KEYS, ROWS, OF = b"llm_distill.keys", b"llm_distill.rows", b"llm_distill.cache"
 
 
@@ -99,25 +101,6 @@ class ShardWriter:
             table = pa.Table.from_pylist(self._pending, self._schema)
             self._file.write_table(table, row_group_size=len(table))
         self._pending, self._pending_bytes = [], 0
-
-
-def the_only_writer(folder: Path) -> filelock.AcquireReturnProxy:
-    """The lock of a folder, which is made if need be: for `with`, or to be held. The system opens it when the process
-    dies.
-
-    Raises:
-        ValueError: somebody else has it, or the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return filelock.FileLock(folder / manifests.LOCK_FILE).acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ValueError(
-            f"another capture, or a training run with on_miss=live, is writing into {folder}. Wait for it, or choose "
-            "another folder."
-        ) from error
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror or error}.") from error
 
 
 class Shard(NamedTuple):

@@ -22,11 +22,10 @@ from llm_distill.check.memory import MemoryEstimate, estimate_memory, size
 from llm_distill.check.report import Finding, Report, merged
 from llm_distill.check.sample import Sample, difference, leaving_no_trace, listen, look, rows_of, stopwatch
 from llm_distill.config import DistillationConfig
-from llm_distill.data_checks import longest_sequence
+from llm_distill.data.checks import longest_sequence
 from llm_distill.heads import output_projection
+from llm_distill.models import require_same_ids, vocabulary_size
 from llm_distill.teachers import AdaptersOffTeacher, CachedTeacher, EnsembleTeacher, LiveTeacher, ServedTeacher, Teacher
-from llm_distill.teachers.describe import vocabulary_size
-from llm_distill.teachers.live import require_same_ids
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
 """What an allocator may hold, as a multiple of what is alive: measured with glibc's, a rule of thumb elsewhere."""

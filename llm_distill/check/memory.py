@@ -26,8 +26,8 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llm_distill.config import DistillationConfig
-from llm_distill.fused.head_loss import chunk_rows
 from llm_distill.heads import intercepted, output_projection
+from llm_distill.losses.fused.head_loss import chunk_rows
 
 STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 """Numbers that an optimizer keeps for each weight; Adam and its kin keep two."""

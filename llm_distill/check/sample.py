@@ -17,14 +17,11 @@ from datasets import Dataset
 from torch import Tensor
 from trl import SFTTrainer
 
-from llm_distill.cache.keys import examples_of
 from llm_distill.check.memory import checkpoint_activations
 from llm_distill.heads import LMHead
-from llm_distill.rows import counted_rows
+from llm_distill.models import hidden_of_counted_rows, vocabulary_size
+from llm_distill.rows import SIGNAL, counted_rows, examples_of
 from llm_distill.signals import HiddenSignal
-from llm_distill.teachers.base import SIGNAL
-from llm_distill.teachers.describe import vocabulary_size
-from llm_distill.teachers.live import hidden_of_counted_rows
 
 TEXTS = 64
 """Looked at, over all ranks."""

@@ -38,12 +38,12 @@ from tqdm.auto import tqdm
 
 from llm_distill.divergences import ForwardKL
 from llm_distill.evaluation.statistics import Interval, as_text, correlation, interval
-from llm_distill.fused import fused_head_loss
 from llm_distill.heads import LMHead
+from llm_distill.losses.fused import fused_head_loss
+from llm_distill.models import hidden_of_counted_rows, vocabulary_size
 from llm_distill.ranks import ranks
 from llm_distill.rows import IGNORED, counted_rows
-from llm_distill.teachers.describe import vocabulary_size
-from llm_distill.teachers.live import LiveTeacher, hidden_of_counted_rows
+from llm_distill.teachers.live import LiveTeacher
 
 BUILT_IN = Path(__file__).with_name("pairs.csv")
 """56 plain sentences of everyday life, seven for each of eight categories, with one word for one group exchanged.

@@ -16,13 +16,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.divergences import ReverseKL
-from llm_distill.fused import fused_head_loss
 from llm_distill.heads import LMHead
+from llm_distill.losses.fused import fused_head_loss
+from llm_distill.models import hidden_of_counted_rows
 from llm_distill.ranks import ranks
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal, SparseSignal
 from llm_distill.teachers.base import Teacher
-from llm_distill.teachers.live import hidden_of_counted_rows
 
 TEACHER, TEXT = "teacher", "text_index"
 OF_A_MODEL = ("ce", "confidence", "correct")

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill.evaluation.compare import TEXT, Scores, compare
 from llm_distill.evaluation.figures import domain_figures
 from llm_distill.evaluation.passages import furthest_passages
+from llm_distill.models import vocabulary_size
 from llm_distill.ranks import ranks
 from llm_distill.teachers.base import Teacher
-from llm_distill.teachers.describe import vocabulary_size
 
 
 def measure_domain(

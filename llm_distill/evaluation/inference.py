@@ -31,16 +31,8 @@ from transformers import (
 )
 from transformers.utils import find_adapter_config_file
 
-from llm_distill.evaluation.measure import (
-    available_memory,
-    is_cuda,
-    memory,
-    peak,
-    seconds,
-    start_peak,
-    synchronize,
-)
-from llm_distill.quantization import bits_and_bytes
+from llm_distill.evaluation.measure import available_memory, is_cuda, memory, peak, seconds, start_peak, synchronize
+from llm_distill.models import bits_and_bytes
 
 ENERGY_SECONDS = 3
 """For how long at least it generates while the energy is measured: a sample a second."""

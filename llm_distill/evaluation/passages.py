@@ -12,15 +12,14 @@ from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.cache.methods import top_tokens
 from llm_distill.evaluation.compare import TEACHER, Scores
-from llm_distill.fused.job import Choice, Few
-from llm_distill.fused.logits import logits_in_chunks
 from llm_distill.heads import LMHead
+from llm_distill.losses.fused.job import Choice, Few
+from llm_distill.losses.fused.logits import logits_in_chunks, top_tokens
+from llm_distill.models import hidden_of_counted_rows
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
-from llm_distill.teachers.live import hidden_of_counted_rows
 
 WINDOW = 64
 """Tokens of a passage."""

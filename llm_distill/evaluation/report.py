@@ -21,9 +21,9 @@ from llm_distill.evaluation.harness import tasks_table
 from llm_distill.evaluation.measure import machine
 from llm_distill.evaluation.resources import resources_table
 from llm_distill.evaluation.statistics import Interval, as_text
+from llm_distill.models import describe_model
 from llm_distill.ranks import ranks
 from llm_distill.teachers.base import Teacher
-from llm_distill.teachers.describe import describe_model
 
 FORMAT = 1
 NAME = "report"

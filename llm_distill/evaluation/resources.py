@@ -20,7 +20,7 @@ from transformers import AutoConfig
 from transformers.utils import extract_commit_hash, find_adapter_config_file
 
 from llm_distill.evaluation.measure import available_memory, in_fresh_process, is_cuda, machine
-from llm_distill.teachers.describe import find_config, public_name
+from llm_distill.models import find_config, public_name
 
 VARIANTS = {"4bit": 4, "8bit": 8}
 TIMED = ("time_to_first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")

@@ -9,8 +9,8 @@ from llm_distill.generation.endpoint import EndpointEngine
 from llm_distill.generation.engines import Engine, LocalEngine, TransformersEngine
 from llm_distill.generation.store import Entries
 from llm_distill.generation.vllm import VLLMEngine
+from llm_distill.models import describe_checkpoint
 from llm_distill.ranks import ranks
-from llm_distill.teachers.describe import describe_checkpoint
 from llm_distill.teachers.live import LiveTeacher
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase
 
 from llm_distill.divergences import ForwardKL
-from llm_distill.fused import fused_head_loss
 from llm_distill.generation.prompts import Prompt, prompt_ids
+from llm_distill.losses.fused import fused_head_loss
+from llm_distill.models import hidden_of_counted_rows
 from llm_distill.rows import IGNORED, counted_rows
-from llm_distill.teachers.live import LiveTeacher, hidden_of_counted_rows
+from llm_distill.teachers.live import LiveTeacher
 
 
 @dataclass(frozen=True)

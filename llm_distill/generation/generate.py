@@ -19,15 +19,15 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.cache.manifest import write_atomically
+from llm_distill.files import locked, write_atomically
 from llm_distill.generation.endpoint import BudgetReachedError
 from llm_distill.generation.engines import Completion, Engine, Sampling, describe_sampling
 from llm_distill.generation.filters import Each, Filter, Private, Sample
 from llm_distill.generation.prompts import Prompt
-from llm_distill.generation.store import Entries, Journal, open_folder, read_settings, save_settings, the_only_run
+from llm_distill.generation.store import Entries, Journal, open_folder, read_settings, save_settings
+from llm_distill.models import describe_tokenizer
 from llm_distill.ranks import ranks
 from llm_distill.rows import IGNORED
-from llm_distill.teachers.describe import describe_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +104,7 @@ def generate(
         "tokenizer": None if tokenizer is None else describe_tokenizer(tokenizer),
         "llm_distill": version("llm-distill"),
     }
-    with the_only_run(folder) if state.is_main_process else nullcontext():
+    with locked(folder, "another run") if state.is_main_process else nullcontext():
         if state.is_main_process:
             open_folder(folder, settings)
         state.wait_for_everyone()

@@ -13,38 +13,17 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import filelock
-
-from llm_distill.cache.manifest import differences, write_atomically
+from llm_distill.files import differences, write_atomically
 from llm_distill.generation.engines import Answer, Completion
 
-SETTINGS_FILE, LOCK_FILE = "generation.json", ".lock"
+SETTINGS_FILE = "generation.json"
 FORMAT, VERSION = "llm_distill generation", 1
 SECONDS_BETWEEN_SYNCS = 1.0
 IDENTITY = ("teacher", "sampling")
 """What all completions of a folder share. More prompts and other filters are welcome."""
-
-
-@contextmanager
-def the_only_run(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system opens when the process dies.
-
-    Raises:
-        ValueError: another run writes there, or the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / LOCK_FILE).acquire(timeout=0)
-    except filelock.Timeout as error:
-        raise ValueError(f"another run is generating into {folder}. Wait for it, or choose another folder.") from error
-    except OSError as error:
-        raise ValueError(f"{folder} cannot be written: {error.strerror or error}.") from error
-    with lock:
-        yield
 
 
 def open_folder(folder: Path, settings: dict[str, Any]) -> None:

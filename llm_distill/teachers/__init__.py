@@ -1,10 +1,12 @@
 """Where the soft targets come from."""
 
-from llm_distill.teachers.base import Batch, Teacher
+from llm_distill.rows import Batch
+from llm_distill.teachers.adapters_off import AdaptersOffTeacher
+from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.cached import CachedTeacher
 from llm_distill.teachers.choose import make_teacher
 from llm_distill.teachers.ensemble import EnsembleTeacher
-from llm_distill.teachers.live import AdaptersOffTeacher, LiveTeacher
+from llm_distill.teachers.live import LiveTeacher
 from llm_distill.teachers.served import ServedTeacher
 
 __all__ = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 from accelerate import Accelerator
@@ -11,32 +11,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.divergences import Divergence
+from llm_distill.rows import Batch
 from llm_distill.signals import Signal
-
-Batch = Mapping[str, Any]
-"""What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`; and what
-`Teacher.reader` put into it, under SIGNAL."""
-SIGNAL = "signal"
-SKIPPED = "skipped"
-"""In what lies under SIGNAL, if labels were masked there: of how many rows, [batch]."""
-
-
-def refuse_past_context(length: int, max_length: int | None, where: str) -> None:
-    """Raises ValueError if a sequence is longer than the teacher can read."""
-    if max_length is not None and length > max_length:
-        raise ValueError(
-            f"{where} has a sequence of {length:,} tokens, longer than the teacher's context of {max_length:,}. Set "
-            f"max_length={max_length} or less."
-        )
-
-
-def different_ids(teachers: str, student: PreTrainedTokenizerBase, what: str) -> ValueError:
-    """To be raised. `teachers` follows "the teacher's tokenizer", and `what` names what has other ids."""
-    return ValueError(
-        f"the teacher's tokenizer ({teachers}) and the student's ({len(student.get_vocab()):,} tokens, "
-        f"{type(student).__name__}) give different ids for {what}, so their distributions cannot be compared token by "
-        "token. Distil from the teacher's text instead (sequence-level distillation), or give both the same tokenizer."
-    )
 
 
 class Teacher(ABC):

@@ -17,17 +17,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.cache.codec import decode, decode_hidden
-from llm_distill.cache.keys import Example, examples_of
-from llm_distill.cache.manifest import HEAD_FILE, differences
+from llm_distill.cache.manifest import HEAD_FILE
 from llm_distill.cache.methods import Hidden
 from llm_distill.cache.record import encoded, keep, require_enough
-from llm_distill.cache.store import ShardWriter, TeacherCache, the_only_writer
+from llm_distill.cache.store import AT_WORK, ShardWriter, TeacherCache
 from llm_distill.divergences import Divergence
+from llm_distill.files import differences, locked
 from llm_distill.heads import LMHead
-from llm_distill.rows import IGNORED
+from llm_distill.models import describe_tokenizer, vocabulary_size
+from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, Batch, Example, examples_of
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
-from llm_distill.teachers.base import SIGNAL, SKIPPED, Batch, Teacher
-from llm_distill.teachers.describe import describe_tokenizer, vocabulary_size
+from llm_distill.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -180,7 +180,7 @@ class CachedTeacher(Teacher):
 
     def _add(self, example: Example, parts: dict[str, bytes]) -> None:
         if self._locks and self._lock is None:
-            self._lock = the_only_writer(Path(self.cache.path))
+            self._lock = locked(Path(self.cache.path), AT_WORK)
         if self._writer is None:
             self._writer = ShardWriter(Path(self.cache.path), self.cache.method, self.cache.identity)
         self._writer.add(example.key, example.rows, parts)

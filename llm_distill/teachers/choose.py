@@ -9,10 +9,11 @@ from transformers import PreTrainedModel
 
 from llm_distill.cache import TeacherCache
 from llm_distill.config import DistillationConfig
+from llm_distill.models import describe_checkpoint
+from llm_distill.teachers.adapters_off import AdaptersOffTeacher
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.cached import CachedTeacher, require_same_teacher
-from llm_distill.teachers.describe import describe_checkpoint
-from llm_distill.teachers.live import AdaptersOffTeacher, LiveTeacher
+from llm_distill.teachers.live import LiveTeacher
 from llm_distill.teachers.served import ServedTeacher
 
 

@@ -10,8 +10,9 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.divergences import Divergence
+from llm_distill.rows import Batch
 from llm_distill.signals import HiddenSignal, MixtureSignal
-from llm_distill.teachers.base import Batch, Teacher
+from llm_distill.teachers.base import Teacher
 
 
 class EnsembleTeacher(Teacher):

@@ -11,25 +11,32 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedType
-from jaxtyping import Float
-from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import fully_shard
 from transformers import (
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import extract_commit_hash
 from trl.models import prepare_deepspeed
 
-from llm_distill.heads import LMHead, intercepted
-from llm_distill.quantization import bits_and_bytes
-from llm_distill.rows import counted_rows
+from llm_distill.heads import LMHead
+from llm_distill.models import (
+    HUB_OPTIONS,
+    bits_and_bytes,
+    describe_model,
+    files_hash,
+    find_config,
+    hidden_of_counted_rows,
+    own_tokenizer,
+    refuse_past_context,
+    require_same_ids,
+    vocabulary_size,
+)
+from llm_distill.rows import Batch
 from llm_distill.signals import HiddenSignal
-from llm_distill.teachers.base import SIGNAL, Batch, Teacher, different_ids, refuse_past_context
-from llm_distill.teachers.describe import HUB_OPTIONS, describe_model, files_hash, find_config, vocabulary_size
+from llm_distill.teachers.base import Teacher
 
 
 class LiveTeacher(Teacher):
@@ -41,7 +48,7 @@ class LiveTeacher(Teacher):
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """`tokenizer` is compared with the student's; without one, the model's own folder or repository is asked."""
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer or _own_tokenizer(model)
+        self.tokenizer = tokenizer or own_tokenizer(model)
         self.head = LMHead.of(model)
         self._wrapped: nn.Module | None = None
         self._description = describe_model(model, self.tokenizer)
@@ -76,7 +83,7 @@ class LiveTeacher(Teacher):
         with _whole_on_every_rank():
             model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
         model.config._commit_hash = extract_commit_hash(config_file, None)  # no longer kept by every transformers
-        teacher = cls(model, _own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
+        teacher = cls(model, own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
         teacher._description |= files_hash(config_file)
         return teacher
 
@@ -117,50 +124,6 @@ class LiveTeacher(Teacher):
         return self._description
 
 
-class AdaptersOffTeacher(Teacher):
-    """The student's own base model, its LoRA adapters switched off: a second model for the memory of none.
-
-    It teaches to stay what it was: with `ce_weight` for the new data, the divergence is the price of forgetting.
-    """
-
-    def __init__(self) -> None:
-        self._student: PeftModel | None = None
-        self._head: LMHead | None = None
-        self._vocab_size: int | None = None
-        self._is_moe = False
-
-    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self._vocab_size = vocabulary_size(tokenizer)
-
-    def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
-        if not isinstance(student, PeftModel):
-            raise ValueError(
-                "teacher_adapters_off needs a student with adapters (peft_config=... or --use_peft): without them the "
-                "teacher would be the student itself, and there is nothing to learn from it."
-            )
-        self._student = student
-        self._is_moe = hasattr(student.get_base_model().config.get_text_config(), "output_router_logits")
-        with _adapters_off(student):
-            self._head = LMHead.of(student, self._vocab_size)
-
-    @torch.no_grad()
-    def score(self, batch: Batch) -> HiddenSignal:
-        assert self._student is not None, "prepare() comes first"
-        assert self._head is not None, "prepare() comes first"
-        was_training = self._student.training
-        self._student.eval()
-        try:
-            inputs = {**batch, "output_router_logits": False} if self._is_moe else batch
-            with _adapters_off(self._student):
-                return HiddenSignal(hidden_of_counted_rows(self._student, self._head, inputs), self._head)
-        finally:
-            self._student.train(was_training)
-
-    def describe(self) -> dict[str, Any]:
-        assert self._student is not None, "prepare() comes first"
-        return describe_model(self._student.get_base_model(), None) | {"adapters": "off"}
-
-
 @contextmanager
 def _whole_on_every_rank() -> Iterator[None]:
     """In some versions of transformers, FSDP's cpu_ram_efficient_loading leaves all ranks but the first empty, and
@@ -173,57 +136,6 @@ def _whole_on_every_rank() -> Iterator[None]:
     finally:
         if was is not None:
             os.environ[name] = was
-
-
-@contextmanager
-def _adapters_off(student: PeftModel) -> Iterator[None]:
-    """PEFT's own switch, which on the way back would make every active adapter trainable: frozen ones stay so."""
-    trained = [(weight, weight.requires_grad) for weight in student.parameters()]
-    try:
-        with student.disable_adapter():
-            yield
-    finally:
-        for weight, is_trained in trained:
-            weight.requires_grad_(is_trained)
-
-
-def hidden_of_counted_rows(model: nn.Module, head: LMHead, batch: Batch) -> Float[Tensor, "rows hidden"]:
-    """What goes into `head` at the rows that count, from one forward of `model` that makes no logits and no cache."""
-    rows = counted_rows(batch["labels"])
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", SIGNAL)}
-    kept: Tensor | None = None
-
-    def keep(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
-        nonlocal kept
-        kept = hidden[rows.sample.to(hidden.device), rows.position.to(hidden.device)]
-        return hidden[..., :0]
-
-    with intercepted(head.module, keep):
-        model(**inputs, use_cache=False)
-    assert kept is not None, "LMHead.of has seen that the projection is called"
-    return kept.to(batch["labels"].device)
-
-
-def _own_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside the weights; None for a model made from a config."""
-    if not model.config._name_or_path:
-        return None
-    try:
-        options.setdefault("trust_remote_code", False)
-        options["revision"] = getattr(model.config, "_commit_hash", None)  # a folder has none
-        return AutoTokenizer.from_pretrained(model.config._name_or_path, **options)
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-def require_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
-    """Equal sizes prove nothing: every token of the student must have the same id in the teacher's vocabulary."""
-    theirs, ours = teacher.get_vocab(), student.get_vocab()
-    different = [token for token, token_id in ours.items() if theirs.get(token) != token_id]
-    if different:
-        examples = ", ".join(f"{token!r}: {ours[token]} against {theirs.get(token)}" for token in different[:3])
-        said = f"{len(theirs):,} tokens, {type(teacher).__name__}"
-        raise different_ids(said, student, f"{len(different):,} tokens ({examples})")
 
 
 def _shard_as_the_student(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.cache.keys import Example, examples_of
 from llm_distill.divergences import Divergence
-from llm_distill.rows import IGNORED
+from llm_distill.models import different_ids, public_name, refuse_past_context, vocabulary_size
+from llm_distill.rows import IGNORED, SIGNAL, Batch, Example, examples_of
 from llm_distill.signals import SparseSignal
-from llm_distill.teachers.base import SIGNAL, Batch, Teacher, different_ids, refuse_past_context
-from llm_distill.teachers.describe import public_name, vocabulary_size
+from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.replicas import RefusedError, Replicas
 
 logger = logging.getLogger(__name__)

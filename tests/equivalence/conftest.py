@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import capture_worker
 import pytest
 from launch import CPU, WORKER, Run, run_to_end, shards
 from transformers import PreTrainedTokenizerBase
@@ -34,7 +35,7 @@ def captured_shards(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Calla
     def run(ranks: int, launcher: Path = CPU, **options: Any) -> set[str]:
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        worker = Path(__file__).with_name("capture_worker.py")
+        worker = Path(capture_worker.__file__)
         run_to_end(worker, str(folder), json.dumps(options), ranks=ranks, launcher=launcher)
         return shards(folder)
 

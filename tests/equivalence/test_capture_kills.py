@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import capture_worker
 import pytest
 from launch import shards, start
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill import TeacherCache
 
-WORKER = Path(__file__).with_name("capture_worker.py")
+WORKER = Path(capture_worker.__file__)
 
 
 class Forks:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import evaluation_worker
 import pytest
 from evaluation_worker import compare, write_task
 from launch import run_to_end
@@ -13,7 +14,7 @@ from launch import run_to_end
 
 def test_two_ranks_find_what_one_finds(saved: Path, tmp_path: Path):
     tasks = write_task(tmp_path)
-    worker = Path(__file__).with_name("evaluation_worker.py")
+    worker = Path(evaluation_worker.__file__)
     run_to_end(worker, *map(str, (saved, tasks, tmp_path)), ranks=2)
     alone = _numbers(json.loads(json.dumps(compare(saved, tasks))))
     for rank in range(2):

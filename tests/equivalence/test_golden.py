@@ -7,16 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from golden import NUMBERS, RUNS, TWO_RANKS, numbers, two_ranks
-from tiny import VOCAB
-from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-
-def golden_tokenizer() -> PreTrainedTokenizerBase:
-    """One that does not depend on the corpus, which differs from Python to Python."""
-    words = models.WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0")
-    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="w0", eos_token="w1")
+from golden import NUMBERS, RUNS, TWO_RANKS, golden_tokenizer, numbers, two_ranks
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -18,7 +18,7 @@ from worker import make_rows
 
 from llm_distill import DistillationTrainer, ServedTeacher, TeacherCache
 from llm_distill.cache import TopK
-from llm_distill.capture import capture
+from llm_distill.capture.run import capture
 
 FINE = 2**-17
 """Steps of √p in a cache whose losses are to be exact ones."""

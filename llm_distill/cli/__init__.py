@@ -1,0 +1,47 @@
+"""`llm-distill COMMAND`: the command line. `llm-distill COMMAND --help` shows every option with its meaning.
+
+Options may come from a YAML file (`--config run.yaml`) and from the command line, which wins. Several ranks:
+`accelerate launch --config_file recipes/accelerate/ddp.yaml -m llm_distill.cli train --config run.yaml`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+EXAMPLE = """example:
+  llm-distill train --model_name_or_path Qwen/Qwen2.5-0.5B --teacher_model_name_or_path Qwen/Qwen2.5-7B \\
+      --dataset_name trl-lib/Capybara --output_dir student --divergence forward_kl
+
+--dataset_name may be a Hub id, a folder, a .json, .jsonl, .csv, .parquet or .txt file, or `stdlib`, two
+megabytes of the sources of the Python standard library, which need no download."""
+
+COMMANDS = {
+    "train": "train a student on a teacher's distributions (token-level distillation)",
+    "check": "what can be known of a training run before its first step, in seconds",
+    "generate": "have the teacher write completions and keep the good ones (sequence-level distillation)",
+    "evaluate": "the gap report: quality, likeness, bias, speed and memory of a student beside its teacher",
+    "capture": "run the teacher once and store what it says",
+    "inspect": "what such a cache holds, whether it is whole, how true it is",
+    "push": "upload a student to the Hub, with a model card",
+    "export": "write a student as GGUF (llama.cpp, Ollama) or ONNX, and verify it",
+}
+"""Each is a function of its name in the module of its name in `llm_distill.cli`, imported when it is asked for."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of `llm-distill`."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="llm-distill",
+        description="Distil a large language model into a small one.",
+        epilog=EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help_text in COMMANDS.items():
+        commands.add_parser(name, help=help_text, add_help=False)
+    name = parser.parse_args(argv[:1]).command
+    getattr(importlib.import_module(f"llm_distill.cli.{name}"), name)(argv[1:])

@@ -1,0 +1,3 @@
+from llm_distill.cli import main
+
+main()

@@ -1,0 +1,71 @@
+"""`llm-distill train`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from llm_distill.cli.build import build_trainer
+from llm_distill.cli.check import before_loading
+from llm_distill.cli.parsing import errors_in_one_line, parse_start
+
+if TYPE_CHECKING:
+    from llm_distill.check.report import Report
+
+
+def train(argv: Sequence[str]) -> None:
+    """Trains a student on a teacher's distributions: `llm-distill train`, and `recipes/token_kl.py`."""
+    from llm_distill.data import corpus
+    from llm_distill.leaks import public_value
+    from llm_distill.publish.record import run_options
+
+    with errors_in_one_line():
+        script, args, model, start = parse_start(argv)
+        options = run_options(script, args, model)
+        if start.check and model.model_name_or_path:
+            refuse_red(before_loading(args, model), only="memory")
+        trainer = build_trainer(script, args, model)
+        trainer.command, trainer.options = ["llm-distill", "train", *argv], options
+        trainer.record["data.name"] = public_value(script.dataset_name)
+        resumption = _resumption(args.resume_from_checkpoint)
+        trainer.require_resumable(resumption)
+    if start.check:
+        refuse_red(trainer.check())
+    dataset = None if script.dataset_name == corpus.NAME else script.dataset_name
+    trainer.train(resume_from_checkpoint=resumption)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.push_to_hub:
+        with errors_in_one_line():
+            try:
+                trainer.push_to_hub(dataset_name=dataset)  # saves both first
+            except (ValueError, ConnectionError) as error:
+                raise ValueError(f"the student is in {args.output_dir}, but is not on the Hub: {error}") from error
+    else:
+        trainer.save_model()
+        trainer.create_model_card(dataset_name=dataset)
+    trainer.accelerator.print(f"The student is in {args.output_dir}.")
+    trainer.end()
+
+
+def refuse_red(report: Report, only: str | None = None) -> None:
+    """Shows what was found, on one rank; ends the program with status 1 where something is red. Of `only` one thing,
+    nothing is shown unless it is.
+    """
+    from llm_distill.ranks import ranks
+
+    red = [finding for finding in report.findings if finding.level == "red" and only in (None, finding.what)]
+    if ranks().is_main_process and (red or only is None):
+        report.print(sys.stdout)
+        if red:
+            print("llm-distill: not started, see what is red. --check false starts anyway.", file=sys.stderr)
+    if red:
+        sys.exit(1)
+
+
+def _resumption(value: str | None) -> str | bool:
+    """`--resume_from_checkpoint true` means the last one; otherwise it is a folder."""
+    return {"none": False, "false": False, "true": True}.get(str(value).lower(), value or False)

@@ -1,0 +1,1 @@
+"""Who wrote the text, how it becomes batches, and what can be wrong with it."""

@@ -1,0 +1,83 @@
+"""What can be wrong with prepared data: found before the first step where possible, the batch named where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyarrow.compute as pc
+import torch
+from datasets import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from llm_distill.models import refuse_past_context
+from llm_distill.rows import IGNORED, Rows
+from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+
+SAMPLED_TEXTS = 16
+
+
+def require_rows(dataset: Any, name: str) -> None:
+    """Raises ValueError if no token of a prepared dataset counts. Streams are not read."""
+    if not isinstance(dataset, Dataset) or "labels" not in (dataset.column_names or ["labels"]):
+        return
+    if not any(label != IGNORED for row in dataset for label in row["labels"][1:]):
+        raise ValueError(
+            f"the {name} dataset ({len(dataset)} rows after preparation) has no token to learn from: every label is "
+            "masked. Is max_length shorter than the prompts, or does the chat template mark no assistant turn?"
+        )
+
+
+def require_length(dataset: Any, name: str, max_length: int | None) -> None:
+    """Raises ValueError if a sequence of a prepared dataset is longer than the teacher's context."""
+    if max_length is not None:
+        refuse_past_context(longest_sequence(dataset) or 0, max_length, f"the {name} dataset")
+
+
+def longest_sequence(dataset: Any) -> int | None:
+    """Of a prepared dataset, in tokens; None for a stream, which is not read."""
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return None
+    column = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"
+    longest = 0
+    for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
+        lengths = pc.list_flatten(table[column]) if column == "seq_lengths" else pc.list_value_length(table[column])
+        longest = max(longest, pc.max(lengths).as_py() or 0)
+    return longest
+
+
+def require_readable(dataset: Any, name: str, read: Callable[[list[Any]], Any]) -> None:
+    """Raises ValueError if one of a few texts from all over a prepared dataset cannot be read as a batch is read, with
+    what a stored teacher says. A sample, not a proof: what it does not meet is found in its step. Streams are not read.
+    """
+    if isinstance(dataset, Dataset):
+        try:
+            read([dataset[i] for i in range(0, len(dataset), -(-len(dataset) // SAMPLED_TEXTS))])
+        except ValueError as error:
+            raise ValueError(f"the {name} dataset: {error}") from error
+
+
+def refuse_broken_signal(
+    signal: Signal | None,
+    batch: Mapping[str, Any],
+    rows: Rows,
+    step: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Raises ValueError naming the batch if it is the teacher that is not finite. Called after a loss that is not."""
+    if isinstance(signal, SparseSignal):
+        broken = signal.log_probs.isnan().any(-1)
+    elif isinstance(signal, HiddenSignal | MixtureSignal):
+        members = signal.signals if isinstance(signal, MixtureSignal) else (signal,)
+        broken = ~torch.stack([member.hidden.isfinite().all(-1) for member in members]).all(0)
+    else:
+        return
+    if not broken.any():
+        return
+    sample = int(rows.sample[broken][0])
+    text = tokenizer.decode(batch["input_ids"][sample][:48], skip_special_tokens=True)
+    raise ValueError(
+        f"the teacher gave NaN or infinity for {int(broken.sum())} of {len(broken)} positions in the batch after step "
+        f"{step}, first in its sequence {sample}, which begins {text!r}. A teacher in float16 often overflows: load it "
+        'in bfloat16 (teacher_model_init_kwargs=\'{"dtype": "bfloat16"}\'). Nothing was learned from this batch.'
+    )

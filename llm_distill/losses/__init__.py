@@ -1,0 +1,1 @@
+"""How far the student is from what the teacher says, and how that becomes a gradient."""

@@ -1,0 +1,312 @@
+"""The model card, from what lies in a student's folder: `distillation.json`, `run.yaml`, a gap report if one is there.
+
+So it can be written again at any time, with a report that was made later, on a machine that has not trained.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
+
+from llm_distill.publish.hub import licence_of, named, teachers_of
+from llm_distill.publish.record import FILE, OPTIONS_FILE
+
+CARD_FILE = "README.md"
+REPORT_FILE, REPORT_PAGES = "report.json", ("report.md", "report.html")
+MARK = "<!-- llm-distill writes this card anew with every push. Remove this line to keep what you change. -->"
+UNFILLED = "[More Information Needed]"
+"""Of the template that PEFT leaves."""
+TAGS = ["llm-distill", "knowledge-distillation"]
+FIGURES = {
+    "loss": "loss",
+    "ce": "cross-entropy (nats a token)",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits a byte",
+    "teacher_ce": "the teacher's cross-entropy",
+    "kl": "KL(teacher‖student)",
+    "reverse_kl": "KL(student‖teacher)",
+    "top1_agreement": "top-1 agreement",
+    "acceptance": "Σ min(p, q)",
+}
+"""What the card shows of an evaluation, and what it is called."""
+MODELS = ("student", "teacher", "baseline")
+PARTS = {"generations": "what it writes", "tasks": "tasks", "bias": "bias", "resources": "speed and memory"}
+"""Of a report, beside its domains."""
+
+
+def write_model_card(
+    folder: str | Path,
+    *,
+    name: str,
+    repo_id: str | None = None,
+    base_model: str | None = None,
+    tags: list[str] | None = None,
+    api: HfApi | None = None,
+) -> None:
+    """Writes `folder/README.md`: what was distilled from what, how, and how well. Nothing local, nothing secret. A card
+    that somebody has made their own stays.
+
+    Args:
+        folder: of a student, with its record.
+        name: the title.
+        repo_id: where it will be; by default it is loaded from its folder.
+        base_model: what it was before, if that is on the Hub and the record does not know; for adapters their model.
+        tags: beside `TAGS` and the teacher's name.
+        api: for the licences that teacher and base model have on the Hub.
+    """
+    folder = Path(folder)
+    path = folder / CARD_FILE
+    if path.is_file() and not any(sign in path.read_text(encoding="utf-8") for sign in (MARK, UNFILLED)):
+        return
+    record = json.loads((folder / FILE).read_text())
+    report = json.loads((folder / REPORT_FILE).read_text()) if (folder / REPORT_FILE).is_file() else None
+    base_model = base_model or base_model_of(record)
+    licences = {"teacher": licence_of(_teacher(record), api or HfApi())} if taught(record) else {}
+    if record.get("student.revision"):
+        start = {"model": record["student.model"], "revision": record["student.revision"]}
+        licences["start"] = licence_of(start, api or HfApi())
+    adapter = (folder / "adapter_config.json").is_file()
+    data = ModelCardData(
+        library_name="peft" if adapter else "transformers",
+        tags=sorted({*TAGS, *(tags or []), *(f"distilled-from:{each['model']}" for each in _hub_teachers(record))}),
+        base_model=base_model,
+        datasets=[record["run.dataset"]] if record.get("run.dataset") else None,
+        pipeline_tag="text-generation",
+        model_name=name,
+        eval_results=list(_eval_results(record, report)) or None,
+        **(_common(list(licences.values()))),
+    )
+    if base_model is not None:
+        data["base_model_relation"] = "adapter" if adapter else "finetune"
+    sections = [
+        f"# {name}\n\n{_origin(record)}",
+        _lineage(record, base_model, licences),
+        f"## Use\n\n{_usage(folder, repo_id, adapter)}",
+        *(_results(folder, record, report)),
+        f"## How\n\n{_how(folder, record)}",
+        f"## Limits\n\n{_limits(record, report, folder)}",
+        _table(("library", "version"), list(record.get("run.versions", {}).items())),
+    ]
+    text = "\n\n".join(section.strip() for section in sections if section)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{text}\n").save(path)
+
+
+def base_model_of(record: dict[str, Any]) -> str | None:
+    """What the student was before, if that is on the Hub."""
+    return record["student.model"] if record.get("student.revision") else None
+
+
+def taught(record: dict[str, Any]) -> bool:
+    """Whether there was a teacher to learn from, and not text alone."""
+    return bool(record["objective.kd_weight"]) and any(name.startswith("teacher.") for name in record)
+
+
+def _teacher(record: dict[str, Any]) -> dict[str, Any]:
+    return _part(record, "teacher.")
+
+
+def _part(record: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
+
+
+def _hub_teachers(record: dict[str, Any]) -> list[dict[str, Any]]:
+    return [each for each in teachers_of(_teacher(record)) if each.get("revision")] if taught(record) else []
+
+
+def _common(licences: list[dict[str, Any]]) -> dict[str, Any]:
+    """The licence that all of them have. Where they differ it is the owner's to say."""
+    return licences[0] if licences and all(each == licences[0] for each in licences) else {}
+
+
+def _origin(record: dict[str, Any]) -> str:
+    if not taught(record):
+        return "Trained with llm-distill on text alone."
+    teachers = teachers_of(_teacher(record))
+    if len(teachers) > 1:
+        return f"Distilled with llm-distill from an ensemble of {len(teachers)} teachers."
+    name = teachers[0].get("model") or teachers[0].get("architecture")
+    return f"Distilled with llm-distill from `{name}`{_size(teachers[0])}." if name else "Distilled with llm-distill."
+
+
+def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str, dict[str, Any]]) -> str:
+    start = _part(record, "student.")
+    if base_model is not None:
+        start["model"] = base_model
+        start["revision"] = start.get("revision") or "main"
+    rows = [("student, before", named(start) + _size(start), _terms(licences.get("start", {})))]
+    if taught(record):
+        terms = _terms(licences["teacher"])
+        rows += [("teacher", named(each) + _size(each), terms) for each in teachers_of(_teacher(record))]
+    data = record.get("run.dataset") or record.get("data.name")
+    if data:
+        linked = f"[{data}](https://huggingface.co/datasets/{data})" if record.get("run.dataset") else f"`{data}`"
+        count = f", {record['data.texts']:,} texts" if record.get("data.texts") else ""
+        rows.append(("data", linked + count, "see there"))
+    return _table(("", "what", "licence"), rows)
+
+
+def _terms(licence: dict[str, Any]) -> str:
+    terms = licence.get("license_name") or licence.get("license") or "not known here"
+    return f"[{terms}]({licence['license_link']})" if str(licence.get("license_link")).startswith("http") else terms
+
+
+def _size(model: dict[str, Any]) -> str:
+    count = model.get("parameters")
+    return (
+        f" ({count / 1e6:,.1f} M parameters)" if count and count >= 1e5 else f" ({count:,} parameters)" if count else ""
+    )
+
+
+def _usage(folder: Path, repo_id: str | None, adapter: bool) -> str:
+    model = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
+    lines = (
+        ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+        if adapter
+        else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    )
+    where = f'"{repo_id}"' if repo_id else '"."  # the folder of this card'
+    lines += [
+        "",
+        f"name = {where}",
+        "tokenizer = AutoTokenizer.from_pretrained(name)",
+        f"model = {model}.from_pretrained(name)",
+    ]
+    if any((folder / each).exists() for each in ("chat_template.jinja", "chat_template.json")):
+        lines += [
+            'messages = [{"role": "user", "content": "What is a language model?"}]',
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    else:
+        lines.append('inputs = tokenizer("A language model is", return_tensors="pt")')
+    lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))")
+    return "```python\n" + "\n".join(lines) + "\n```"
+
+
+def _how(folder: Path, record: dict[str, Any]) -> str:
+    settings = _part(record, "objective.") if taught(record) else {"ce_weight": record["objective.ce_weight"]}
+    run = _part(record, "run.")
+    rows = [(name.replace("_", " "), f"{value}") for name, value in settings.items()]
+    rows += [(name, run[name]) for name in ("steps", "ranks", "device", "date") if run.get(name)]
+    command = f"\n\n```text\n{run['command']}\n```" if run.get("command") else ""
+    options = (folder / OPTIONS_FILE).read_text() if (folder / OPTIONS_FILE).is_file() else ""
+    told = f"\n\n`{OPTIONS_FILE}`, for `llm-distill train --config {OPTIONS_FILE}`:\n\n```yaml\n{options}```"
+    return _table(("setting", "value"), rows) + command + (told if options else "")
+
+
+def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None) -> Iterator[str]:
+    if report is None:
+        figures = list(_trained_figures(record))
+        if figures:
+            names = [FIGURES[figure] + (f" on {data}" if data else "") for figure, data, _ in figures]
+            rows = [(name, f"{value:.4g}") for name, (*_, value) in zip(names, figures, strict=True)]
+            yield f"## Results on held-out text\n\n{_table(('figure', 'value'), rows)}"
+        return
+    quality, likeness = [], []
+    for domain, found in report["domains"].items():
+        for model in MODELS:
+            if figures := found["models"].get(model):
+                shown = [_interval(figures.get(name)) for name in ("loss", "perplexity", "bits_per_byte")]
+                quality.append((domain, model, f"{found['tokens']:,}", *shown))
+        gap, alike = found.get("gap_closed"), found.get("likeness") or {}
+        if gap or alike:
+            shown = [_interval(alike.get(name)) for name in ("kl", "reverse_kl", "top1_agreement", "acceptance")]
+            likeness.append((domain, _interval(gap), *shown))
+    yield (
+        f"## Results on held-out text\n\nWith 95% intervals, {report['date']}.\n\n"
+        + _table(("domain", "model", "tokens", "loss (nats a token)", "perplexity", "bits a byte"), quality)
+        + "\n"
+    )
+    if likeness:
+        header = (FIGURES[name] for name in ("kl", "reverse_kl", "top1_agreement", "acceptance"))
+        yield "How like its teacher it is:\n\n" + _table(("domain", "gap closed", *header), likeness)
+    yield "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(folder.glob("*.png")))
+    pages = [f"[{name}]({name})" for name in REPORT_PAGES if (folder / name).is_file()]
+    yield f"The whole report: {', '.join(pages)}." if pages else ""
+
+
+def _trained_figures(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
+    """(figure, dataset, value) of the last evaluation in training: of `eval_ce`, or of `eval_NAME_ce`."""
+    for key, value in record.get("run.figures", {}).items():
+        figure = max((name for name in FIGURES if key.endswith(f"_{name}")), key=len, default=None)
+        if figure:
+            yield figure, key.removeprefix("eval_").removesuffix(figure).rstrip("_"), value
+
+
+def _eval_results(record: dict[str, Any], report: dict[str, Any] | None) -> Iterator[EvalResult]:
+    """For `model-index`, by which the Hub shows figures."""
+    if report is None:
+        found = [(data or "held-out text", figure, value) for figure, data, value in _trained_figures(record)]
+    else:
+        found = [
+            (domain, figure, told["value"])
+            for domain, values in report["domains"].items()
+            for part in (values["models"].get("student") or {}, values.get("likeness") or {})
+            for figure, told in part.items()
+            if figure in FIGURES and told is not None and told["value"] is not None
+        ]
+    for domain, figure, value in found:
+        yield EvalResult(
+            task_type="text-generation",
+            task_name="Text generation",
+            dataset_type=re.sub(r"\W+", "-", domain).strip("-").lower(),  # by which the Hub tells them apart
+            dataset_name=domain,
+            metric_type=figure,
+            metric_name=FIGURES[figure],
+            metric_value=value,
+        )
+
+
+def _limits(record: dict[str, Any], report: dict[str, Any] | None, folder: Path) -> str:
+    """What is not known, and what is known to be bad, in words."""
+    said = []
+    if taught(record):
+        said.append("It imitates its teacher: what that gets wrong, or says with prejudice, it says too.")
+        said += [
+            f"The teacher was loaded in {each['bits']} bits, and it has learned from that, not from the full weights."
+            for each in teachers_of(_teacher(record))
+            if each.get("bits")
+        ]
+    options = yaml.safe_load((folder / OPTIONS_FILE).read_text()) if (folder / OPTIONS_FILE).is_file() else {}
+    if options.get("max_length"):
+        said.append(f"It was trained on at most {options['max_length']:,} tokens at a time.")
+    if report is None:
+        said.append(
+            "Its figures are those of the evaluation while it was trained; no gap report was made."
+            if record.get("run.figures")
+            else "It was not evaluated: nothing is known of how good it is."
+        )
+    else:
+        if report.get("comparable", True) is not True:
+            said.append(f"It is not compared with its teacher token by token: {report['comparable']}.")
+        closed = {name: found.get("gap_closed") for name, found in report["domains"].items()}
+        gaps = {name: figure["value"] for name, figure in closed.items() if figure and figure["value"] is not None}
+        if len(gaps) > 1:
+            worst = min(gaps, key=lambda name: gaps[name])
+            said.append(f"It is weakest, beside its teacher, on {worst}: {gaps[worst]:.0%} of the gap is closed there.")
+        lacking = [what for part, what in PARTS.items() if not report.get(part) or "skipped" in report[part]]
+        if lacking:
+            said.append(f"Not measured: {', '.join(lacking)}.")
+        said.append("The figures hold for text like that of these domains, and for no other.")
+    return "\n".join(f"- {line}" for line in said)
+
+
+def _interval(figure: dict[str, float] | None) -> str:
+    return (
+        ""
+        if figure is None or figure["value"] is None
+        else f"{figure['value']:.4g} ({figure['low']:.4g} to {figure['high']:.4g})"
+    )
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
+    rows = [tuple(str(cell).replace("|", "\\|") for cell in row) for row in rows]
+    lines = [header, ("---",) * len(header), *rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in lines) if rows else ""

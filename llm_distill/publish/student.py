@@ -1,0 +1,204 @@
+"""A student as a model repository: what is needed to run it and to know it, and nothing that is secret or local."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi, constants
+
+from llm_distill.leaks import refuse_leaks
+from llm_distill.publish.adapters import ADAPTER_CONFIG, load_merged
+from llm_distill.publish.card import CARD_FILE, REPORT_FILE, REPORT_PAGES, base_model_of, write_model_card
+from llm_distill.publish.hub import hub_errors
+from llm_distill.publish.record import FILE, IDENTITY, OPTIONS_FILE, differences
+
+WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors", ADAPTER_CONFIG)
+MODEL = ("config.json", "generation_config.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+ABOUT = (CARD_FILE, FILE, OPTIONS_FILE, REPORT_FILE, *REPORT_PAGES, "*.png")
+UPLOADED = (*WEIGHTS, *MODEL, *TOKENIZER, *ABOUT)
+"""Of a student's folder, and nothing from folders within it: no checkpoint, no optimizer, no pickle."""
+
+
+def push_student(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    merge_adapters: bool = False,
+    private: bool | None = None,
+    force: bool = False,
+    report: str | Path | None = None,
+    dataset: str | None = None,
+    base_model: str | None = None,
+    tags: list[str] | None = None,
+    commit_message: str | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> CommitInfo:
+    """Uploads a student with its card; what has arrived is not sent again.
+
+    Args:
+        folder: that of a run. Nothing is changed in it.
+        repo_id: a model repository, `user/name`, which is made if need be.
+        merge_adapters: whether adapters become part of the weights. Otherwise they are uploaded as they are, and
+            whoever loads them loads their model too.
+        private: whether the repository is made so that others cannot see it; otherwise as is usual where it lies.
+        force: overwrite what another run has left there.
+        report: a gap report (`report.json`, with what lies beside it) for the card; by default that in the folder.
+        dataset: the Hub id of the data, for the card.
+        base_model: the Hub id of what the student was before, where the record has only a local folder.
+        tags: further ones for the card.
+        commit_message: by default "Distilled with llm-distill".
+        revision: a branch, which is made if need be; by default main.
+        token: by default that of `hf auth login` or HF_TOKEN.
+
+    Raises:
+        ValueError: no student there, no right to write there, another run's repository, something secret or local.
+        ConnectionError: there is no network, or the push broke off. What has arrived stays, and so does the folder.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    if merge_adapters and not (folder / ADAPTER_CONFIG).is_file():
+        raise ValueError(f"merge_adapters would have no effect: there are no adapters in {folder}.")
+    base_model = base_model or base_model_of(record)
+    _require_base_model(folder, base_model, merge_adapters)
+    api = HfApi(token=token)
+    if constants.HF_HUB_OFFLINE:
+        raise ConnectionError(f"HF_HUB_OFFLINE is set, so nothing is pushed. All of it stays in {folder}.")
+    with TemporaryDirectory(prefix="llm-distill-push-") as staged:
+        stage = Path(staged)
+        _stage(folder, stage, base_model, None if report is None else Path(report), merge_adapters)
+        refuse_leaks(stage, public=repo_id)  # before a repository is made
+        with hub_errors(repo_id):
+            repo_id = require_place(api, repo_id, record, private=private, force=force, revision=revision)
+        if merge_adapters:
+            _merge(folder, stage)
+        if dataset is not None:
+            record |= {"run.dataset": dataset}
+            (stage / FILE).write_text(json.dumps(record, indent=2) + "\n")
+        name = repo_id.split("/")[-1]
+        write_model_card(stage, name=name, repo_id=repo_id, base_model=base_model, tags=tags, api=api)
+        refuse_leaks(stage, public=repo_id)
+        with hub_errors(repo_id):
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=stage,
+                delete_patterns=list(UPLOADED),  # weights of another form would be loaded in their place
+                commit_message=commit_message or "Distilled with llm-distill",
+                revision=revision,
+            )
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Raises ValueError if no student of a run is there."""
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"there is no student in {folder}: no safetensors with a model's weights, and no adapters.")
+    if not (folder / FILE).is_file():
+        raise ValueError(
+            f"{folder} has no {FILE}, which training leaves there, so its run is not known. Any folder: `hf upload`."
+        )
+    return json.loads((folder / FILE).read_text())
+
+
+def require_place(
+    api: HfApi,
+    repo_id: str,
+    record: dict[str, Any],
+    compared: Sequence[str] = IDENTITY,
+    *,
+    private: bool | None = None,
+    force: bool = False,
+    revision: str | None = None,
+) -> str:
+    """Makes the repository if need be; its full name.
+
+    Raises:
+        ValueError: it holds another run or something else, and there is no `force`.
+        Exception: of huggingface_hub, for `hub_errors`.
+    """
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    api.auth_check(repo_id, write=True)  # create_repo is content with another's repository
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    there = api.list_repo_files(repo_id, revision=revision)
+    if force:
+        return repo_id
+    if FILE in there:
+        theirs = json.loads(Path(api.hf_hub_download(repo_id, FILE, revision=revision)).read_text())
+        if changes := differences(theirs, record, compared):
+            raise ValueError(
+                f"{repo_id} holds another run: {'; '.join(changes[:4])}. Choose another name, or overwrite it with "
+                "`llm-distill push … --force`."
+            )
+    elif other := [name for name in there if name not in (".gitattributes", CARD_FILE, "LICENSE")]:
+        raise ValueError(
+            f"{repo_id} is no distilled student and has other things in it, such as {other[0]}. Choose another name, "
+            "or overwrite it with `llm-distill push … --force`."
+        )
+    return repo_id
+
+
+def _require_base_model(folder: Path, base_model: str | None, merge_adapters: bool) -> None:
+    path = folder / ADAPTER_CONFIG
+    if path.is_file() and not merge_adapters and base_model is None:
+        local = json.loads(path.read_text())["base_model_name_or_path"]
+        raise ValueError(
+            f"{ADAPTER_CONFIG}, base_model_name_or_path is {local!r}, which nobody else has: these adapters cannot be "
+            "loaded from the Hub. Merge them into the weights with --merge_adapters, or say with --base_model what "
+            "their model is called there."
+        )
+
+
+def _stage(folder: Path, stage: Path, base_model: str | None, report: Path | None, merging: bool) -> None:
+    """Lays out what will be uploaded: links to the weights, and small files without what transformers and PEFT note of
+    where they came from.
+    """
+    patterns: tuple[str, ...] = (*TOKENIZER, *ABOUT) if merging else UPLOADED
+    if (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text()):
+        patterns += ("*.py",)  # the model's own code, without which it does not load
+    if report is not None:
+        if not report.is_file():
+            raise FileNotFoundError(f"there is no report {report}.")
+        patterns = tuple(each for each in patterns if each not in (REPORT_FILE, *REPORT_PAGES, "*.png"))
+        shutil.copyfile(report, stage / REPORT_FILE)
+        for pattern in (*REPORT_PAGES, "*.png"):
+            for path in report.parent.glob(pattern):
+                shutil.copyfile(path, stage / path.name)
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+        if path.suffix == ".safetensors":
+            (stage / path.name).symlink_to(path.resolve())
+        else:
+            shutil.copyfile(path, stage / path.name)
+    for name, field, public in (
+        ("config.json", "_name_or_path", None),
+        ("tokenizer_config.json", "name_or_path", None),
+        (ADAPTER_CONFIG, "base_model_name_or_path", base_model),
+    ):
+        content = json.loads((stage / name).read_text()) if (stage / name).is_file() else {}
+        if field in content:
+            content = {
+                key: value for key, value in (content | {field: public}).items() if (key, value) != (field, None)
+            }
+            (stage / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _merge(folder: Path, stage: Path) -> None:
+    model = load_merged(folder)
+    model.config._name_or_path = ""
+    model.save_pretrained(stage)

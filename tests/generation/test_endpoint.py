@@ -1,0 +1,225 @@
+"""A teacher behind an OpenAI-compatible endpoint, with everything that goes wrong on the way.
+
+The server here is a real model (`protocol_server.py`), what goes wrong is `proxy.py`; tests/served has real servers.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import protocol_server
+import pytest
+from datasets import Dataset
+from proxy import FaultyProxy
+from servers import RunningServer, serving
+
+from llm_distill.cli import main
+from llm_distill.generation import Prompt, Sampling, generate, make_filters, prompts_of
+from llm_distill.generation.endpoint import BudgetReachedError, EndpointEngine, Prices
+from llm_distill.generation.generate import read_report
+from llm_distill.generation.store import Entries
+
+SCRIPT, KEY = Path(protocol_server.__file__), "sk-not-to-be-shown-anywhere"
+SAMPLING = Sampling(max_new_tokens=6, temperature=0)
+
+
+@pytest.fixture(scope="module")
+def server(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    command = [sys.executable, SCRIPT, "PORT", KEY, "20", saved / "teacher"]
+    with serving(command, log, headers={"Authorization": f"Bearer {KEY}"}) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+
+
+@pytest.fixture(scope="module")
+def prompts(texts: Dataset) -> list[Prompt]:
+    return list(prompts_of({"prompt": text.strip()[:12]} for text in texts["text"][:40]))
+
+
+def engine_at(url: str, **options: Any) -> EndpointEngine:
+    return EndpointEngine(f"{url}/v1", "teacher", SAMPLING, **({"concurrency": 4} | options))
+
+
+def texts_of(answers: Any) -> dict[str, str]:
+    return {answer.prompt.id: answer.completions[0].text for answer in answers}
+
+
+def test_texts_are_those_of_the_model(server: RunningServer, prompts: list[Prompt], saved: Path) -> None:
+    from llm_distill import LiveTeacher
+    from llm_distill.generation import TransformersEngine
+
+    live = TransformersEngine(LiveTeacher.load(str(saved / "teacher")), SAMPLING)
+    assert texts_of(engine_at(server.url).write(prompts)) == texts_of(live.write(prompts))
+
+
+def test_conversations_are_asked_as_conversations(server: RunningServer) -> None:
+    (chat,) = prompts_of([{"prompt": "import os"}], as_chat=True)
+    (text,) = prompts_of([{"prompt": "import os"}])
+    engine = engine_at(server.url)
+    assert [*texts_of(engine.write([chat])).values()] == [*texts_of(engine.write([text])).values()]
+
+
+def test_a_server_that_gives_one_completion_is_asked_for_the_others(
+    server: RunningServer, prompts: list[Prompt]
+) -> None:
+    engine = EndpointEngine(f"{server.url}/v1", "teacher", Sampling(num_completions=3, max_new_tokens=2))
+    assert [len(answer.completions) for answer in engine.write(prompts[:4])] == [3] * 4
+
+
+@pytest.mark.parametrize("fault", ["reset", "429", "500", "truncated", "not_json"])
+def test_what_fails_for_a_passing_reason_is_repeated(server: RunningServer, prompts: list[Prompt], fault: str) -> None:
+    expected = texts_of(engine_at(server.url).write(prompts[:8]))
+    with FaultyProxy(server.url, [None, fault, fault, None, fault], retry_after=0.1) as proxy:
+        assert texts_of(engine_at(proxy.url).write(prompts[:8])) == expected
+        assert proxy.met[fault] == 3
+        assert proxy.passed == 8
+
+
+def test_retry_after_is_honoured(server: RunningServer, prompts: list[Prompt]) -> None:
+    with FaultyProxy(server.url, ["429"], retry_after=2.0) as proxy:
+        assert len(texts_of(engine_at(proxy.url).write(prompts[:1]))) == 1
+        assert proxy.times[1] - proxy.times[0] >= 1.9
+
+
+def test_when_it_gives_up_everything_so_far_is_kept(
+    server: RunningServer, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    with FaultyProxy(server.url, [None] * 5 + ["500"] * 50) as proxy:
+        engine = engine_at(proxy.url, max_retries=1, concurrency=1)
+        with pytest.raises(ConnectionError, match=r"answered 500 2 times\. What has arrived is kept"):
+            generate(engine, prompts, tmp_path / "run", SAMPLING)
+    assert len(Entries(tmp_path / "run")) == 5
+    with FaultyProxy(server.url) as proxy:
+        report = generate(engine_at(proxy.url), prompts, tmp_path / "run", SAMPLING)
+        assert proxy.passed == len(prompts) - 5
+    assert report.complete
+
+
+def test_a_prompt_that_the_endpoint_refuses_does_not_stop_the_others(
+    server: RunningServer, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    long = list(prompts_of([{"prompt": "abc " * 200}]))
+    report = generate(engine_at(server.url), [*prompts[:3], *long], tmp_path / "run", SAMPLING)
+    assert report.written == 3
+    (reason,) = report.unanswered
+    assert "the endpoint refused it" in reason
+    assert "maximum context length" in reason
+
+
+def test_the_budget_stops_before_it_is_exceeded_and_a_larger_one_goes_on(
+    server: RunningServer, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    def run(budget: float) -> Any:
+        prices = Prices(input=1e4, output=1e5, budget=budget)
+        spent = Entries.cost_in(tmp_path / "run")
+        engine = engine_at(server.url, prices=prices, spent=spent)
+        return generate(engine, prompts, tmp_path / "run", SAMPLING, filters=make_filters({"length": {}}))
+
+    with pytest.raises(BudgetReachedError, match="with a larger budget the same command goes on"):
+        run(8.0)
+    report = read_report(tmp_path / "run")
+    assert 4.0 < report.cost <= 8.0
+    assert 0 < report.accepted < len(prompts)
+    assert not report.complete
+    written = report.written
+    report = run(1000.0)
+    assert report.complete
+    assert report.written == len(prompts) > written
+
+
+@pytest.mark.parametrize(
+    ("prices", "message"),
+    [
+        ({"budget": 0.0, "input": 1.0}, "budget=0.0 allows nothing"),
+        ({"budget": 1.0}, "a budget needs prices"),
+        ({"input": -1.0}, "must not be negative"),
+    ],
+    ids=str,
+)
+def test_prices_that_cannot_be_are_refused(prices: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Prices(**prices)
+
+
+def run_command(url: str, data: Path, folder: Path, *more: str) -> list[str]:
+    options = f"--dataset_name {data} --endpoint_url {url}/v1 --teacher_model_name_or_path teacher --max_new_tokens 6"
+    options += " --sampling_temperature 0"
+    return ["generate", *options.split(), "--filters", "{}", "--output_dir", str(folder), *more]
+
+
+@pytest.fixture(scope="module")
+def data(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": prompt.content}) for prompt in prompts))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": ""}, "is missing: set OPENAI_API_KEY in the environment"),
+        ({"key": "sk-another-secret"}, "was refused: set OPENAI_API_KEY in the environment"),
+        ({"model": "gpt-9"}, "does not serve 'gpt-9', only teacher"),
+        ({"url": "http://me:hunter2@127.0.0.1:9"}, "nothing answers at http://127.0.0.1:9/v1"),
+        ({"budget": "0"}, "budget=0.0 allows nothing"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_said_within_seconds_and_without_the_key(
+    server: RunningServer,
+    data: Path,
+    tmp_path: Path,
+    change: dict[str, str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", change.get("key", KEY))
+    command = run_command(change.get("url", server.url), data, tmp_path / "run")
+    command[command.index("teacher")] = change.get("model", "teacher")
+    began = time.monotonic()
+    with pytest.raises(SystemExit):
+        main([*command, *(("--budget", change["budget"]) if "budget" in change else ())])
+    assert time.monotonic() - began < 15
+    said = "".join(capsys.readouterr())
+    assert message in said
+    for secret in (KEY, "sk-another-secret", "hunter2"):
+        assert secret not in said
+
+
+def test_killed_runs_pay_for_no_prompt_that_has_arrived(
+    server: RunningServer, data: Path, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    folder = tmp_path / "run"
+    with FaultyProxy(server.url, ["slow"] * 1000, slow_seconds=0.02) as proxy:
+        for _ in range(3):
+            child = subprocess.Popen(
+                [sys.executable, "-m", "llm_distill.cli", *run_command(proxy.url, data, folder, "--concurrency", "2")],
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+            )
+            before = len(proxy.times)
+            while len(proxy.times) < before + 6 and child.poll() is None:
+                time.sleep(0.01)
+            os.kill(child.pid, signal.SIGKILL)
+            child.wait()
+        report = generate(engine_at(proxy.url), prompts, folder, SAMPLING)
+        assert report.complete
+        assert report.written == len(prompts)
+        in_flight_at_most = 3 * 2
+        assert len(proxy.times) <= len(prompts) + in_flight_at_most
+    for path in folder.iterdir():
+        assert KEY.encode() not in path.read_bytes()

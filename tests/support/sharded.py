@@ -1,0 +1,102 @@
+"""Gradients of a student and a teacher sharded over ranks by FSDP2, in a process of their own.
+
+Usage: sharded.py FILE, under torchrun. Writes the gradients of the whole student to FILE.
+The student is wrapped as accelerate wraps it for FSDP2: layers, embedding, (norm, head) and the root, each a unit.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from safetensors.torch import save_file
+from tiny import VOCAB, tiny_llama
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from llm_distill.divergences import make_divergence
+from llm_distill.heads import LMHead
+from llm_distill.losses.in_forward import Lesson, add_lesson_forward
+from llm_distill.losses.objective import Objective
+from llm_distill.rows import count_rows, counted_rows
+from llm_distill.teachers import LiveTeacher
+
+ROWS_OF_RANK = [3, 1]
+
+
+def make_batch() -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, VOCAB, (sum(ROWS_OF_RANK), 12), generator=generator)
+    labels = ids.clone()
+    labels[0, :7] = -100
+    return ids, labels
+
+
+def shard_student(model: PreTrainedModel, mesh: object, tied: bool) -> None:
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    if not tied:
+        fully_shard(model.model.embed_tokens, mesh=mesh)
+    tail = [model.model.norm, model.model.embed_tokens, model.lm_head] if tied else [model.model.norm, model.lm_head]
+    fully_shard(tail, mesh=mesh, reshard_after_forward=False)
+    fully_shard(model, mesh=mesh)
+
+
+def gradients(
+    student: PreTrainedModel, teacher: LiveTeacher, ids: Tensor, labels: Tensor, ranks: int, num_rows: Tensor
+) -> dict[str, Tensor]:
+    """Two steps' gradients added up, the second with the parameters gathered anew."""
+    head = LMHead.of(student)
+    add_lesson_forward(student, head)
+    objective = Objective(make_divergence("jsd"), temperature=2.0, ce_weight=0.5)
+    for _ in range(2):
+        batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        signal = teacher.score(batch)
+        lesson = Lesson(objective, counted_rows(labels), labels.shape[1], signal, num_rows)
+        output = student(input_ids=ids, use_cache=False, lesson=lesson)["loss"]
+        loss = lesson.exact(output.to(torch.bfloat16))  # as FSDP2 casts it under mixed precision
+        assert torch.equal(loss.detach(), lesson.value)
+        (loss * ranks).backward()
+    grads = {name: p.grad for name, p in student.named_parameters()}
+    return {name: (g.full_tensor() if isinstance(g, DTensor) else g) for name, g in grads.items()}
+
+
+def fsdp2() -> SimpleNamespace:
+    """What a trainer's accelerator holds under FSDP2, which accelerate itself refuses to be on a CPU."""
+    state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
+    return SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state, torch_device_mesh=None)
+
+
+def make_models(tied: bool) -> tuple[PreTrainedModel, LiveTeacher]:
+    student = tiny_llama(1, hidden=16, tie_word_embeddings=tied).double()
+    return student, LiveTeacher(tiny_llama(2).double())
+
+
+def main() -> None:
+    out, tied = sys.argv[1], sys.argv[2] == "tied"
+    accelerator = Accelerator(cpu=True)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    mesh = init_device_mesh("cpu", (ranks,))
+    student, teacher = make_models(tied)
+    shard_student(student, mesh, tied)
+    teacher.prepare(fsdp2(), student)
+    assert all(isinstance(p, DTensor) for m in (student, teacher.model) for p in m.parameters())
+
+    ids, labels = make_batch()
+    first = sum(ROWS_OF_RANK[:rank])
+    mine = slice(first, first + ROWS_OF_RANK[rank])
+    found = gradients(student, teacher, ids[mine], labels[mine], ranks, count_rows(labels))
+    if rank == 0:
+        save_file({name: gradient.contiguous().clone() for name, gradient in found.items()}, out)
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Trains a tiny student in a process of its own: what the tests of ranks and of resumption launch.
+
+Usage: worker.py FOLDER OPTIONS, with OPTIONS as JSON: `config` for the DistillationConfig, `resume`, `pause` (seconds a
+step, so that a test can kill it in between), `masked` (rows of the data in which nothing counts), `lora`, `moe`,
+`dtype` (float64). Writes FOLDER/weights-RANK.safetensors and FOLDER/log.json.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from families import tiny_model
+from peft import LoraConfig
+from safetensors.torch import save_file
+from tiny import VOCAB, make_config, tiny_llama
+from transformers import PreTrainedTokenizerFast, TrainerCallback
+
+from llm_distill import DistillationTrainer, LiveTeacher
+
+ROWS = 24
+
+
+def make_rows(masked: list[int]) -> Dataset:
+    """Sequences of random tokens and lengths, with prompts masked; nothing counts in the rows named in `masked`."""
+    generator = torch.Generator().manual_seed(0)
+    rows = []
+    for index in range(ROWS):
+        length = int(torch.randint(6, 24, (), generator=generator))
+        ids = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
+        prompt = length if index in masked else int(torch.randint(0, length - 2, (), generator=generator))
+        rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
+    return Dataset.from_list(rows)
+
+
+class Pause(TrainerCallback):
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        time.sleep(self.seconds)
+
+
+def train(folder: Path, options: dict[str, Any], tokenizer: Any) -> DistillationTrainer:
+    config = {
+        "max_steps": 3,
+        "optim": "sgd",
+        "learning_rate": 1.0,
+        "max_grad_norm": 0.0,
+        "train_sampling_strategy": "sequential",
+        "per_device_eval_batch_size": 2,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+        "max_length": None,
+        "disable_tqdm": True,
+    }
+    dtype = getattr(torch, options.get("dtype", "float64"))
+    student = tiny_model("mixtral", seed=1, vocab_size=VOCAB) if options.get("moe") else tiny_llama(1, hidden=16)
+    lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if options.get("lora") else None
+    trainer = DistillationTrainer(
+        model=student.to(dtype),
+        teacher=LiveTeacher(tiny_llama(2).to(dtype), tokenizer),
+        args=make_config(folder / "out", **(config | options.get("config", {}))),
+        train_dataset=make_rows(options.get("masked", [])),
+        eval_dataset=make_rows([]).select(range(7)),  # does not divide into batches over two ranks
+        processing_class=tokenizer,
+        peft_config=lora,
+        callbacks=[Pause(options.get("pause", 0.0))],
+    )
+    trainer.train(resume_from_checkpoint=options.get("resume"))
+    return trainer
+
+
+def main() -> None:
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    trainer = train(folder, options, PreTrainedTokenizerFast.from_pretrained(folder.parent / "tokenizer"))
+    evaluation = trainer.evaluate()
+    rank = trainer.accelerator.process_index
+    weights = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    save_file(weights, folder / f"weights-{rank}.safetensors")
+    if rank == 0:
+        (folder / "log.json").write_text(json.dumps({"history": trainer.state.log_history, "evaluation": evaluation}))
+
+
+if __name__ == "__main__":
+    main()
