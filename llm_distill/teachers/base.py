@@ -1,4 +1,4 @@
-"""The one thing a distillation needs of a teacher: what it says about the rows that count."""
+"""The one thing a distillation needs of a teacher: what it says where it speaks."""
 
 from __future__ import annotations
 
@@ -11,27 +11,35 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.divergences import Divergence
-from llm_distill.rows import Batch
+from llm_distill.models import HEAD, LanguageModel, Needs
+from llm_distill.rows import View
 from llm_distill.signals import Signal
 
 
 class Teacher(ABC):
     """Subclass it with `score` and `describe` to distil from anything."""
 
+    can: frozenset[str] = frozenset({"head"})
+    """The kinds of needs that it can serve: {"head"} at least, and {"head", "hidden"} for a model in memory."""
     k: int | None = None
     """How many tokens of each row it tells of; None for all."""
     reader: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None
     """Called with every batch where batches are made, in the loader's workers: what it puts into one, under SIGNAL,
-    travels with it. It may mask the labels of what shall not count.
+    travels with it and is its view's `fetched`. It may mask the labels of what shall not count.
     """
 
     @abstractmethod
-    def score(self, batch: Batch) -> Signal:
-        """What the teacher says about `counted_rows(batch["labels"])`, in that order."""
+    def score(self, view: View, needs: Needs = HEAD) -> Signal:
+        """What the teacher says about the positions of a view, in their order. `needs` are of the kinds in `can`."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Who it is, as JSON: what a cache, a report and a model card record. No path and no secret."""
+
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        """Those of it that are models in memory."""
+        return ()
 
     def check(self, divergence: Divergence, temperature: float) -> None:  # noqa: B027
         """Raises ValueError if its signals cannot serve this; called when a trainer is built."""
