@@ -189,13 +189,20 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
     if not lists:
-        raise ValueError(f"the {count} layers of a {type(base).__name__} do not lie in one list: they cannot be tapped.")
+        raise ValueError(
+            f"the {count} layers of a {type(base).__name__} do not lie in one list: they cannot be tapped."
+        )
     return lists[0]
 
 
 def base_of(model: Any) -> PreTrainedModel:
     """The model itself, without adapters around it."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def millions(count: int) -> str:
+    """A number of parameters in words."""
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"
 
 
 def bits_of(model: PreTrainedModel) -> int | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
-from llm_distill.rows import counted_rows
+from llm_distill.rows import View, counted_rows
 from llm_distill.signals import HiddenSignal
 
 CHAT_TEMPLATE = (
@@ -156,7 +156,7 @@ def test_without_weight_the_teacher_is_asked_in_evaluation_only(
 
         def score(self, batch: Any) -> HiddenSignal:
             self.calls += 1
-            return super().score(batch)
+            return super().score(View.of(batch))
 
     teacher = Counting(tiny_llama(2), tokenizer)
     trainer = build(DATA["text"], teacher=teacher, eval_dataset=DATA["text"], kd_weight=0.0, ce_weight=1.0)

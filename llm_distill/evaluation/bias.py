@@ -40,9 +40,9 @@ from llm_distill.divergences import ForwardKL
 from llm_distill.evaluation.statistics import Interval, as_text, correlation, interval
 from llm_distill.heads import LMHead
 from llm_distill.losses.fused import fused_head_loss
-from llm_distill.models import hidden_of_counted_rows, vocabulary_size
+from llm_distill.models import kept_of, vocabulary_size
 from llm_distill.ranks import ranks
-from llm_distill.rows import IGNORED, counted_rows
+from llm_distill.rows import IGNORED, View
 from llm_distill.teachers.live import LiveTeacher
 
 BUILT_IN = Path(__file__).with_name("pairs.csv")
@@ -205,8 +205,8 @@ def log_likelihoods(model: LiveTeacher, head: LMHead, texts: Sequence[str]) -> l
     device = model.model.device
     batch = {"input_ids": inputs, "attention_mask": mask, "labels": inputs.masked_fill(mask == 0, IGNORED)}
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    rows = counted_rows(batch["labels"])
-    hidden = hidden_of_counted_rows(model.model, head, batch)
+    rows = View.of(batch).positions
+    hidden = kept_of(model.model, head, View.of(batch)).hidden
     _, metrics = fused_head_loss(hidden, head, None, ForwardKL(), kd_weight=0.0, ce_weight=1.0, targets=rows.targets)
     each = (-metrics["ce"]).double().cpu().split([len(ids) - 1 for ids in written])
     return [Scored(ids[1:], values) for ids, values in zip(written, each, strict=True)]

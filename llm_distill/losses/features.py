@@ -36,7 +36,9 @@ class HiddenStates:
         except (TypeError, ValueError) as error:
             raise ValueError(f"hidden: layers is like {{4: 8}} (student's: teacher's), got {self.layers!r}.") from error
         if not pairs or min(*pairs, *pairs.values()) < 1:
-            raise ValueError(f"hidden: layers needs pairs of layers counted from 1, such as {{4: 8}}, got {self.layers!r}.")
+            raise ValueError(
+                f"hidden: layers needs pairs of layers counted from 1, such as {{4: 8}}, got {self.layers!r}."
+            )
         if not 0 < self.weight < float("inf"):
             raise ValueError(f"hidden: weight must be positive and finite, got {self.weight}.")
         object.__setattr__(self, "layers", pairs)
@@ -70,5 +72,6 @@ class HiddenStates:
             if module is not None:
                 projection = module[str(layer)]
                 ours = projection(ours.to(projection.weight.dtype))
-            errors.append((ours.float() - theirs.float()).square().mean(-1))
+            dtype = torch.promote_types(ours.dtype, torch.float32)
+            errors.append((ours.to(dtype) - theirs.to(dtype)).square().mean(-1))
         return torch.stack(errors).mean(0)

@@ -130,6 +130,12 @@ class Objective:
         modules = {term.name: term.make_module(student, teachers) for term in self.terms}
         return nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
 
+    def total(self, means: Mapping[str, float]) -> float:
+        """The loss, from the means of its parts."""
+        head = self.head.kd_weight * means["kd"] if self.head.kd_weight else 0.0
+        head += self.head.ce_weight * means["ce"]
+        return head + sum(term.weight * means[term.name] for term in self.terms)
+
     def describe(self) -> dict[str, Any]:
         """What it is, as JSON."""
         record = asdict(self.head) | {"divergence": repr(self.head.divergence)}
@@ -144,7 +150,7 @@ class Objective:
         signal: Signal | None,
         positions: Positions,
         num_rows: Tensor | int | None = None,
-        modules: Mapping[str, nn.Module] | None = None,
+        modules: nn.ModuleDict | None = None,
     ) -> Losses:
         """The loss over N positions, and its parts per row.
 
@@ -158,7 +164,8 @@ class Objective:
             return loss, values
         num_rows = max(len(positions.targets), 1) if num_rows is None else num_rows
         for term in self.terms:
-            value = term(student, signal, (modules or {}).get(term.name))
+            module = modules[term.name] if modules is not None and term.name in modules else None
+            value = term(student, signal, module)
             loss = loss + term.weight * value.sum() / num_rows
             values[term.name] = value.detach()
         return loss, values

@@ -26,6 +26,7 @@ class AdaptersOffTeacher(Teacher):
     """
 
     can = frozenset({"head", "hidden"})
+    is_student = True
 
     def __init__(self) -> None:
         self._student: PeftModel | None = None
@@ -60,6 +61,9 @@ class AdaptersOffTeacher(Teacher):
                 return HiddenSignal(*kept_of(self._student, self._head, view, needs))
         finally:
             self._student.train(was_training)
+
+    def summary(self) -> str:
+        return "the student's own base, without its adapters"
 
     def describe(self) -> dict[str, Any]:
         assert self._student is not None, "prepare() comes first"

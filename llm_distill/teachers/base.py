@@ -8,10 +8,10 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from llm_distill.divergences import Divergence
-from llm_distill.models import HEAD, LanguageModel, Needs
+from llm_distill.models import HEAD, LanguageModel, Needs, millions
 from llm_distill.rows import View
 from llm_distill.signals import Signal
 
@@ -27,6 +27,10 @@ class Teacher(ABC):
     """Called with every batch where batches are made, in the loader's workers: what it puts into one, under SIGNAL,
     travels with it and is its view's `fetched`. It may mask the labels of what shall not count.
     """
+    is_student: bool = False
+    """Whether it is the student itself, in another state."""
+    is_stored: bool = False
+    """Whether all that it can say was said before, so that a text may be unknown to it."""
 
     @abstractmethod
     def score(self, view: View, needs: Needs = HEAD) -> Signal:
@@ -35,6 +39,11 @@ class Teacher(ABC):
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Who it is, as JSON: what a cache, a report and a model card record. No path and no secret."""
+
+    def summary(self) -> str:
+        """Who it is, in a line."""
+        described = [model.describe() for model in self.models] or [self.describe()]
+        return "; ".join(_in_words(description) for description in described)
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:
@@ -57,3 +66,22 @@ class Teacher(ABC):
 
     def flush(self) -> None:  # noqa: B027
         """Writes what it keeps of its answers: called after each epoch, with each checkpoint and when training ends."""
+
+
+def _in_words(description: dict[str, Any]) -> str:
+    bits, parameters = description.get("bits"), description.get("parameters")
+    name = description.get("model") or description.get("architecture")
+    parts = [name, parameters and millions(parameters), description.get("dtype"), bits and f"{bits} bits"]
+    return ", ".join(str(part) for part in parts if part)
+
+
+class FlushTeacher(TrainerCallback):
+    """Lets a teacher that keeps its answers write them when the student is saved."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.teacher.flush()
+
+    on_epoch_end = on_train_end = on_evaluate = on_predict = on_save

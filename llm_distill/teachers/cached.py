@@ -117,13 +117,16 @@ class CachedTeacher(Teacher):
             raise ValueError(f"on_miss='live' adds to the cache, and {self.cache.path} is not a folder of yours.")
         if live is not None:
             require_enough(self.cache.method, live.k)
-        self.live = live
+        self.live, self.is_stored = live, live is None
         self.reader: CacheReader = CacheReader(self.cache, on_miss, None if live is None else live.reader)
         self._head = _stored_head(self.cache) if isinstance(self.cache.method, Hidden) else None
         self._writer: ShardWriter | None = None
         self._written: set[bytes] = set()
         self._locks = False
         self._lock: filelock.AcquireReturnProxy | None = None
+
+    def summary(self) -> str:
+        return f"what {self.cache.manifest['teacher'].get('model') or 'it'} said is read from {self.cache.path}"
 
     @property
     def models(self) -> tuple[LanguageModel, ...]:

@@ -83,6 +83,9 @@ class ServedTeacher(Teacher):
         self._connect()
         return self._max_length
 
+    def summary(self) -> str:
+        return f"{self.describe()['model']} answers, {self.k} tokens a row"
+
     def describe(self) -> dict[str, Any]:
         self._connect()
         return {"model": public_name(self.model or ""), "served": "vllm", "k": self.k}

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from worker import make_rows
 
-from llm_distill import DistillationTrainer
+from llm_distill import DistillationTrainer, TeacherCache
+from llm_distill.cache.methods import Method
+from llm_distill.capture import capture
 from llm_distill.rows import Batch, counted_rows
 from llm_distill.teachers import Teacher
 
@@ -49,6 +51,13 @@ def save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBas
     for part in filter(None, (model, tokenizer)):
         part.save_pretrained(folder)
     return folder
+
+
+def fill_cache(
+    trainer: DistillationTrainer, folder: Path | str, method: Method, teacher: Teacher | None = None, **options: Any
+) -> TeacherCache:
+    """A cache of what a trainer's teacher says about its texts."""
+    return capture(teacher or trainer.teacher, trainer.data, folder, method, **options)
 
 
 def first_batch(trainer: DistillationTrainer) -> Batch:

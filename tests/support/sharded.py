@@ -23,9 +23,9 @@ from transformers import PreTrainedModel
 
 from llm_distill.divergences import make_divergence
 from llm_distill.heads import LMHead
-from llm_distill.losses.in_forward import Lesson, add_lesson_forward
-from llm_distill.losses.objective import Objective
-from llm_distill.rows import count_rows, counted_rows
+from llm_distill.losses.in_forward import LossRequest, add_loss_forward
+from llm_distill.losses.objective import HeadLoss, Objective
+from llm_distill.rows import View, count_rows
 from llm_distill.teachers import LiveTeacher
 
 ROWS_OF_RANK = [3, 1]
@@ -54,15 +54,15 @@ def gradients(
 ) -> dict[str, Tensor]:
     """Two steps' gradients added up, the second with the parameters gathered anew."""
     head = LMHead.of(student)
-    add_lesson_forward(student, head)
-    objective = Objective(make_divergence("jsd"), temperature=2.0, ce_weight=0.5)
+    add_loss_forward(student, head)
+    objective = Objective(HeadLoss(make_divergence("jsd"), temperature=2.0, ce_weight=0.5))
     for _ in range(2):
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        signal = teacher.score(batch)
-        lesson = Lesson(objective, counted_rows(labels), labels.shape[1], signal, num_rows)
-        output = student(input_ids=ids, use_cache=False, lesson=lesson)["loss"]
-        loss = lesson.exact(output.to(torch.bfloat16))  # as FSDP2 casts it under mixed precision
-        assert torch.equal(loss.detach(), lesson.value)
+        view = View.of(batch)
+        request = LossRequest(objective, view.positions, labels.shape[1], teacher.score(view), num_rows)
+        output = student(input_ids=ids, use_cache=False, loss_request=request)["loss"]
+        loss = request.exact(output.to(torch.bfloat16))  # as FSDP2 casts it under mixed precision
+        assert torch.equal(loss.detach(), request.value)
         (loss * ranks).backward()
     grads = {name: p.grad for name, p in student.named_parameters()}
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g) for name, g in grads.items()}
