@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
-from llm_distill.rows import View, counted_rows
+from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
 
 CHAT_TEMPLATE = (
@@ -42,13 +43,14 @@ def build(
 
     def build_trainer(data: Any, *, teacher: Any = None, student: Any = None, **options: Any) -> DistillationTrainer:
         extra = {name: options.pop(name) for name in ("eval_dataset", "compute_metrics") if name in options}
-        tokenizer.chat_template = CHAT_TEMPLATE
+        of_chats = copy.deepcopy(tokenizer)
+        of_chats.chat_template = CHAT_TEMPLATE
         return DistillationTrainer(
             model=student or tiny_llama(1, hidden=16),
-            teacher=teacher or LiveTeacher(tiny_llama(2), tokenizer),
+            teacher=teacher or LiveTeacher(tiny_llama(2), of_chats),
             args=config(**options),
             train_dataset=data,
-            processing_class=tokenizer,
+            processing_class=of_chats,
             **extra,
         )
 
@@ -154,9 +156,9 @@ def test_without_weight_the_teacher_is_asked_in_evaluation_only(
     class Counting(LiveTeacher):
         calls = 0
 
-        def score(self, batch: Any) -> HiddenSignal:
+        def score(self, *args: Any) -> HiddenSignal:
             self.calls += 1
-            return super().score(View.of(batch))
+            return super().score(*args)
 
     teacher = Counting(tiny_llama(2), tokenizer)
     trainer = build(DATA["text"], teacher=teacher, eval_dataset=DATA["text"], kd_weight=0.0, ce_weight=1.0)

@@ -39,7 +39,7 @@ from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_tokenizer, vocabulary_size
 from llm_distill.rows import Batch, Example, View, examples_of
 from llm_distill.signals import Signal
-from llm_distill.teachers import AdaptersOffTeacher, CachedTeacher, Teacher
+from llm_distill.teachers import CachedTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def capture(
         ValueError: no teacher, no data, another cache in the folder, no room on the disk, another capture at work.
         OSError: the disk is full, or cannot be written. What was captured stays.
     """
-    if isinstance(teacher, AdaptersOffTeacher | CachedTeacher | None):
+    if teacher is None or teacher.is_stored:
         raise ValueError("there is no live teacher to capture: teacher_model_name_or_path is missing.")
     require_enough(method, teacher.k)
     if isinstance(method, Hidden) and not hasattr(teacher, "head"):
@@ -102,8 +102,9 @@ def capture(
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError(f"the {name} dataset has no texts.")
     check_widths(method, vocabulary_size(data.tokenizer))
-    teacher.fit_to(data.tokenizer)
-    teacher.prepare(data.accelerator, nn.Module())
+    if not teacher.is_student:  # which its trainer has prepared
+        teacher.fit_to(data.tokenizer)
+        teacher.prepare(data.accelerator, nn.Module())
     folder, accelerator, objective = Path(folder), data.accelerator, Objective.of(data.args)
     manifest = new_manifest(teacher, data, method)
     head = _stored_head(teacher.head) if isinstance(method, Hidden) else None  # type: ignore[attr-defined]

@@ -53,11 +53,14 @@ def build_capture(
     Raises:
         ValueError: something is missing or cannot be loaded.
     """
+    args.teacher_cache, args.on_miss = None, "error"
+    if args.teacher_adapters_off:  # the teacher is a part of the student
+        trainer = build_trainer(script, args, model)
+        return trainer.teacher, trainer.data
     train, evaluation = _load_splits(script, args, model)
     from llm_distill.data.prepare import prepare
     from llm_distill.teachers import make_teacher
 
-    args.teacher_cache, args.on_miss = None, "error"
     data = prepare(_load_tokenizer(args, model), args, train, evaluation)
     return make_teacher(None, args), data
 

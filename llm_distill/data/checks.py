@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.data.prepare import PreparedData, spread_rows
+from llm_distill.data.prepare import PreparedData
 from llm_distill.models import refuse_past_context
 from llm_distill.rows import IGNORED, View
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
@@ -79,7 +79,7 @@ def require_readable(dataset: Any, name: str, read: Callable[[list[Any]], Any]) 
     """
     if isinstance(dataset, Dataset):
         try:
-            read(spread_rows(dataset, SAMPLED_TEXTS))
+            read([dataset[i] for i in range(0, len(dataset), -(-len(dataset) // SAMPLED_TEXTS))])
         except ValueError as error:
             raise ValueError(f"the {name} dataset: {error}") from error
 

@@ -26,6 +26,7 @@ from llm_distill.capture.fidelity import effective_target
 from llm_distill.capture.report import measure_fidelity
 from llm_distill.cli import main
 from llm_distill.losses.fused import cpp_backend
+from llm_distill.models import LanguageModel
 from llm_distill.rows import View, examples_of
 
 
@@ -247,7 +248,9 @@ def test_draws_depend_on_the_text_alone(tmp_path: Path, trainer: Callable[..., D
 def test_fidelity_tells_good_from_bad(trainer: Callable[..., DistillationTrainer]) -> None:
     methods = [TopK(4), TopK(64), TopK(VOCAB, step=2**-17), Hidden("float32"), Hybrid(0.02), Sampled(20)]
     names = ("few", "many", "all", "hidden", "hybrid", "sampled")
-    found = dict(zip(names, measure_fidelity(trainer(), methods).values(), strict=True))
+    made = trainer()
+    student = LanguageModel(made.model, made.processing_class)
+    found = dict(zip(names, measure_fidelity(made.teacher, student, made.data, methods).values(), strict=True))
     assert found["few"].gradient_error > found["many"].gradient_error > found["all"].gradient_error
     assert found["few"].kl > found["many"].kl > found["all"].kl >= 0
     for name in ("all", "hidden"):
@@ -331,7 +334,7 @@ def test_a_temperature_in_bfloat16_keeps_the_bound(
     batch = made.data_collator([made.train_dataset[0]])
     with torch.no_grad():
         exact = (teacher.head(teacher.score(View.of(batch)).hidden).float() / 1.5).log_softmax(-1)
-    stored = cache.load(next(iter(examples_of(batch))).key)
+    stored = cache.load(next(iter(examples_of(View.of(batch)))).key)
     rows = decode(cache.method, [stored or {}])
     there = rows.log_weights > -math.inf
     roots = exact.gather(1, rows.ids).div(2).exp()

@@ -15,7 +15,8 @@ from worker import make_rows
 from llm_distill import DistillationTrainer, TeacherCache
 from llm_distill.cache.methods import Method
 from llm_distill.capture import capture
-from llm_distill.rows import Batch, counted_rows
+from llm_distill.models import rows_at
+from llm_distill.rows import Batch, View
 from llm_distill.teachers import Teacher
 
 
@@ -71,9 +72,14 @@ def without_labels(batch: Batch) -> dict[str, Tensor]:
 
 def counted_logits(model: nn.Module, batch: Batch) -> Tensor:
     """What the model's own forward says at the rows that count; a learned prompt in front does not count."""
-    rows, time = counted_rows(batch["labels"]), batch["labels"].shape[1]
+    return logits_at(model, View.of(batch))
+
+
+def logits_at(model: nn.Module, view: View) -> Tensor:
+    """The same of a view."""
+    time = view.inputs["input_ids"].shape[1]
     with torch.no_grad():
-        return model(**without_labels(batch)).logits[:, -time:][rows.sample, rows.position]
+        return rows_at(model(**view.inputs).logits[:, -time:], view.positions)
 
 
 def logged(trainer: DistillationTrainer, name: str) -> list[float]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import fill_cache, copied_state, first_batch, logged, make_trainer
+from runs import copied_state, fill_cache, first_batch, logged, make_trainer
 from tiny import VOCAB, make_config, tiny_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from worker import make_rows

@@ -13,7 +13,7 @@ import torch
 from families import tiny_model
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from runs import copied_state, counted_logits, first_batch, logged, make_trainer, save, without_labels
+from runs import copied_state, counted_logits, first_batch, logged, logits_at, make_trainer, save, without_labels
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from llm_distill import DistillationTrainer, EnsembleTeacher, LiveTeacher, Teacher
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
-from llm_distill.rows import Batch, View
+from llm_distill.models import HEAD, Needs
+from llm_distill.rows import View
 from llm_distill.signals import MixtureSignal, SparseSignal
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # adapters that do something at once
@@ -289,8 +290,8 @@ class TopK(Teacher):
     def __init__(self, model: PreTrainedModel, k: int) -> None:
         self.model, self.k = model.eval(), k
 
-    def score(self, batch: Batch) -> SparseSignal:
-        log_p, ids = counted_logits(self.model, batch).log_softmax(-1).sort(descending=True)
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
+        log_p, ids = logits_at(self.model, view).log_softmax(-1).sort(descending=True)
         log_tail = log_p[:, self.k :].logsumexp(-1)  # of nothing: −inf
         return SparseSignal(ids[:, : self.k], log_p[:, : self.k], log_tail, log_p.shape[-1])
 
@@ -301,8 +302,8 @@ class TopK(Teacher):
 class Sampled(TopK):
     """Gives one token drawn from each row."""
 
-    def score(self, batch: Batch) -> SparseSignal:
-        ids = counted_logits(self.model, batch).softmax(-1).multinomial(1)
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
+        ids = logits_at(self.model, view).softmax(-1).multinomial(1)
         return SparseSignal(ids, torch.zeros(ids.shape, dtype=torch.float64), None, VOCAB)
 
     def check(self, divergence: Divergence, temperature: float) -> None:
