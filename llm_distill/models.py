@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -155,9 +155,6 @@ def tapped(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Float[
 
     The hooks compute nothing: with activation checkpointing, what is computed within a layer must be the same when it
     is computed again without them.
-
-    Raises:
-        ValueError: there is no such layer.
     """
     outputs: dict[int, Tensor] = {}
 
@@ -168,8 +165,6 @@ def tapped(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Float[
         return hook
 
     all_layers = decoder_layers(model) if layers else ()
-    if missing := [number for number in layers if not 1 <= number <= len(all_layers)]:
-        raise ValueError(f"there is no layer {missing[0]}: the model has layers 1 to {len(all_layers)}.")
     hooks = [all_layers[number - 1].register_forward_hook(keep_output(number)) for number in layers]
     try:
         yield outputs
@@ -193,6 +188,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"the {count} layers of a {type(base).__name__} do not lie in one list: they cannot be tapped."
         )
     return lists[0]
+
+
+def require_layers(model: nn.Module, layers: Iterable[int]) -> None:
+    """Raises ValueError if a model has no layer of one of these numbers, from 1."""
+    count = len(decoder_layers(model))
+    if missing := [number for number in layers if not 1 <= number <= count]:
+        raise ValueError(f"there is no layer {missing[0]}: the {type(model).__name__} has layers 1 to {count}.")
 
 
 def base_of(model: Any) -> PreTrainedModel:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_distill.models import Kept, LanguageModel, Needs
+from llm_distill.models import Kept, LanguageModel, Needs, require_layers
 from llm_distill.signals import HiddenSignal, Signal
 
 
@@ -52,7 +52,13 @@ class HiddenStates:
         return {"hidden": tuple(self.layers.values())}
 
     def make_module(self, student: nn.Module, teachers: Sequence[LanguageModel]) -> nn.Module | None:
-        """A projection for each pair of layers, where the widths differ."""
+        """A projection for each pair of layers, where the widths differ.
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        require_layers(student, self.layers)
+        require_layers(teachers[0].model, self.layers.values())
         width, wanted = (model.config.get_text_config().hidden_size for model in (student, teachers[0].model))
         if width == wanted:
             return None
