@@ -38,8 +38,8 @@ SAMPLES = 64
 
 
 Needs = Mapping[str, Sequence[int]]
-"""What is wanted of a model at the positions where it speaks: kinds, such as "head" or "hidden", each with the layers of
-which it is wanted (layer k is the k-th of the model, from 1)."""
+"""What is wanted of a model at the positions where it speaks: kinds, such as "head" or "hidden", each with the layers
+of which it is wanted (layer k is the k-th of the model, from 1)."""
 HEAD: Needs = {"head": ()}
 """What goes into the head, which is all of a next-token distribution."""
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llm_distill.models import Kept, LanguageModel, Needs, require_layers
 from llm_distill.signals import HiddenSignal, Signal
@@ -51,7 +52,7 @@ class HiddenStates:
     def teacher_needs(self) -> Needs:
         return {"hidden": tuple(self.layers.values())}
 
-    def make_module(self, student: nn.Module, teachers: Sequence[LanguageModel]) -> nn.Module | None:
+    def make_module(self, student: PreTrainedModel, teachers: Sequence[LanguageModel]) -> nn.Module | None:
         """A projection for each pair of layers, where the widths differ.
 
         Raises:

@@ -60,7 +60,8 @@ def add_loss_forward(model: nn.Module, head: LMHead) -> None:
         if loss_request is None:
             return original(*args, **kwargs)
 
-        request, losses = loss_request, []
+        request = loss_request
+        losses: list[Tensor] = []
 
         def loss_in_place_of_logits(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
             device = request.positions.sample.device  # a model spread over devices ends on another one

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from llm_distill.config import DistillationConfig
 from llm_distill.divergences import Divergence, make_divergence
@@ -36,7 +37,7 @@ class Term(Protocol):
     def teacher_needs(self) -> Needs:
         """What the teacher must tell for it."""
 
-    def make_module(self, student: nn.Module, teachers: Sequence[LanguageModel]) -> nn.Module | None:
+    def make_module(self, student: PreTrainedModel, teachers: Sequence[LanguageModel]) -> nn.Module | None:
         """What it trains beside the student, if anything. It is saved with checkpoints and no part of the student."""
 
     def __call__(self, student: Kept, signal: Signal, module: nn.Module | None) -> Float[Tensor, " rows"]:
@@ -96,6 +97,7 @@ class Objective:
             squared_temperature=config.squared_temperature,
             buffer_mib=config.loss_buffer_mib,
         )
+        assert not isinstance(config.losses, str), "likewise"
         return cls(head, tuple(make_term(**term) for term in config.losses or ()))
 
     @property
@@ -121,11 +123,11 @@ class Objective:
         for term in self.terms:
             if missing := set(term.teacher_needs) - can:
                 raise ValueError(
-                    f"losses has {term.name!r}, which needs the teacher's {' and '.join(sorted(missing))} states, and a "
-                    f"{teacher} gives none: use a teacher in memory, or leave that term out."
+                    f"losses has {term.name!r}, which needs the teacher's {' and '.join(sorted(missing))} states, and "
+                    f"a {teacher} gives none: use a teacher in memory, or leave that term out."
                 )
 
-    def make_modules(self, student: nn.Module, teachers: Sequence[LanguageModel]) -> nn.ModuleDict:
+    def make_modules(self, student: PreTrainedModel, teachers: Sequence[LanguageModel]) -> nn.ModuleDict:
         """What its terms train beside the student, by their names."""
         modules = {term.name: term.make_module(student, teachers) for term in self.terms}
         return nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
@@ -187,7 +189,7 @@ def make_term(name: str, **parameters: Any) -> Term:
 
 def _union(all_needs: Any) -> Needs:
     """What several terms need together, each layer once."""
-    union: dict[str, tuple[int, ...]] = {**HEAD}
+    union: dict[str, tuple[int, ...]] = {kind: tuple(layers) for kind, layers in HEAD.items()}
     for needs in all_needs:
         for kind, layers in needs.items():
             union[kind] = tuple(sorted({*union.get(kind, ()), *layers}))

@@ -1,4 +1,4 @@
-"""What terms of the objective train beside the student: within it while it trains, and no part of it when it is saved."""
+"""What terms of the objective train beside the student: in it while it trains, and no part of it when it is saved."""
 
 from __future__ import annotations
 
