@@ -95,7 +95,9 @@ class DistillationTrainer(SFTTrainer):
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
         tokenizer = processing_class or _load_tokenizer(model, args)
-        self.teacher = make_teacher(teacher, args)
+        self.teacher = make_teacher(
+            teacher, args, is_needed=args.kd_weight > 0, trust_remote_code=args.trust_remote_code
+        )
         if self.teacher is not None:
             self.teacher.check(self.objective.divergence, self.objective.temperature)
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_distill.config import DistillationConfig
 from llm_distill.divergences import Divergence, make_divergence
 from llm_distill.heads import LMHead
 from llm_distill.losses.fused import fused_head_loss
+from llm_distill.losses.options import ObjectiveOptions
 from llm_distill.signals import Signal
 
 
@@ -27,8 +27,8 @@ class Objective:
     """Memory for logits, which changes how fast it goes and not what comes out."""
 
     @classmethod
-    def of(cls, config: DistillationConfig) -> Objective:
-        assert isinstance(config.divergence_kwargs, dict), "DistillationConfig has parsed it"
+    def of(cls, config: ObjectiveOptions) -> Objective:
+        assert isinstance(config.divergence_kwargs, dict), "it is parsed"
         return cls(
             divergence=make_divergence(config.divergence, **config.divergence_kwargs),
             temperature=config.loss_temperature,
