@@ -18,9 +18,7 @@ def export(argv: Sequence[str]) -> None:
     """Writes a student as GGUF or ONNX: `llm-distill export`."""
     parser = Parser("export", DESCRIPTION, EXAMPLE)
     parser.add_argument("folder", help="The student is in this folder, which is that of a run or of a checkpoint.")
-    parser.add_argument(
-        "--format", choices=("gguf", "onnx"), required=True, help="The student is written in this format."
-    )
+    parser.add_argument("--format", choices=("gguf", "onnx"), required=True, help="The student is written like this.")
     parser.add_argument("--output", required=True, help="It is written to this file (gguf) or folder (onnx).")
     parser.add_argument(
         "--dtype", help="The weights of gguf are auto (as they are; the default), float32, float16 or bfloat16."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -88,6 +89,7 @@ def parse(command: str, argv: Sequence[str]) -> list[Any]:
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), or a value that cannot be.
     """
+    prepare_libraries()
     from llm_distill.cli.help import OptionParser
 
     spec = COMMANDS[command]
@@ -123,10 +125,23 @@ class Parser(argparse.ArgumentParser):
         """Raises ValueError for an unknown flag, with the nearest known one, and for what is missing."""
         known = {flag.lstrip("-") for action in self._actions for flag in action.option_strings}
         _refuse_unknown(self.prog, _flags(argv), known)
-        return self.parse_args(argv)
+        options = self.parse_args(argv)
+        prepare_libraries()
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. `{self.prog} --help` shows what it takes.")
+
+
+def prepare_libraries() -> None:
+    """Tells two libraries, which peft and accelerate import wherever they are installed, what they would warn of though
+    nobody uses them: bitsandbytes lacks a kernel for 4 bits on CPUs, and deepspeed has to guess that there is no GPU.
+    """
+    import torch
+
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 def _flags(argv: Sequence[str]) -> dict[str, str]:
