@@ -9,8 +9,8 @@ from llm_distill.cli.parsing import Parser, errors_in_one_line
 DESCRIPTION = """Writes a student in another program's format, adapters merged and with its tokenizer, reads it back and
 compares its next tokens with the student's. What differs is not left.
 
-  gguf  for llama.cpp, Ollama, LM Studio: Llama, Qwen 2 and Qwen 3, in float32, float16 or bfloat16
-  onnx  for ONNX Runtime: every family that transformers can trace, in float32"""
+    gguf  for llama.cpp, Ollama, LM Studio: Llama, Qwen 2 and Qwen 3, in float32, float16 or bfloat16
+    onnx  for ONNX Runtime: every family that transformers can trace, in float32"""
 EXAMPLE = "llm-distill export runs/student --format gguf --dtype float16 --output runs/student.gguf"
 
 

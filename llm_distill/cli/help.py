@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 from trl import TrlParser
 
+from llm_distill.cli.parsing import HelpFormatter
 from llm_distill.options import headings_of
 
 SECTIONS: dict[str, dict[str, str]] = {
@@ -94,7 +95,7 @@ class OptionParser(TrlParser):
             usage=f"llm-distill {command} [--config FILE] [--OPTION VALUE ...]",
             description=description,
             epilog=f"example:\n  {example}",
-            formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=6),
+            formatter_class=HelpFormatter,
             add_help=False,
             allow_abbrev=False,
         )

@@ -109,6 +109,13 @@ def parse(command: str, argv: Sequence[str]) -> list[Any]:
     return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Each option on a line of its own, and what it means below."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=6)
+
+
 class Parser(argparse.ArgumentParser):
     """For a command with a few arguments of its own; its errors are for `errors_in_one_line`."""
 
@@ -117,9 +124,11 @@ class Parser(argparse.ArgumentParser):
             prog=f"llm-distill {command}",
             description=description,
             epilog=f"example:\n  {example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=HelpFormatter,
+            add_help=False,
             allow_abbrev=False,
         )
+        self.add_argument("-h", "--help", action="help", help="This shows what the command takes.")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Raises ValueError for an unknown flag, with the nearest known one, and for what is missing."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,7 +25,7 @@ from trl import SFTConfig
 
 import llm_distill
 from llm_distill import DistillationConfig
-from llm_distill.cli import main
+from llm_distill.cli import COMMANDS, main
 from llm_distill.cli.parsing import parse
 from llm_distill.cli.train import train
 from llm_distill.data.load import load_data
@@ -97,16 +98,57 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
         _ = llm_distill.DistilTrainer
 
 
-def test_help_of_train_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+def shown_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        main(["train", "--help"])
+        main(arguments)
     assert caught.value.code == 0
-    shown = "".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+def test_help_of_train_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = "".join(shown_by(capsys, "train", "--help").split())
     explained = {f.name: f.metadata["help"] for f in fields(DistillationConfig) if f.name in OUR_FIELDS}
     assert "divergence" in explained
     for name, text in explained.items():
         assert f"--{name}" in shown
         assert "".join(text.split()) in shown, name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example_and_whole_sentences(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    shown, example = shown_by(capsys, command, "--help").split("\nexample:\n")
+    assert example.startswith(f"  llm-distill {command} ")
+    texts = re.findall(r"^  \S.*\n((?: {6}.*\n)+)", shown, flags=re.MULTILINE)
+    assert len(texts) == len(re.findall(r"^  \S", shown, flags=re.MULTILINE))
+    for text in texts:
+        assert re.search(r"\.( \(default: .*\))?$", " ".join(text.split())), text
+
+
+def test_help_shows_our_headings_first_and_everything_else_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    headings = ["the teacher", "the objective", "the student", "the data", "the run"]
+    for command, own in (("train", []), ("check", ["this check"]), ("capture", ["what is stored"])):
+        shown = shown_by(capsys, command, "--help")
+        assert re.findall(r"^(\w[\w ]+):$", shown, flags=re.MULTILINE) == ["options", *own, *headings, "example"]
+        assert len(shown.splitlines()) < 230
+        assert "--learning_rate X\n" in shown
+        assert "--learning-rate" not in shown
+        assert "--adam_beta1" not in shown
+    everything = shown_by(capsys, "train", "--help-all")
+    assert all(f"--{field.name} " in everything for field in fields(DistillationConfig) if field.init)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown_by(capsys, "--version") == f"llm-distill {llm_distill.__version__}\n"
+
+
+def test_a_command_says_nothing_of_libraries_that_nobody_uses(tmp_path: Path, run: dict[str, Any]) -> None:
+    """No kernel of bitsandbytes, no old name of an option, no accelerator that deepspeed had to guess."""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "llm_distill.cli", "train", *as_flags(run)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    for name in ("bitsandbytes", "kernels-community", "deepspeed", "checkpointing", "accelerator", "Warning"):
+        assert name not in ended.stdout + ended.stderr, name
 
 
 def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
