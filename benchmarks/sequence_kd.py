@@ -97,7 +97,7 @@ def train(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        activation_checkpointing=False,
+        bf16=False,
         dataloader_pin_memory=False,
         **weights,
     )

@@ -117,7 +117,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             use_cpu=True,
             dataloader_pin_memory=False,
             dataloader_num_workers=2 if served else 0,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",

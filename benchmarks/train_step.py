@@ -150,7 +150,7 @@ def trainer_of(task: dict[str, Any], folder: str) -> transformers.Trainer:
         "bf16": size["bf16"],
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device == "cuda",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",

@@ -91,7 +91,8 @@ class DistillationTrainer(SFTTrainer):
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
         tokenizer = processing_class or load_tokenizer(model, args)
-        self.teacher = make_teacher(teacher, args)
+        needed, trusted = self.objective.uses_teacher, args.trust_remote_code
+        self.teacher = make_teacher(teacher, args, is_needed=needed, trust_remote_code=trusted)
         if self.teacher is not None:
             self.objective.require_served(self.teacher.can, type(self.teacher).__name__)
             self.teacher.check(self.objective.head.divergence, self.objective.head.temperature)

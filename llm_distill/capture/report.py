@@ -14,7 +14,7 @@ from llm_distill.cache import manifest as manifests
 from llm_distill.cache.methods import Hidden, Method
 from llm_distill.cache.store import TeacherCache
 from llm_distill.capture.fidelity import ALTERNATIVES, Fidelity, Sample, as_table, fidelity, plot
-from llm_distill.capture.run import new_manifest, sample_batches, score_batch
+from llm_distill.capture.run import new_manifest, prepare_teacher, sample_batches, score_batch
 from llm_distill.data.prepare import PreparedData
 from llm_distill.files import differences
 from llm_distill.models import LanguageModel
@@ -62,6 +62,7 @@ def report_fidelity(teacher: Teacher, student: LanguageModel, data: PreparedData
     Raises:
         ValueError: another teacher or tokenizer than the cache's.
     """
+    prepare_teacher(teacher, data)
     accelerator, wanted = data.accelerator, new_manifest(teacher, data, cache.method)
     if stale := differences(cache.manifest, {name: wanted[name] for name in manifests.IDENTITY}):
         raise ValueError(f"{cache.path} is not of this run's teacher. {'; '.join(stale)}.")

@@ -93,8 +93,8 @@ def capture(
         ValueError: no teacher, no data, another cache in the folder, no room on the disk, another capture at work.
         OSError: the disk is full, or cannot be written. What was captured stays.
     """
-    if teacher is None or teacher.is_stored:
-        raise ValueError("there is no live teacher to capture: teacher_model_name_or_path is missing.")
+    if teacher.is_stored:
+        raise ValueError("there is no live teacher to capture, only what one has said: name the teacher itself.")
     require_enough(method, teacher.k)
     if isinstance(method, Hidden) and not hasattr(teacher, "head"):
         raise ValueError(f"method=hidden needs one teacher with its head, not a {type(teacher).__name__}.")
@@ -102,9 +102,7 @@ def capture(
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError(f"the {name} dataset has no texts.")
     check_widths(method, vocabulary_size(data.tokenizer))
-    if not teacher.is_student:  # which its trainer has prepared
-        teacher.fit_to(data.tokenizer)
-        teacher.prepare(data.accelerator, nn.Module())
+    prepare_teacher(teacher, data)
     folder, accelerator, objective = Path(folder), data.accelerator, Objective.of(data.args)
     manifest = new_manifest(teacher, data, method)
     head = _stored_head(teacher.head) if isinstance(method, Hidden) else None  # type: ignore[attr-defined]
@@ -135,6 +133,13 @@ def capture(
             cache.record_contents()
         accelerator.wait_for_everyone()
     return cache
+
+
+def prepare_teacher(teacher: Teacher, data: PreparedData) -> None:
+    """Lets a teacher stand where the data are. One that is the student itself was prepared by its trainer."""
+    if not teacher.is_student:
+        teacher.fit_to(data.tokenizer)
+        teacher.prepare(data.accelerator, nn.Module())
 
 
 def _keep_freed_memory() -> None:

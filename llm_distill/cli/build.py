@@ -46,7 +46,7 @@ def build_trainer(script: ScriptArguments, args: DistillationConfig, model: Mode
 
 def build_capture(
     script: ScriptArguments, args: DistillationConfig, model: ModelConfig
-) -> tuple[Teacher | None, PreparedData]:
+) -> tuple[Teacher, PreparedData]:
     """The teacher that the options name, and the texts in the student's tokens. The student's weights stay where they
     are.
 
@@ -56,13 +56,16 @@ def build_capture(
     args.teacher_cache, args.on_miss = None, "error"
     if args.teacher_adapters_off:  # the teacher is a part of the student
         trainer = build_trainer(script, args, model)
+        assert trainer.teacher is not None, "or its options were refused"
         return trainer.teacher, trainer.data
     train, evaluation = _load_splits(script, args, model)
     from llm_distill.data.prepare import prepare
     from llm_distill.teachers import make_teacher
 
     data = prepare(_load_tokenizer(args, model), args, train, evaluation)
-    return make_teacher(None, args), data
+    teacher = make_teacher(None, args, is_needed=True, trust_remote_code=args.trust_remote_code)
+    assert teacher is not None, "it is needed"
+    return teacher, data
 
 
 def load_student(data: PreparedData, model: ModelConfig) -> LanguageModel:

@@ -6,24 +6,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llm_distill.cli.build import build_capture, load_student
-from llm_distill.cli.parsing import errors_in_one_line, parse_capture
+from llm_distill.cli.parsing import errors_in_one_line, parse
 
 
 def capture(argv: Sequence[str]) -> None:
     """Stores a teacher's answers to a dataset: `llm-distill capture`, and `recipes/capture.py`."""
-    from llm_distill.cache.methods import make_method
-    from llm_distill.capture.report import report_fidelity
-    from llm_distill.capture.run import capture as fill
-
     with errors_in_one_line():
-        script, args, model, options = parse_capture(argv)
-        assert isinstance(options.cache_kwargs, dict), "CaptureConfig has parsed it"
+        script, args, model, options = parse("capture", argv)
+        from llm_distill.cache.methods import make_method
+        from llm_distill.capture.report import report_fidelity
+        from llm_distill.capture.run import capture as fill
+
         tells_all = args.divergence == "forward_kl" and args.teacher_server_url is None
         method = make_method(options.cache_method or ("hybrid" if tells_all else "top_k"), **options.cache_kwargs)
         folder = args.teacher_cache or str(Path(args.output_dir, "teacher_cache"))
         teacher, data = build_capture(script, args, model)
         cache = fill(
-            teacher,  # type: ignore[arg-type]  # where there is none, that is refused
+            teacher,
             data,
             folder,
             method,
@@ -31,7 +30,6 @@ def capture(argv: Sequence[str]) -> None:
             examples_per_shard=options.examples_per_shard,
         )
     data.accelerator.print(cache.summary())
-    assert teacher is not None, "otherwise nothing was captured"
     report_fidelity(teacher, load_student(data, model), data, cache)
     if options.cache_hub_id is not None and data.accelerator.is_main_process:
         from llm_distill.publish.datasets import push_cache

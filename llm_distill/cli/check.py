@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_distill.cli.build import build_trainer
-from llm_distill.cli.parsing import errors_in_one_line, parse_check
+from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.data.load import load_data
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def check(argv: Sequence[str]) -> None:
 
     Exits with status 1 where something is red.
     """
-    from llm_distill.ranks import ranks
-
     with errors_in_one_line():
-        script, args, model, options = parse_check(argv)
+        script, args, model, options = parse("check", argv)
         if not model.model_name_or_path:
             raise ValueError("--model_name_or_path is missing: the student, a Hub id or a folder.")
+    from llm_distill.ranks import ranks
+
     report, trainer = checked(script, args, model)
     if ranks().is_main_process:
         report.print(sys.stdout)

@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_distill.cli.parsing import errors_in_one_line, parse_generate
+from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.data.load import load_data
 
 
 def generate(argv: Sequence[str]) -> None:
     """Has the teacher write completions and keeps the good ones: `llm-distill generate`."""
-    from llm_distill.generation.choose import make_engine, tokenizer_of
-    from llm_distill.generation.endpoint import BudgetReachedError
-    from llm_distill.generation.generate import ACCEPTED, read_report
-    from llm_distill.generation.generate import generate as write
-    from llm_distill.generation.prompts import prompts_of
-    from llm_distill.ranks import ranks
-
-    say = ranks().print
     with errors_in_one_line():
-        script, config = parse_generate(argv)
+        script, config = parse("generate", argv)
+        from llm_distill.generation.choose import make_engine, tokenizer_of
+        from llm_distill.generation.endpoint import BudgetReachedError
+        from llm_distill.generation.generate import ACCEPTED, read_report
+        from llm_distill.generation.generate import generate as write
+        from llm_distill.generation.prompts import prompts_of
+        from llm_distill.ranks import ranks
+
+        say = ranks().print
         filters = config.make_filters()
         if not script.dataset_name:
             raise ValueError("--dataset_name is missing: prompts, as a Hub id, a folder, a file, or `stdlib`.")

@@ -10,11 +10,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_distill.config import DistillationConfig
 from llm_distill.divergences import Divergence, make_divergence
 from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.fused import fused_head_loss
 from llm_distill.losses.metrics import METRICS
+from llm_distill.losses.options import ObjectiveOptions
 from llm_distill.models import HEAD, Kept, LanguageModel, Needs
 from llm_distill.rows import Positions
 from llm_distill.signals import Signal
@@ -86,9 +86,9 @@ class Objective:
     terms: tuple[Term, ...] = ()
 
     @classmethod
-    def of(cls, config: DistillationConfig) -> Objective:
+    def of(cls, config: ObjectiveOptions) -> Objective:
         """Raises ValueError for a term that there is not, or parameters that it does not take."""
-        assert isinstance(config.divergence_kwargs, dict), "DistillationConfig has parsed it"
+        assert isinstance(config.divergence_kwargs, dict), "it is parsed"
         head = HeadLoss(
             divergence=make_divergence(config.divergence, **config.divergence_kwargs),
             temperature=config.loss_temperature,

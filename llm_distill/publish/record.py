@@ -24,10 +24,11 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import extract_commit_hash
 
-from llm_distill.config import DistillationConfig, fields_chosen
+from llm_distill.config import DistillationConfig
 from llm_distill.leaks import PLACES, SECRETS, public_command, public_value
 from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_model
+from llm_distill.options import fields_chosen
 from llm_distill.teachers import Teacher
 
 FILE = "distillation.json"

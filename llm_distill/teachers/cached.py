@@ -91,9 +91,9 @@ class CacheReader:
         cut = ", ".join(f"{name}={value!r}" for name, value in self.cache.manifest["data"].items())
         return ValueError(
             f"{len(missing)} of the {total} texts of a batch are not in {self.cache.path}; the first has {len(first)} "
-            f"tokens and begins with the ids {first[:8].tolist()}. The cache was captured with {cut}: texts cut "
-            "in another way are other texts. `llm-distill capture` with the settings of this run adds what is missing; or "
-            "choose on_miss: live or skip."
+            f"tokens and begins with the ids {first[:8].tolist()}. The cache was captured with {cut}: texts cut in "
+            "another way are other texts. `llm-distill capture` with the settings of this run adds what is missing; "
+            "or choose on_miss: live or skip."
         )
 
 

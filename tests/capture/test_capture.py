@@ -57,7 +57,7 @@ def flags(tmp_path: Path, saved: Path) -> list[str]:
         "output_dir": tmp_path / "out",
         "teacher_cache": tmp_path / "cache",
         "max_length": 64,
-        "use_cpu": True,
+        "bf16": False,
         "report_to": "none",
         "save_strategy": "no",
     }

@@ -63,8 +63,7 @@ def test_a_check_before_weights_are_sharded_says_what_it_cannot_measure(
         "output_dir": tmp_path / "out",
         "max_length": 64,
         "max_steps": 1,
-        "use_cpu": True,
-        "activation_checkpointing": False,
+        "bf16": False,
         "report_to": "none",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]

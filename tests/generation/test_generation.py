@@ -405,7 +405,7 @@ def test_the_command_filters_and_trains(saved: Path, tmp_path: Path, texts: Data
     generated += f" --max_new_tokens 8 --output_dir {tmp_path}/generated"
     main(["generate", *generated.split(), "--filters", "{log_prob: {min: -9}, repetition: {}}"])
     trained = f"--model_name_or_path {saved}/student --dataset_name {tmp_path}/generated --kd_weight 0 --ce_weight 1"
-    trained += f" --max_steps 2 --output_dir {tmp_path}/out --use_cpu true --report_to none --save_strategy no"
+    trained += f" --max_steps 2 --output_dir {tmp_path}/out --bf16 false --report_to none --save_strategy no"
     main(["train", *trained.split()])
     assert (tmp_path / "out" / "model.safetensors").is_file()
 

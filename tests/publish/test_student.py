@@ -17,7 +17,7 @@ from commands import as_flags, write_rows
 from hub_server import PERSON, TOKEN, Hub, python, shard_name
 from huggingface_hub import ModelCard
 
-from llm_distill.cli.parsing import parse_train
+from llm_distill.cli.parsing import parse
 from llm_distill.leaks import leak, public_command, public_value, refuse_leaks
 
 REPO = "somebody/student"
@@ -88,7 +88,7 @@ def trained(lab: Hub, home: Path, kept: Path) -> Train:
             "output_dir": home / "out",
             "max_steps": 2,
             "learning_rate": 0.01,
-            "use_cpu": True,
+            "bf16": False,
             "report_to": "none",
             "save_steps": 1,
         }
@@ -200,7 +200,7 @@ def test_the_yaml_in_the_card_is_the_run(lab: Hub, home: Path, trained: Train) -
     folder = trained(divergence="jsd", divergence_kwargs='{"beta": 0.3}', use_peft=True, lora_r=4)
     options = yaml.safe_load((folder / "run.yaml").read_text())
     assert "max_grad_norm" not in options, "a default"
-    script, args, model = parse_train(["--config", str(folder / "run.yaml")])
+    script, args, model, _ = parse("train", ["--config", str(folder / "run.yaml")])
     assert (args.divergence_kwargs, args.max_steps, model.lora_r) == ({"beta": 0.3}, 2, 4)
     assert (script.dataset_name, args.output_dir) == ("data.jsonl", "out")
 

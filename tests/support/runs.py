@@ -14,7 +14,7 @@ from worker import make_rows
 
 from llm_distill import DistillationTrainer, TeacherCache
 from llm_distill.cache.methods import Method
-from llm_distill.capture import capture
+from llm_distill.capture.run import capture
 from llm_distill.models import rows_at
 from llm_distill.rows import Batch, View
 from llm_distill.teachers import Teacher

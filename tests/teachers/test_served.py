@@ -522,7 +522,7 @@ def test_the_command_line_captures_from_a_server(
     texts.select(range(12)).to_json(tmp_path / "texts.jsonl")
     command = ["capture", "--model_name_or_path", student, "--dataset_name", str(tmp_path / "texts.jsonl")]
     command += ["--teacher_server_url", server, "--output_dir", str(tmp_path / "out"), "--max_length", "64"]
-    command += ["--use_cpu", "true", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
+    command += ["--bf16", "false", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
     with pytest.raises(SystemExit):
         main(command)
     said = "TopK(k=32, mass=1.0, threshold=0.0, step=0.0078125) keeps more than the 20 likeliest"
