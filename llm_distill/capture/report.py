@@ -67,7 +67,7 @@ def report_fidelity(trainer: DistillationTrainer, cache: TeacherCache) -> None:
     if not trainer.accelerator.is_main_process:
         return
     measured = measure_fidelity(trainer, [cache.method, *(other for other in others if str(other) != chosen)])
-    table = as_table({chosen: measured[chosen]})
+    table = as_table({chosen: measured[chosen]}).markdown()
     print(f"{table}\n")
     if cache.is_local and not cache.is_downloaded:
         cache.manifest["fidelity"] = {"table": table, **measured[chosen]._asdict()}

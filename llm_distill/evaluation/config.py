@@ -36,53 +36,61 @@ class EvaluateConfig:
     output_dir: str = field(
         default="gap_report", metadata={"help": "Where report.json, report.md, report.html and the plots go."}
     )
-    max_texts: int = field(default=1000, metadata={"help": "Texts of each domain, drawn from all over it. 0: all."})
+    max_texts: int = field(
+        default=1000, metadata={"help": "How many texts of each domain are drawn, from all over it; 0 takes all."}
+    )
     max_length: int = field(
-        default=1024, metadata={"help": "Tokens of a text that are read, at most as many as every model can."}
+        default=1024,
+        metadata={"help": "How many tokens are read at a time; fewer where the context of a model is shorter."},
     )
-    batch_size: int = field(default=8, metadata={"help": "Texts in a forward."})
+    batch_size: int = field(default=8, metadata={"help": "How many texts are in a forward."})
     dtype: str = field(
-        default="auto", metadata={"help": "What the models run in: auto (as stored), float32, bfloat16, float16."}
+        default="auto",
+        metadata={"help": "The models run in float32, bfloat16, float16 or, with auto, as they are stored."},
     )
-    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the student."})
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    baseline_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the baseline."})
+    student_revision: str | None = field(default=None, metadata={"help": "The student's branch, tag or commit."})
+    teacher_revision: str | None = field(default=None, metadata={"help": "The teacher's branch, tag or commit."})
+    baseline_revision: str | None = field(default=None, metadata={"help": "The baseline's branch, tag or commit."})
     teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bits (bitsandbytes)."})
     teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bits (bitsandbytes)."})
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that lies in the models' repositories. Read it first."}
     )
     assistant_only_loss: bool = field(
-        default=False, metadata={"help": "Of chats, score the assistant's turns alone (the template must mark them)."}
+        default=False,
+        metadata={"help": "Score the assistant's turns of a chat alone, which the chat template must mark."},
     )
     generations: int = field(
         default=64,
-        metadata={"help": "Prompts of each domain that the models answer, greedily, beside each other. 0: none."},
+        metadata={"help": "How many prompts of each domain the models answer, greedily, beside each other."},
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "How long an answer may be, in tokens."})
+    max_new_tokens: int = field(default=128, metadata={"help": "How many tokens an answer may have."})
     tasks: list[str] = field(
         default_factory=list,
-        metadata={"help": "Tasks of lm-evaluation-harness, such as `arc_easy gsm8k` (pip install lm_eval)."},
+        metadata={"help": "Run these tasks of lm-evaluation-harness, such as `arc_easy gsm8k`."},
     )
-    task_limit: int | None = field(default=None, metadata={"help": "Examples of each task. By default all."})
-    task_path: str | None = field(default=None, metadata={"help": "A folder with tasks of your own, as YAML."})
+    task_limit: int | None = field(
+        default=None, metadata={"help": "How many examples of each task are run, by default all."}
+    )
+    task_path: str | None = field(default=None, metadata={"help": "This folder has tasks of your own, as YAML."})
     bias: str = field(
         default=BUILT_IN,
         metadata={
-            "help": "Pairs of sentences that differ in one group word: `built-in`, a CSV or JSON file with the columns "
-            "first, second and category, or `none`."
+            "help": "Compare how likely sentences are that differ in one group word: `built-in` pairs, those of a CSV "
+            "or JSON file with the columns first, second and category, or `none`."
         },
     )
     resources: bool = field(
         default=True, metadata={"help": "Measure memory, speed and energy of the models on this machine."}
     )
     resource_batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 4, 16], metadata={"help": "How many texts at once, in those measurements."}
+        default_factory=lambda: [1, 4, 16],
+        metadata={"help": "How many texts at once the models read in those measurements."},
     )
     quantized: bool = field(
         default=True, metadata={"help": "Measure the student in 4 and in 8 bits too, where bitsandbytes can."}
     )
-    seed: int = field(default=0, metadata={"help": "Of the sample of texts."})
+    seed: int = field(default=0, metadata={"help": "The same seed draws the same texts."})
 
     def __post_init__(self) -> None:
         for name in ("student", "teacher"):
@@ -114,5 +122,5 @@ class EvaluateConfig:
 
     def domains(self) -> dict[str, str]:
         """Name and source of each dataset."""
-        pairs = (each.partition("=")[::2] if "=" in each else (each, each) for each in self.data)
+        pairs = (entry.split("=", 1) if "=" in entry else (entry, entry) for entry in self.data)
         return {Path(name).name if Path(name).exists() else name: source for name, source in pairs}

@@ -21,7 +21,7 @@ from llm_distill.rows import IGNORED, counted_rows
 def token_log_likelihoods(
     model: PreTrainedModel, head: LMHead, ids: Sequence[Sequence[int]], contexts: Sequence[int] | None = None
 ) -> list[Float[Tensor, " tokens"]]:
-    """log q(token | all before it) of the tokens of each sequence, in nats, float64 on the CPU; one forward for all.
+    """Log-probability of each token given all before it: nats, float64 on the CPU; one forward for all sequences.
 
     Args:
         model: with its weights on the device that it runs on.
