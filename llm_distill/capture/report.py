@@ -81,7 +81,7 @@ def report_fidelity(teacher: Teacher, student: LanguageModel, data: PreparedData
         return
     methods = [cache.method, *(other for other in others if str(other) != chosen)]
     measured = measure_fidelity(teacher, student, data, methods)
-    table = as_table({chosen: measured[chosen]})
+    table = as_table({chosen: measured[chosen]}).markdown()
     print(f"{table}\n")
     if cache.is_local and not cache.is_downloaded:
         cache.manifest["fidelity"] = {"table": table, **measured[chosen]._asdict()}

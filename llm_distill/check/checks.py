@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import Dataset
@@ -32,6 +28,7 @@ from llm_distill.check.sample import (
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import longest_sequence
 from llm_distill.heads import output_projection
+from llm_distill.machine import free_memory
 from llm_distill.models import base_of, bits_of, millions, require_same_ids, vocabulary_size
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
@@ -173,20 +170,6 @@ def memory_finding(estimate: MemoryEstimate, device: torch.device, loaded: int =
     if estimate.total * slack > free:
         return Finding("amber", "memory", f"{said}: little room for what the allocator holds beside", todo)
     return Finding("green", "memory", said)
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take: of its accelerator, or its share of the machine's (or container's) RAM."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(statistics["inactive_file"]))
-    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def _texts(trainer: SFTTrainer) -> Iterator[Finding]:

@@ -25,9 +25,10 @@ from llm_distill.signals import HiddenSignal, SparseSignal
 from llm_distill.teachers.base import Teacher
 
 TEACHER, TEXT = "teacher", "text_index"
-OF_A_MODEL = ("ce", "confidence", "correct")
+OF_A_MODEL = {"ce": "teacher_ce", "confidence": "teacher_confidence", "correct": "teacher_correct"}
+"""A column, and what `fused_head_loss` calls the teacher's."""
 BESIDE_THE_TEACHER = {"kl": "kl", "reverse_kl": "kd", "top1_agreement": "top1_agreement", "acceptance": "acceptance"}
-"""A column, and what `fused_head_loss` calls it when the divergence is reverse KL."""
+"""A column, and what `fused_head_loss` calls it where the divergence is reverse KL."""
 
 
 class Scores(NamedTuple):
@@ -75,25 +76,25 @@ def compare(
     Raises:
         ValueError: no token of the dataset counts.
     """
-    heads = {each: LMHead.of(model, vocab_size) for each, model in models.items()}
-    found: list[dict[str, Any]] = []
+    heads = {model_name: LMHead.of(model, vocab_size) for model_name, model in models.items()}
+    scored: list[dict[str, Any]] = []
     was_training = [model for model in models.values() if model.training]
     for model in models.values():
         model.eval()
     try:
-        for indices, batch in _batches(dataset, collate, batch_size, name):
-            found.append(_score(models, heads, teacher, indices, batch))
+        for indices, batch in _sorted_batches(dataset, collate, batch_size, name):
+            scored.append(_score_batch(models, heads, teacher, indices, batch))
     finally:
         for model in was_training:
             model.train()
-    parts = [part for of_rank in gather_object([found]) for part in of_rank if part]
+    parts = [part for of_rank in gather_object([scored]) for part in of_rank if part]
     if not sum(len(part["row"]) for part in parts):
         raise ValueError(f"{name}: none of its {len(dataset)} texts has a token to predict.")
     text_of_row = np.asarray(dataset[TEXT] if TEXT in dataset.column_names else range(len(dataset)))
-    return _joined(parts, text_of_row, tokenizer)
+    return _join(parts, text_of_row, tokenizer)
 
 
-def _batches(
+def _sorted_batches(
     dataset: Dataset, collate: Callable[[Sequence[Any]], Mapping[str, Any]], batch_size: int, name: str
 ) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
     """Texts of like length together, the longest first. Each rank has as many batches as the others: what shards a
@@ -103,15 +104,15 @@ def _batches(
     lengths = [length for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(10_000)
                for length in pc.list_value_length(table["input_ids"]).to_pylist()]  # fmt: skip
     order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))
-    mine = order[state.process_index :: state.num_processes]
+    own = order[state.process_index :: state.num_processes]
     rounds = -(-len(dataset) // (batch_size * state.num_processes))
     bar = tqdm(range(rounds), desc=f"Scoring {name}", leave=False, disable=not state.is_local_main_process)
     for start in bar:
-        indices = mine[start * batch_size : (start + 1) * batch_size]
+        indices = own[start * batch_size : (start + 1) * batch_size]
         yield indices, collate([dataset[i] for i in indices or order[:1]])
 
 
-def _score(
+def _score_batch(
     models: Mapping[str, nn.Module],
     heads: Mapping[str, LMHead],
     teacher: Teacher | None,
@@ -125,27 +126,30 @@ def _score(
     signal = None if teacher is None else teacher.score(view)
     if isinstance(signal, SparseSignal):
         raise ValueError("the teacher tells a part of its distribution alone: load it whole to compare with it.")
-    of_model: dict[str, dict[str, Any]] = {}
+    columns: dict[str, dict[str, Tensor]] = {}
     for name, model in models.items():
         hidden = kept_of(model, heads[name], view).hidden
-        beside = HiddenSignal(hidden, heads[name]) if signal is None else signal  # by itself: for its confidence
-        _, metrics = fused_head_loss(hidden, heads[name], beside, ReverseKL(), targets=rows.targets)
-        columns = {column: metrics[column] for column in OF_A_MODEL}
+        reference = HiddenSignal(hidden, heads[name]) if signal is None else signal  # itself, for its confidence
+        _, metrics = fused_head_loss(hidden, heads[name], reference, ReverseKL(), targets=rows.targets)
         if signal is not None:
-            columns |= {column: metrics[key] for column, key in BESIDE_THE_TEACHER.items()}
-            of_model[TEACHER] = {column: _array(metrics[f"teacher_{column}"]) for column in OF_A_MODEL}
-        of_model[name] = {column: _array(values) for column, values in columns.items()}
+            columns[TEACHER] = {column: metrics[metric] for column, metric in OF_A_MODEL.items()}
+        beside_teacher = {} if signal is None else BESIDE_THE_TEACHER
+        columns[name] = {column: metrics[column] for column in OF_A_MODEL}
+        columns[name] |= {column: metrics[metric] for column, metric in beside_teacher.items()}
     if not indices:
         return {}
     return {
         "row": np.asarray(indices)[rows.sample.cpu().numpy()],
         "position": rows.position.cpu().numpy(),
         "token": rows.targets.cpu().numpy(),
-        "models": of_model,
+        "models": {
+            name: {column: values.float().cpu().numpy() for column, values in of_model.items()}
+            for name, of_model in columns.items()
+        },
     }
 
 
-def _joined(
+def _join(
     parts: list[dict[str, Any]], text_of_row: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Scores]:
     """All ranks' batches as if the texts had come one after the other."""
@@ -167,7 +171,3 @@ def _joined(
         )
         for name, columns in parts[0]["models"].items()
     }
-
-
-def _array(values: Tensor) -> NDArray[np.float32]:
-    return values.float().cpu().numpy()

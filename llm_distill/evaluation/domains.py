@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.evaluation.compare import TEXT, Scores, compare
-from llm_distill.evaluation.figures import domain_figures
+from llm_distill.evaluation.figures import DomainFigures, domain_figures
 from llm_distill.evaluation.passages import furthest_passages
 from llm_distill.models import vocabulary_size
 from llm_distill.ranks import ranks
@@ -28,7 +28,7 @@ def measure_domain(
     batch_size: int = 8,
     name: str = "texts",
     others: Mapping[str, Scores] | None = None,
-) -> dict[str, Any]:
+) -> DomainFigures:
     """Quality, likeness and calibration on one prepared dataset, by models that share a tokenizer.
 
     Args:
@@ -40,15 +40,15 @@ def measure_domain(
     """
     options: dict[str, Any] = {"collate": collate, "tokenizer": tokenizer, "vocab_size": vocabulary_size(tokenizer)}
     scores = compare(models, teacher, dataset, batch_size=batch_size, name=name, **options) | dict(others or {})
-    found = domain_figures(scores, comparable=True)
-    for each in found["furthest_tokens"]:
-        each["token"] = tokenizer.decode([each.pop("id")])
+    domain = domain_figures(scores, comparable=True)
+    for token in domain["furthest_tokens"]:
+        token["token"] = tokenizer.decode([token.pop("id")])
     if ranks().is_main_process:
-        found["passages"] = furthest_passages(scores, models["student"], teacher, dataset, **options)
-    return found
+        domain["passages"] = furthest_passages(scores, models["student"], teacher, dataset, **options)
+    return domain
 
 
-def windows_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+def split_into_windows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
     """Whole texts as rows of at most `length` tokens, so that the end of a long one counts too. Each token is predicted
     once: a row begins with the last token of the one before, or with the start token of a tokenizer that has one.
     """
@@ -67,7 +67,7 @@ def windows_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int
     return Dataset.from_dict(rows)
 
 
-def a_sample(dataset: Any, most: int | None, seed: int = 0) -> Dataset:
+def sample_texts(dataset: Any, most: int | None, seed: int = 0) -> Dataset:
     """At most that many texts from all over a dataset, in its order; of a stream the first."""
     if not isinstance(dataset, Dataset):
         return Dataset.from_list(list(dataset.take(most) if most else dataset))

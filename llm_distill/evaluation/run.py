@@ -7,7 +7,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
@@ -19,14 +18,14 @@ from llm_distill.data.prepare import PreparedData, prepare
 from llm_distill.evaluation.bias import compare_bias, read_pairs
 from llm_distill.evaluation.compare import TEACHER, Scores, compare
 from llm_distill.evaluation.config import BUILT_IN, NONE, EvaluateConfig
-from llm_distill.evaluation.domains import a_sample, measure_domain, windows_of
-from llm_distill.evaluation.figures import domain_figures
+from llm_distill.evaluation.domains import measure_domain, sample_texts, split_into_windows
+from llm_distill.evaluation.figures import DomainFigures, domain_figures
 from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
 from llm_distill.evaluation.report import GapReport, header
 from llm_distill.evaluation.resources import VARIANTS, measure_resources
 from llm_distill.models import LanguageModel, vocabulary_size
-from llm_distill.ranks import ranks
+from llm_distill.ranks import ranks, run_on_first_rank
 from llm_distill.teachers.live import LiveTeacher
 
 Models = Mapping[str, LanguageModel]
@@ -46,11 +45,11 @@ def make_gap_report(config: EvaluateConfig, datasets: Mapping[str, Any], command
     pairs = None if config.bias in (NONE, BUILT_IN) else config.bias
     if pairs is not None:
         list(read_pairs(pairs))  # to be refused now if at all
-    samples = {name: a_sample(data, config.max_texts or None, config.seed) for name, data in datasets.items()}
+    samples = {name: sample_texts(data, config.max_texts or None, config.seed) for name, data in datasets.items()}
     if empty := [name for name, data in samples.items() if not len(data)]:
         raise ValueError(f"there is no text in {', '.join(empty)}.")
     report = GapReport(header(command))
-    resources = _of_the_first_rank(lambda: _resources(config)) if config.resources else None  # with the memory free
+    resources = run_on_first_rank(lambda: _resources(config)) if config.resources else None  # with the memory free
     models = {name: _load(config, name) for name in (TEACHER, "student", "baseline") if getattr(config, name)}
     report.content.update({name: model.describe() for name, model in models.items()})
     lengths = [limit for model in models.values() if (limit := model.max_length)]
@@ -91,7 +90,7 @@ def _parts(
 
 def _domains(
     config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset], comparable: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, DomainFigures]]:
     """(name, figures). Models with the student's tokens run over the same batches, each other one over its own."""
     student, teacher = models["student"], models[TEACHER]
     alone = [] if comparable else [TEACHER]
@@ -144,7 +143,7 @@ def _prepared(
         if kind not in prepared:
             alike = {n: d for n, d in samples.items() if _kind(d) == kind}
             if kind == "text":
-                alike = {n: windows_of(d, tokenizer, config.max_length) for n, d in alike.items()}
+                alike = {n: split_into_windows(d, tokenizer, config.max_length) for n, d in alike.items()}
             prepared[kind] = prepare(tokenizer, args, next(iter(alike.values())), alike)
             for domain, data in prepared[kind].evaluation.items():
                 require_rows(data, domain)
@@ -199,23 +198,15 @@ def _comparable(student: LanguageModel, other: LanguageModel) -> bool | str:
 
 def _resources(config: EvaluateConfig) -> dict[str, Any]:
     models = {name: getattr(config, name) for name in (TEACHER, "student", "baseline") if getattr(config, name)}
-    bits = "4bit" if config.teacher_load_in_4bit else "8bit" if config.teacher_load_in_8bit else None
     return measure_resources(
         models,
-        variants=tuple(VARIANTS) if config.quantized else (),
+        variants=VARIANTS if config.quantized else (),
         batch_sizes=config.resource_batch_sizes,
         dtype=config.dtype,
         revisions={name: revision for name in models if (revision := getattr(config, f"{name}_revision"))},
-        quantized={TEACHER: bits} if bits else None,
+        teacher_bits=4 if config.teacher_load_in_4bit else 8 if config.teacher_load_in_8bit else None,
         trust_remote_code=config.trust_remote_code,
     )
-
-
-def _of_the_first_rank(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The others wait."""
-    found: list[Any] = [measure() if ranks().is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
 
 
 def _save(report: GapReport, folder: str) -> None:

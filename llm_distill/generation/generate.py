@@ -28,6 +28,7 @@ from llm_distill.generation.store import Entries, Journal, open_folder, read_set
 from llm_distill.models import describe_tokenizer
 from llm_distill.ranks import ranks
 from llm_distill.rows import IGNORED
+from llm_distill.tables import Table
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +52,10 @@ class Report(NamedTuple):
     complete: bool
 
     def as_markdown(self) -> str:
-        lines = ["| | completions |", "|---|---:|", f"| written | {self.written:,} |"]
-        lines += [f"| rejected: {name} | {count:,} |" for name, count in self.rejected.items()]
-        lines += [f"| accepted | {self.accepted:,} ({self.accepted / max(self.written, 1):.1%}) |"]
-        text = "\n".join(lines)
+        accepted = f"{self.accepted:,} ({self.accepted / max(self.written, 1):.1%})"
+        rejected = [(f"rejected: {name}", f"{count:,}") for name, count in self.rejected.items()]
+        rows = [("written", f"{self.written:,}"), *rejected, ("accepted", accepted)]
+        text = Table(["", "completions"], rows).markdown()
         for reason, count in self.unanswered.items():
             text += f"\n\nWithout an answer: {count:,} prompts, {reason}."
         cost = f", cost {self.cost:.4f}" if self.cost else ""

@@ -14,8 +14,11 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
+from llm_distill.evaluation.figures import DomainFigures
+from llm_distill.evaluation.statistics import Interval, format_interval
 from llm_distill.publish.hub import licence_of, named, teachers_of
 from llm_distill.publish.record import FILE, OPTIONS_FILE
+from llm_distill.tables import Markdown, Table
 
 CARD_FILE = "README.md"
 REPORT_FILE, REPORT_PAGES = "report.json", ("report.md", "report.html")
@@ -36,6 +39,7 @@ FIGURES = {
 }
 """What the card shows of an evaluation, and what it is called."""
 MODELS = ("student", "teacher", "baseline")
+LIKENESS = ("kl", "reverse_kl", "top1_agreement", "acceptance")
 PARTS = {"generations": "what it writes", "tasks": "tasks", "bias": "bias", "resources": "speed and memory"}
 """Of a report, beside its domains."""
 
@@ -91,7 +95,7 @@ def write_model_card(
         *(_results(folder, record, report)),
         f"## How\n\n{_how(folder, record)}",
         f"## Limits\n\n{_limits(record, report, folder)}",
-        _table(("library", "version"), list(record.get("run.versions", {}).items())),
+        Table(("library", "version"), list(record.get("run.versions", {}).items())).markdown(),
     ]
     text = "\n\n".join(section.strip() for section in sections if section)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{text}\n").save(path)
@@ -148,7 +152,7 @@ def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str,
         linked = f"[{data}](https://huggingface.co/datasets/{data})" if record.get("run.dataset") else f"`{data}`"
         count = f", {record['data.texts']:,} texts" if record.get("data.texts") else ""
         rows.append(("data", linked + count, "see there"))
-    return _table(("", "what", "licence"), rows)
+    return Table(("", "what", "licence"), [(name, *map(Markdown, cells)) for name, *cells in rows]).markdown()
 
 
 def _terms(licence: dict[str, Any]) -> str:
@@ -198,7 +202,7 @@ def _how(folder: Path, record: dict[str, Any]) -> str:
     command = f"\n\n```text\n{run['command']}\n```" if run.get("command") else ""
     options = (folder / OPTIONS_FILE).read_text() if (folder / OPTIONS_FILE).is_file() else ""
     told = f"\n\n`{OPTIONS_FILE}`, for `llm-distill train --config {OPTIONS_FILE}`:\n\n```yaml\n{options}```"
-    return _table(("setting", "value"), rows) + command + (told if options else "")
+    return Table(("setting", "value"), rows).markdown() + command + (told if options else "")
 
 
 def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None) -> Iterator[str]:
@@ -207,26 +211,25 @@ def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None
         if figures:
             names = [FIGURES[figure] + (f" on {data}" if data else "") for figure, data, _ in figures]
             rows = [(name, f"{value:.4g}") for name, (*_, value) in zip(names, figures, strict=True)]
-            yield f"## Results on held-out text\n\n{_table(('figure', 'value'), rows)}"
+            yield f"## Results on held-out text\n\n{Table(('figure', 'value'), rows).markdown()}"
         return
     quality, likeness = [], []
-    for domain, found in report["domains"].items():
+    domains: dict[str, DomainFigures] = report["domains"]
+    for name, domain in domains.items():
         for model in MODELS:
-            if figures := found["models"].get(model):
-                shown = [_interval(figures.get(name)) for name in ("loss", "perplexity", "bits_per_byte")]
-                quality.append((domain, model, f"{found['tokens']:,}", *shown))
-        gap, alike = found.get("gap_closed"), found.get("likeness") or {}
+            if of_model := domain["models"].get(model):
+                losses = (_interval(of_model.get(figure)) for figure in ("loss", "perplexity", "bits_per_byte"))
+                quality.append((name, model, f"{domain['tokens']:,}", *losses))
+        gap, alike = domain["gap_closed"], domain["likeness"] or {}
         if gap or alike:
-            shown = [_interval(alike.get(name)) for name in ("kl", "reverse_kl", "top1_agreement", "acceptance")]
-            likeness.append((domain, _interval(gap), *shown))
+            likeness.append((name, _interval(gap), *(_interval(alike.get(figure)) for figure in LIKENESS)))
+    header = ("domain", "model", "tokens", "loss (nats a token)", "perplexity", "bits a byte")
     yield (
-        f"## Results on held-out text\n\nWith 95% intervals, {report['date']}.\n\n"
-        + _table(("domain", "model", "tokens", "loss (nats a token)", "perplexity", "bits a byte"), quality)
-        + "\n"
+        f"## Results on held-out text\n\nWith 95% intervals, {report['date']}.\n\n{Table(header, quality).markdown()}\n"
     )
     if likeness:
-        header = (FIGURES[name] for name in ("kl", "reverse_kl", "top1_agreement", "acceptance"))
-        yield "How like its teacher it is:\n\n" + _table(("domain", "gap closed", *header), likeness)
+        table = Table(("domain", "gap closed", *(FIGURES[figure] for figure in LIKENESS)), likeness)
+        yield f"How like its teacher it is:\n\n{table.markdown()}"
     yield "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(folder.glob("*.png")))
     pages = [f"[{name}]({name})" for name in REPORT_PAGES if (folder / name).is_file()]
     yield f"The whole report: {', '.join(pages)}." if pages else ""
@@ -291,22 +294,12 @@ def _limits(record: dict[str, Any], report: dict[str, Any] | None, folder: Path)
         if len(gaps) > 1:
             worst = min(gaps, key=lambda name: gaps[name])
             said.append(f"It is weakest, beside its teacher, on {worst}: {gaps[worst]:.0%} of the gap is closed there.")
-        lacking = [what for part, what in PARTS.items() if not report.get(part) or "skipped" in report[part]]
-        if lacking:
+        measured = {part for part in PARTS if report.get(part) and not isinstance(report[part].get("skipped"), str)}
+        if lacking := [what for part, what in PARTS.items() if part not in measured]:
             said.append(f"Not measured: {', '.join(lacking)}.")
         said.append("The figures hold for text like that of these domains, and for no other.")
     return "\n".join(f"- {line}" for line in said)
 
 
-def _interval(figure: dict[str, float] | None) -> str:
-    return (
-        ""
-        if figure is None or figure["value"] is None
-        else f"{figure['value']:.4g} ({figure['low']:.4g} to {figure['high']:.4g})"
-    )
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    rows = [tuple(str(cell).replace("|", "\\|") for cell in row) for row in rows]
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines) if rows else ""
+def _interval(figure: Interval | None) -> str:
+    return "" if figure is None else format_interval(figure, ".4g")

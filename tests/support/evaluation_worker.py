@@ -1,7 +1,7 @@
 """Compares two saved models on texts, generations, a task and pairs: what the test of ranks launches.
 
 Usage: evaluation_worker.py MODELS TASKS OUT. MODELS has the folders `teacher` and `student`, TASKS what `write_task`
-wrote. Writes OUT/found-RANK.json.
+wrote. Writes OUT/comparison-RANK.json.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ def compare(models: Path, tasks: Path) -> dict[str, Any]:
     domain.pop("passages", None)  # looked at by one rank alone
     return {
         "domain": domain,
-        "generations": compare_generations(loaded, PROMPTS, max_new_tokens=8, batch_size=2),
-        "tasks": run_tasks(loaded, "colours", include_path=tasks),
-        "bias": compare_bias(loaded, batch_size=5),
+        "generations": compare_generations(loaded, PROMPTS, max_new_tokens=8),
+        "tasks": run_tasks(loaded, ["colours"], include_path=tasks),
+        "bias": compare_bias(loaded),
     }
 
 
 if __name__ == "__main__":
     models, tasks, out = map(Path, sys.argv[1:])
-    found = compare(models, tasks)
-    (out / f"found-{ranks().process_index}.json").write_text(json.dumps(found))
+    comparison = compare(models, tasks)
+    (out / f"comparison-{ranks().process_index}.json").write_text(json.dumps(comparison))
