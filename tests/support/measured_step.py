@@ -54,13 +54,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
     device = task.get("device", "cpu")
-    options = {
-        "max_length": LENGTH,
-        "per_device_train_batch_size": 8,
-        "loss_buffer_mib": 16,
-        "use_cpu": device == "cpu",
-    }
-    options |= task.get("options", {})
+    options = {"max_length": LENGTH, "per_device_train_batch_size": 8, "loss_buffer_mib": 16} | task.get("options", {})
+    options["use_cpu"] = device == "cpu"
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     train(task | {name: task[name] | small for name in ("student", "teacher")}, options)  # imports and compiles
     with peak_memory(device) as taken:
