@@ -63,6 +63,8 @@ def shape(layers: int, width: int, inner: int, heads: int, kv_heads: int) -> dic
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"family": transformers.LlamaConfig, "vocab": 32_000, "batch": 8, "length": 256, "bf16": False}
     | {"student": shape(4, 256, 704, 4, 4), "teacher": shape(8, 512, 1408, 8, 8)},
+    "tiny": {"family": transformers.LlamaConfig, "vocab": 500, "batch": 2, "length": 16, "bf16": False}
+    | {"student": shape(1, 32, 64, 2, 2), "teacher": shape(1, 32, 64, 2, 2)},  # to see that it runs
     "large": {"family": transformers.Qwen2Config, "vocab": 151_936, "batch": 4, "length": 1024, "bf16": True}
     | {"student": shape(24, 896, 4864, 14, 2), "teacher": shape(28, 3584, 18944, 28, 4)},  # Qwen2.5-0.5B and -7B
 }
