@@ -13,19 +13,8 @@ import yaml
 
 SCIENTIFIC = re.compile(r"[-+]?(\d{1,3}(\.\d*)?|\.\d+)[eE][-+]?\d{1,2}")
 """A number such as 1e-6, which YAML 1.1 takes for text. A longer text may be a commit."""
-
 Needs = str | Mapping[str, Collection[Any]]
 """The name of another option that must be there, or the values that another option must have."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Rules:
-    """What an option needs, which numbers it may be, and how it is read where YAML or a command line gives it."""
-
-    needs: Needs | None = None
-    at_least: float | None = None
-    positive: bool = False
-    parse: Callable[[str, Any], Any] | None = None
 
 
 class Help(str):
@@ -35,15 +24,28 @@ class Help(str):
     rules travel with the text, so that `HfArgumentParser(DistillationConfig)` works as for every other configuration.
     """
 
-    rules: Rules
+    needs: Needs | None
+    at_least: float | None
+    positive: bool
+    parse: Callable[[str, Any], Any] | None
 
 
-def option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, **rules: Any) -> Any:
-    """A field of a configuration: its default, its help in whole sentences, its choices and its `Rules`."""
-    metadata: dict[str, Any] = {"help": Help(text)}
-    metadata["help"].rules = Rules(**rules)
-    if choices is not None:
-        metadata["choices"] = choices
+def option(
+    default: Any,
+    text: str,
+    *,
+    needs: Needs | None = None,
+    at_least: float | None = None,
+    positive: bool = False,
+    choices: tuple[str, ...] | None = None,
+    parse: Callable[[str, Any], Any] | None = None,
+) -> Any:
+    """A field of a configuration: its help in whole sentences, what it needs, which numbers or words it may be, and how
+    it is parsed.
+    """
+    help_text = Help(text)
+    help_text.needs, help_text.at_least, help_text.positive, help_text.parse = needs, at_least, positive, parse
+    metadata = {"help": help_text} | ({} if choices is None else {"choices": choices})
     if isinstance(default, list):
         return dataclasses.field(default_factory=default.copy, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -62,8 +64,7 @@ class Options:
     def __post_init__(self) -> None:
         options = declared_options(self)
         for name, field in options.items():
-            parse = field.metadata["help"].rules.parse
-            if parse is not None:
+            if parse := field.metadata["help"].parse:
                 setattr(self, name, parse(name, getattr(self, name)))
             _require_valid(field, getattr(self, name))
         refused = [f"{name} ({reason})" for name, field in options.items() if (reason := _why_useless(self, field))]
@@ -77,24 +78,20 @@ class Options:
 
 
 def declared_options(config: Any) -> dict[str, dataclasses.Field[Any]]:
-    """The fields of a configuration, or of its class, that are declared with `option`, by name."""
-    return {field.name: field for field in dataclasses.fields(config) if isinstance(field.metadata.get("help"), Help)}
+    """The fields of a configuration, or of its class, that are declared with `option`."""
+    return {f.name: f for f in dataclasses.fields(config) if isinstance(f.metadata.get("help"), Help)}
 
 
 def headings_of(config: type) -> dict[str, str]:
-    """The heading of each declared option of a configuration's class, which is that of the part it belongs to."""
+    """The heading of each declared option of a class, which is that of the part that declares it."""
     parts = [part for part in reversed(config.__mro__) if issubclass(part, Options)]
-    own = {name: part.heading for part in parts for name in inspect.get_annotations(part) if name != "heading"}
-    return {name: own[name] for name in declared_options(config)}
+    headings = {name: part.heading for part in parts for name in inspect.get_annotations(part) if part is not Options}
+    return {name: headings[name] for name in declared_options(config)}
 
 
 def fields_chosen(config: Any) -> set[str]:
     """The names of a dataclass's fields that are not at their defaults."""
-    return {
-        field.name
-        for field in dataclasses.fields(config)
-        if field.init and getattr(config, field.name) != default_of(field)
-    }
+    return {f.name for f in dataclasses.fields(config) if f.init and getattr(config, f.name) != default_of(f)}
 
 
 def default_of(field: dataclasses.Field[Any]) -> Any:
@@ -108,7 +105,7 @@ def is_chosen(config: Any, name: str) -> bool:
 
 
 def parse_mapping(name: str, value: Any) -> dict[str, Any]:
-    """A mapping from what Python, a YAML file or a command line gives; None is an empty one.
+    """A mapping from what Python, a YAML file or a command line gives. None is an empty one.
 
     Raises:
         ValueError: it is none.
@@ -120,11 +117,7 @@ def parse_mapping(name: str, value: Any) -> dict[str, Any]:
 
 
 def parse_mappings(name: str, value: Any) -> list[dict[str, Any]]:
-    """A list of mappings, as `parse_mapping` parses one.
-
-    Raises:
-        ValueError: it is none.
-    """
+    """A list of mappings, as `parse_mapping` parses one. Raises ValueError where it is none."""
     parsed = _parse(value) or []
     if not isinstance(parsed, list) or not all(isinstance(part, dict) for part in parsed):
         raise ValueError(f"{name} must be a list of mappings such as '[{{\"weight\": 0.5}}]', got {value!r}.")
@@ -132,7 +125,7 @@ def parse_mappings(name: str, value: Any) -> list[dict[str, Any]]:
 
 
 def _parse(value: Any) -> Any:
-    """What YAML makes of a text (JSON is YAML), with its numbers as numbers; everything else as it is."""
+    """What YAML makes of a text (JSON is YAML), and everything else as it is; numbers are numbers in either."""
     try:
         return _with_numbers(yaml.safe_load(value) if isinstance(value, str) else value)
     except yaml.YAMLError:
@@ -149,7 +142,7 @@ def _with_numbers(value: Any) -> Any:
 
 
 def _require_valid(field: dataclasses.Field[Any], value: Any) -> None:
-    rules, choices = field.metadata["help"].rules, field.metadata.get("choices")
+    rules, choices = field.metadata["help"], field.metadata.get("choices")
     if value is None:
         return
     if choices and value not in choices:
@@ -163,16 +156,16 @@ def _require_valid(field: dataclasses.Field[Any], value: Any) -> None:
 
 
 def _why_useless(config: Any, field: dataclasses.Field[Any]) -> str | None:
-    """Why an option that is chosen has no effect: what it needs is not there. None where it has one."""
-    needs = field.metadata["help"].rules.needs
+    """Why a chosen option has no effect: what it needs is not there. None where it has one, or is at its default."""
+    needs = field.metadata["help"].needs
     if needs is None or not is_chosen(config, field.name):
         return None
     name, values = (needs, None) if isinstance(needs, str) else next(iter(needs.items()))
     value = getattr(config, name)
-    if values is not None:
-        return None if value in values else f"{name} is {'on' if value is True else value}"
-    if value:
+    if value in values if values is not None else value:
         return None
     if value is None or value == []:
         return f"there {'is' if value is None else 'are'} no {name}"
-    return f"{name} is {'off' if value is False else f'{value:g}'}"
+    if isinstance(value, bool):
+        value = "on" if value else "off"
+    return f"{name} is {value}"

@@ -162,8 +162,8 @@ def memory_finding(estimate: MemoryEstimate, device: torch.device, loaded: int =
     slack = SLACK["cpu" if device.type == "cpu" else "accelerator"]
     said = f"{what}{estimate}, of {size(free)} {'RAM' if device.type == 'cpu' else 'on the device'}"
     todo = (
-        "a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
-        "gradient_checkpointing, LoRA (use_peft), a teacher in 4 bits or from a cache, or FSDP over more devices"
+        "activation_checkpointing, a smaller per_device_train_batch_size with more gradient_accumulation_steps, a "
+        "smaller max_length, LoRA (use_peft), a teacher in 4 bits or from a cache, or FSDP over more devices"
     )
     if estimate.total > free:
         return Finding("red", "memory", said, todo)

@@ -114,9 +114,9 @@ class GenerateConfig(TeacherModelOptions):
     def __post_init__(self) -> None:
         self.filters = dict(DEFAULTS) if self.filters is None else parse_mapping("filters", self.filters)
         self.engine = self.engine or (ENDPOINT if self.endpoint_url else TRANSFORMERS)
-        super().__post_init__()
         if self.engine == ENDPOINT and not self.endpoint_url:
             raise ValueError("engine=endpoint needs its endpoint_url, such as https://host/v1.")
+        super().__post_init__()
         if "majority" in self.filters and self.num_completions < 3:
             raise ValueError(f"the filter majority needs three votes or more: num_completions={self.num_completions}.")
         self.log_probs = self.log_probs or "log_prob" in self.filters
