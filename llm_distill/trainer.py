@@ -32,8 +32,8 @@ from llm_distill.losses.in_forward import Lesson, add_lesson_forward
 from llm_distill.losses.metrics import Stopwatch, empty_tally, means, tally_by_sample
 from llm_distill.losses.objective import Objective
 from llm_distill.models import vocabulary_size
-from llm_distill.publish.card import TAGS, write_model_card
-from llm_distill.publish.hub import hub_errors
+from llm_distill.publish.card import write_model_card
+from llm_distill.publish.hub import TAGS, hub_errors
 from llm_distill.publish.record import RESUMED, circumstances, require_same_run, run_options, run_record, write_run
 from llm_distill.publish.student import push_student, require_place
 from llm_distill.rows import SIGNAL, SKIPPED, count_rows, counted_rows

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.evaluation.statistics import Interval, as_text, interval
-from llm_distill.generation.engines import Completion, Sampling, TransformersEngine
+from llm_distill.generation.engines.base import Completion, Sampling
+from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.filters import repeated_share
 from llm_distill.generation.prompts import COLUMNS, Content, Prompt, prompts_of
 from llm_distill.ranks import ranks

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llm_distill.config import DistillationConfig, _mapping
-from llm_distill.generation.endpoint import KEY_VARIABLE, Prices
-from llm_distill.generation.engines import Sampling
+from llm_distill.generation.engines.base import Sampling
+from llm_distill.generation.engines.endpoint import Prices
 from llm_distill.generation.filters import DEFAULTS, FILTERS, Filter, make_filters
+from llm_distill.servers import KEY_VARIABLE
 
 ENGINES = ("transformers", "vllm", "endpoint")
 TRAINING = {each.name: each.metadata for each in fields(DistillationConfig)}
