@@ -70,8 +70,8 @@ def main() -> None:
     labels = {"two forwards with logits": "forwards", "every figure of a domain": "report"}
     rows = [(label, f"{statistics.median(times[n]):.2f}", f"{memory[n]:,.0f}") for label, n in labels.items()]
     table = (
-        f"{Table(('', 'seconds', 'peak memory, MiB'), rows).markdown()}\n\n{statistics.median(ratios):.2f} × (by round: "
-        f"{rounds}). {args.texts} texts of {size['length']:,} tokens, V = {size['vocab']:,}."
+        f"{Table(('', 'seconds', 'peak memory, MiB'), rows).markdown()}\n\n{statistics.median(ratios):.2f} × (by "
+        f"round: {rounds}). {args.texts} texts of {size['length']:,} tokens, V = {size['vocab']:,}."
     )
     print(table)
     if args.output:

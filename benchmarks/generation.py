@@ -80,7 +80,7 @@ def measure(rounds: int, count: int, new_tokens: int, batch: int) -> dict[str, A
         engine = TransformersEngine(teacher, sampling, batch_size=batch)
         with tempfile.TemporaryDirectory() as folder:
             filters = make_filters({"length": {}, "repetition": {"max_share": 1.0}, "exact_duplicates": {}})
-            report = generate(engine, prompts, Path(folder, "generated"), sampling, filters=filters)
+            report = generate(engine, prompts, Path(folder, "generated"), filters=filters)
             assert report.tokens == len(prompts) * new_tokens
 
     def one_by_one() -> None:

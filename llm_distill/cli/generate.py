@@ -13,11 +13,11 @@ def generate(argv: Sequence[str]) -> None:
     """Has the teacher write completions and keeps the good ones: `llm-distill generate`."""
     with errors_in_one_line():
         script, config = parse("generate", argv)
-        from llm_distill.generation.choose import make_engine, tokenizer_of
-        from llm_distill.generation.endpoint import BudgetReachedError
-        from llm_distill.generation.generate import ACCEPTED, read_report
-        from llm_distill.generation.generate import generate as write
+        from llm_distill.generation.engines.choose import make_engine
+        from llm_distill.generation.engines.endpoint import BudgetReachedError
         from llm_distill.generation.prompts import prompts_of
+        from llm_distill.generation.run import ACCEPTED, read_report
+        from llm_distill.generation.run import generate as write
         from llm_distill.ranks import ranks
 
         say = ranks().print
@@ -33,20 +33,18 @@ def generate(argv: Sequence[str]) -> None:
                 as_chat=config.as_chat,
                 system_prompt=config.system_prompt,
                 prompt_tokens=config.prompt_tokens,
-                tokenizer=tokenizer_of(engine),
+                tokenizer=engine.tokenizer,
                 limit=config.max_prompts,
             )
         )
         try:
-            report = write(
-                engine, prompts, config.output_dir, config.sampling(), filters=filters, tokenizer=tokenizer_of(engine)
-            )
+            report = write(engine, prompts, config.output_dir, filters=filters)
         except BudgetReachedError as reached:
             say(f"Stopped: {reached}")
             report = read_report(config.output_dir)
     say(f"\n{report.as_markdown()}\n")
     if config.generated_hub_id is not None and ranks().is_main_process:
-        from llm_distill.publish.texts import push_generated
+        from llm_distill.publish.datasets import push_generated
 
         with errors_in_one_line():
             assert isinstance(config.filters, dict), "GenerateConfig has parsed it"

@@ -17,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_distill.evaluation.compare import TEACHER
 from llm_distill.evaluation.statistics import Interval, format_interval, interval
-from llm_distill.generation.engines import Completion, Sampling, TransformersEngine
+from llm_distill.generation.engines.base import Completion, Sampling
+from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.filters import repeated_share
 from llm_distill.generation.prompts import COLUMNS, Content, Prompt, prompts_of
 from llm_distill.models import LanguageModel

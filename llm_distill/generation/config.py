@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from llm_distill.generation.endpoint import KEY_VARIABLE, Prices
-from llm_distill.generation.engines import Sampling
+from llm_distill.generation.engines.base import Sampling
+from llm_distill.generation.engines.endpoint import Prices
 from llm_distill.generation.filters import DEFAULTS, FILTERS, Filter, make_filters
 from llm_distill.options import is_chosen, option, parse_mapping
+from llm_distill.servers import KEY_VARIABLE
 from llm_distill.teachers.options import LOADING, TeacherModelOptions
 
 TRANSFORMERS, VLLM, ENDPOINT = "transformers", "vllm", "endpoint"

@@ -16,7 +16,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from llm_distill.evaluation.figures import DomainFigures
 from llm_distill.evaluation.statistics import Interval, format_interval
-from llm_distill.publish.hub import licence_of, named, teachers_of
+from llm_distill.publish.hub import TAGS, licence_of, link_to, teachers_of
 from llm_distill.publish.record import FILE, OPTIONS_FILE
 from llm_distill.tables import Markdown, Table
 
@@ -25,7 +25,6 @@ REPORT_FILE, REPORT_PAGES = "report.json", ("report.md", "report.html")
 MARK = "<!-- llm-distill writes this card anew with every push. Remove this line to keep what you change. -->"
 UNFILLED = "[More Information Needed]"
 """Of the template that PEFT leaves."""
-TAGS = ["llm-distill", "knowledge-distillation"]
 FIGURES = {
     "loss": "loss",
     "ce": "cross-entropy (nats a token)",
@@ -143,10 +142,10 @@ def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str,
     if base_model is not None:
         start["model"] = base_model
         start["revision"] = start.get("revision") or "main"
-    rows = [("student, before", named(start) + _size(start), _terms(licences.get("start", {})))]
+    rows = [("student, before", link_to(start) + _size(start), _terms(licences.get("start", {})))]
     if taught(record):
         terms = _terms(licences["teacher"])
-        rows += [("teacher", named(each) + _size(each), terms) for each in teachers_of(_teacher(record))]
+        rows += [("teacher", link_to(each) + _size(each), terms) for each in teachers_of(_teacher(record))]
     data = record.get("run.dataset") or record.get("data.name")
     if data:
         linked = f"[{data}](https://huggingface.co/datasets/{data})" if record.get("run.dataset") else f"`{data}`"

@@ -15,8 +15,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from llm_distill.config import DistillationConfig
 from llm_distill.leaks import public_value
 from llm_distill.losses.objective import Objective
-from llm_distill.publish.card import TAGS, write_model_card
-from llm_distill.publish.hub import hub_errors
+from llm_distill.publish.card import write_model_card
+from llm_distill.publish.hub import TAGS, hub_errors
 from llm_distill.publish.record import RESUMED, circumstances, require_same_run, run_options, run_record, write_run
 from llm_distill.publish.student import push_student, require_place
 from llm_distill.students.build import name_of, revision_of

@@ -23,9 +23,9 @@ from servers import RunningServer, serving
 
 from llm_distill.cli import main
 from llm_distill.generation import Prompt, Sampling, generate, make_filters, prompts_of
-from llm_distill.generation.endpoint import BudgetReachedError, EndpointEngine, Prices
-from llm_distill.generation.generate import read_report
-from llm_distill.generation.store import Entries
+from llm_distill.generation.engines.endpoint import BudgetReachedError, EndpointEngine, Prices
+from llm_distill.generation.journal import JournalEntries
+from llm_distill.generation.run import read_report
 
 SCRIPT, KEY = Path(protocol_server.__file__), "sk-not-to-be-shown-anywhere"
 SAMPLING = Sampling(max_new_tokens=6, temperature=0)
@@ -100,10 +100,10 @@ def test_when_it_gives_up_everything_so_far_is_kept(
     with FaultyProxy(server.url, [None] * 5 + ["500"] * 50) as proxy:
         engine = engine_at(proxy.url, max_retries=1, concurrency=1)
         with pytest.raises(ConnectionError, match=r"answered 500 2 times\. What has arrived is kept"):
-            generate(engine, prompts, tmp_path / "run", SAMPLING)
-    assert len(Entries(tmp_path / "run")) == 5
+            generate(engine, prompts, tmp_path / "run")
+    assert len(JournalEntries(tmp_path / "run")) == 5
     with FaultyProxy(server.url) as proxy:
-        report = generate(engine_at(proxy.url), prompts, tmp_path / "run", SAMPLING)
+        report = generate(engine_at(proxy.url), prompts, tmp_path / "run")
         assert proxy.passed == len(prompts) - 5
     assert report.complete
 
@@ -112,7 +112,7 @@ def test_a_prompt_that_the_endpoint_refuses_does_not_stop_the_others(
     server: RunningServer, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     long = list(prompts_of([{"prompt": "abc " * 200}]))
-    report = generate(engine_at(server.url), [*prompts[:3], *long], tmp_path / "run", SAMPLING)
+    report = generate(engine_at(server.url), [*prompts[:3], *long], tmp_path / "run")
     assert report.written == 3
     (reason,) = report.unanswered
     assert "the endpoint refused it" in reason
@@ -124,9 +124,9 @@ def test_the_budget_stops_before_it_is_exceeded_and_a_larger_one_goes_on(
 ) -> None:
     def run(budget: float) -> Any:
         prices = Prices(input=1e4, output=1e5, budget=budget)
-        spent = Entries.cost_in(tmp_path / "run")
+        spent = JournalEntries(tmp_path / "run").cost
         engine = engine_at(server.url, prices=prices, spent=spent)
-        return generate(engine, prompts, tmp_path / "run", SAMPLING, filters=make_filters({"length": {}}))
+        return generate(engine, prompts, tmp_path / "run", filters=make_filters({"length": {}}))
 
     with pytest.raises(BudgetReachedError, match="with a larger budget the same command goes on"):
         run(8.0)
@@ -170,8 +170,8 @@ def data(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key": ""}, "is missing: set OPENAI_API_KEY in the environment"),
-        ({"key": "sk-another-secret"}, "was refused: set OPENAI_API_KEY in the environment"),
+        ({"key": ""}, "to answer without a key (OPENAI_API_KEY is not set): HTTP 401. Set it in the environment"),
+        ({"key": "sk-another-secret"}, "refuses the key in OPENAI_API_KEY: HTTP 401. Set it in the environment"),
         ({"model": "gpt-9"}, "does not serve 'gpt-9', only teacher"),
         ({"url": "http://me:hunter2@127.0.0.1:9"}, "nothing answers at http://127.0.0.1:9/v1"),
         ({"budget": "0"}, "budget=0.0 allows nothing"),
@@ -216,7 +216,7 @@ def test_killed_runs_pay_for_no_prompt_that_has_arrived(
                 time.sleep(0.01)
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
-        report = generate(engine_at(proxy.url), prompts, folder, SAMPLING)
+        report = generate(engine_at(proxy.url), prompts, folder)
         assert report.complete
         assert report.written == len(prompts)
         in_flight_at_most = 3 * 2

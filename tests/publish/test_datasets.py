@@ -20,7 +20,7 @@ from llm_distill.cache.codec import encode
 from llm_distill.cache.manifest import identity, write_manifest
 from llm_distill.cache.methods import describe_method
 from llm_distill.cache.store import ShardWriter
-from llm_distill.publish.datasets import dataset_card
+from llm_distill.publish.datasets import cache_card
 
 METHOD = TopK(k=16)
 
@@ -118,7 +118,7 @@ def test_a_pushed_cache_is_downloaded_and_decodes_to_the_same(hub: Hub, home: Pa
 def test_a_stream_reads_what_is_needed(hub: Hub, home: Path) -> None:
     cache = make_cache(home / "cache", texts=60, rows=400)
     hub.files[REPO] = {path.name: path.read_bytes() for path in (home / "cache").iterdir()}
-    hub.files[REPO]["README.md"] = dataset_card(cache, REPO, {}).encode()
+    hub.files[REPO]["README.md"] = cache_card(cache, REPO, {}).encode()
     first = next(cache.examples())[0]
     program = f"""
         theirs = TeacherCache.open("hf://datasets/" + repo)
@@ -234,7 +234,7 @@ def test_a_push_that_broke_off_goes_on(hub: Hub, home: Path, transfer: str) -> N
 
 def test_the_card_says_what_it_is(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / PERSON, texts=2000, rows=1, shards=1)
-    card = DatasetCard(dataset_card(cache, REPO, {"license": "other", "license_name": "qwen"}))
+    card = DatasetCard(cache_card(cache, REPO, {"license": "other", "license_name": "qwen"}))
     data = card.data.to_dict()
     assert data["configs"] == [{"config_name": "default", "data_files": "shard-*.parquet"}]
     assert (data["license"], data["license_name"], data["size_categories"]) == ("other", "qwen", ["1K<n<10K"])
@@ -260,7 +260,7 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
 def test_the_card_of_teachers_of_one_s_own(tmp_path: Path) -> None:
     teachers = [{"model": "mine", "revision": None, "dtype": "float32"}, {"architecture": "LlamaForCausalLM"}]
     cache = make_cache(tmp_path / "cache", teacher={"ensemble": teachers, "weights": [0.5, 0.5]}, fidelity=None)
-    card = DatasetCard(dataset_card(cache, REPO, {}))
+    card = DatasetCard(cache_card(cache, REPO, {}))
     assert {"license", "base_model"}.isdisjoint(card.data.to_dict())
     assert "The teacher's is not known here. It governs" in card.text
     assert "| teacher | `mine`, float32 |\n| teacher | `LlamaForCausalLM` |\n" in card.text

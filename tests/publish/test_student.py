@@ -258,7 +258,8 @@ def test_other_peoples_work_is_left_alone_without_force(lab: Hub, home: Path, tr
     record = json.loads((folder / "distillation.json").read_text()) | {"objective.temperature": 2.0}
     lab.files[REPO] = {".gitattributes": b"", "distillation.json": json.dumps(record).encode(), "merges.txt": b""}
     refused, pushed = push(lab, home, [folder, REPO], [folder, REPO, "--force"])
-    assert re.search(r"holds another run: objective.temperature was 2.0, is 1.0.*--force", refused)
+    changes = "objective.temperature: the repository has 2.0, asked for is 1.0"
+    assert re.search(f"holds another distilled student: {changes}.*--force", refused)
     assert "Pushed to" in pushed
     assert "merges.txt" not in lab.files[REPO], "of the other's tokenizer"
 
@@ -290,6 +291,31 @@ def test_what_cannot_be_is_said_before_anything_is_sent(lab: Hub, home: Path, tr
     assert REPO not in lab.files
 
 
+def test_a_push_may_go_on_in_the_background_under_a_title_of_its_own(lab: Hub, home: Path, trained: Train) -> None:
+    """What can be refused is refused at once; the process that only starts the upload does not end before it."""
+    trained()
+    program = """
+    import sys, threading
+    from huggingface_hub import run_as_future
+    from llm_distill.publish.student import prepare_push
+
+    home, repo = sys.argv[1:3]
+    try:
+        prepare_push(home + "/out", "others/student")
+    except ValueError as error:
+        print(error)
+    upload = prepare_push(home + "/out", "somebody/student", model_name="A Title")
+    future = run_as_future(lambda: (threading.Event().wait(0.5), upload())[1])
+    print(future.done())
+    """
+    refused, is_done = run(lab, home, program)
+    assert "does not let you write to others/student" in refused
+    assert is_done == "False"
+    assert "\n# A Title\n" in lab.files[REPO]["README.md"].decode()
+    assert "model.safetensors" in lab.files[REPO]
+    assert_clean(lab, home)
+
+
 def test_without_a_network_all_work_stays(lab: Hub, home: Path, trained: Train) -> None:
     folder = trained()
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
@@ -303,7 +329,7 @@ def test_training_pushes_and_refuses_early(lab: Hub, home: Path, trained: Train)
     trained(**hub_id)
     assert len(lab.commits) == 1
     assert_clean(lab, home)
-    with pytest.raises(AssertionError, match=r"holds another run: objective.divergence"):
+    with pytest.raises(AssertionError, match=r"holds another distilled student: objective.divergence"):
         trained(**hub_id, divergence="reverse_kl", output_dir=home / "other")
     assert not list((home / "other").rglob("*.safetensors"))
     with pytest.raises(AssertionError, match="does not let you write to others/student"):

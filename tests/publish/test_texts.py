@@ -16,7 +16,7 @@ from llm_distill.teachers import LiveTeacher
 SAMPLING = Sampling(num_completions=2, max_new_tokens=4)
 PUSH = """
 import sys
-from llm_distill.publish.texts import push_generated
+from llm_distill.publish.datasets import push_generated
 
 home, repo = sys.argv[1:]
 try:
@@ -33,7 +33,7 @@ def run(home: Path, saved: Path) -> Path:
     teacher._description |= {"model": TEACHER, "revision": REVISION}
     prompts: list[Prompt] = list(prompts_of({"prompt": f"x = {n}", "secret": f"row {n}"} for n in range(6)))
     filters: Any = make_filters({"length": {}, "majority": {"min_share": 1.0}})
-    generate(TransformersEngine(teacher, SAMPLING), prompts, home / "run", SAMPLING, filters=filters)
+    generate(TransformersEngine(teacher, SAMPLING), prompts, home / "run", filters=filters)
     return home / "run"
 
 
@@ -61,7 +61,7 @@ def test_other_peoples_repositories_are_left_alone(hub: Hub, home: Path, run: Pa
     settings["sampling"]["seed"] = 7
     hub.files[REPO] = {".gitattributes": b"", "generation.json": json.dumps(settings).encode()}
     (said,) = python(hub, home, PUSH)
-    assert "holds other texts. sampling.seed: the repository has 7, asked for is 0" in said
+    assert "holds another set of generated texts: sampling.seed: the repository has 7, asked for is 0" in said
     assert not hub.commits
 
 

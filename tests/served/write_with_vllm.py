@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from llm_distill.generation.engines import Sampling
+from llm_distill.generation.engines.base import Sampling
+from llm_distill.generation.engines.vllm import VLLMEngine
 from llm_distill.generation.prompts import prompts_of
-from llm_distill.generation.vllm import VLLMEngine
 
 if __name__ == "__main__":
     model, asked, answered = sys.argv[1:]

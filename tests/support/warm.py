@@ -73,7 +73,7 @@ def _serve(address: str) -> None:
     matplotlib.use("Agg")
     import llm_distill.capture.report
     import llm_distill.cli
-    import llm_distill.generation.generate
+    import llm_distill.generation.run
     import llm_distill.trainer  # noqa: F401
 
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks

@@ -37,8 +37,8 @@ from llm_distill.config import DistillationConfig
 from llm_distill.divergences import ForwardKL
 from llm_distill.losses.fused.logits import logits_in_chunks
 from llm_distill.rows import View
-from llm_distill.teachers.replicas import Replicas, parse_urls
-from llm_distill.teachers.served import fitted, top_tokens_of
+from llm_distill.servers import ServerPool
+from llm_distill.teachers.served import fit_to_vocabulary, parse_urls, read_top_tokens
 
 SCRIPT = Path(protocol_server.__file__)
 Start = Callable[..., RunningServer]
@@ -229,22 +229,22 @@ def test_logits_past_the_tokenizer_take_no_part(
 
 def test_a_row_without_a_token_of_the_student_is_refused() -> None:
     with pytest.raises(ValueError, match="likeliest tokens are all past the 4"):
-        fitted(np.array([[5, 6]]), np.log([[0.5, 0.4]]), 4)
+        fit_to_vocabulary(np.array([[5, 6]]), np.log([[0.5, 0.4]]), 4)
 
 
 def test_a_token_of_the_text_outside_the_top_belongs_to_the_tail() -> None:
     said = [None, {"9": {"logprob": -5.0, "rank": 77}, "3": {"logprob": -0.5, "rank": 1}}]
-    ids, log_p = top_tokens_of(said, np.array([1]), 2)
-    log_p, tail = fitted(ids, log_p, 10)
+    ids, log_p = read_top_tokens(said, np.array([1]), 2)
+    log_p, tail = fit_to_vocabulary(ids, log_p, 10)
     assert ids[0, 0] == 3
     assert log_p.tolist() == [[-0.5, -np.inf]]
     assert tail[0] == pytest.approx(np.log(1 - np.exp(-0.5)))
 
 
 def test_mass_that_rounding_hides_is_little_and_not_none() -> None:
-    _, tail = fitted(np.array([[0, 1], [0, 1]]), np.log([[0.5, 0.5 + 1e-9], [0.5, 0.4]]), 3)
+    _, tail = fit_to_vocabulary(np.array([[0, 1], [0, 1]]), np.log([[0.5, 0.5 + 1e-9], [0.5, 0.4]]), 3)
     assert -20 < tail[0] < -16
-    _, nothing = fitted(np.array([[0, 1]]), np.log([[0.5, 0.5]]), 2)
+    _, nothing = fit_to_vocabulary(np.array([[0, 1]]), np.log([[0.5, 0.5]]), 2)
     assert nothing[0] == -np.inf
 
 
@@ -407,7 +407,7 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
     monkeypatch.setenv("OPENAI_API_KEY", "a-good-key")
     teacher = ServedTeacher(url)
     teacher.fit_to(tokenizer)
-    assert "a-good-key" not in repr(vars(teacher)) + repr(vars(teacher._replicas)) + json.dumps(teacher.describe())
+    assert "a-good-key" not in repr(vars(teacher)) + repr(vars(teacher._servers)) + json.dumps(teacher.describe())
     monkeypatch.setenv("OPENAI_API_KEY", "a-bad-key")
     with pytest.raises(ValueError, match=f"{url} refuses the key in OPENAI_API_KEY") as error:
         ServedTeacher(url).fit_to(tokenizer)
@@ -562,10 +562,10 @@ def test_a_request_that_hangs_is_asked_again(server: str, tokenizer: PreTrainedT
         assert time.monotonic() - began < 8
 
 
-def test_replicas_do_not_wait_past_the_time_allowed() -> None:
+def test_servers_do_not_wait_past_the_time_allowed() -> None:
     began = time.monotonic()
     with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9: .*refused"):
-        Replicas("http://127.0.0.1:9", timeout=1).ask("/v1/completions", {})
+        ServerPool(["http://127.0.0.1:9"], timeout=1, patience=1).request("/v1/completions", {})
     assert time.monotonic() - began < 3
 
 
