@@ -41,7 +41,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_distill import DistillationConfig, DistillationTrainer
-from llm_distill.rows import Batch
+from llm_distill.models import HEAD, Needs
+from llm_distill.rows import View
 from llm_distill.signals import SparseSignal
 from llm_distill.teachers import LiveTeacher, Teacher
 
@@ -114,7 +115,7 @@ class PrecomputedTeacher(Teacher):
         self.ids = first + torch.randint(0, stratum, (rows, k), device=device)  # distinct, and all over the vocabulary
         self.cells = torch.randn(rows, k + 1, device=device).log_softmax(-1)
 
-    def score(self, batch: Batch) -> SparseSignal:
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
         return SparseSignal(self.ids, self.cells[:, :-1].contiguous(), self.cells[:, -1].contiguous(), self.vocab)
 
     def describe(self) -> dict[str, Any]:

@@ -54,6 +54,14 @@ class DistillationConfig(SFTConfig):
         default=0.0,
         metadata={"help": "Weight of the cross-entropy with the text (hard labels)."},
     )
+    losses: list[dict[str, Any]] | str | None = field(
+        default=None,
+        metadata={
+            "help": "More terms beside divergence and cross-entropy, as JSON or YAML: a list of {name, weight, …}. "
+            "There is `hidden`: the mean squared error between hidden states, of the layers in layers: {4: 8} "
+            "(student's: teacher's, counted from 1)."
+        },
+    )
     loss_buffer_mib: int | None = field(
         default=None,
         metadata={
@@ -151,6 +159,8 @@ class DistillationConfig(SFTConfig):
         super().__post_init__()
         self.divergence_kwargs = _mapping("divergence_kwargs", self.divergence_kwargs)
         self.teacher_model_init_kwargs = _mapping("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
+        if isinstance(self.losses, str):
+            self.losses = yaml.safe_load(self.losses)
         if isinstance(self.teacher_server_url, list):  # as YAML may give it
             self.teacher_server_url = ",".join(self.teacher_server_url)
         if self.teacher_server_url is not None and self.dataloader_num_workers == 0:

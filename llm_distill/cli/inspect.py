@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from llm_distill.cli.build import build_trainer
+from llm_distill.cli.build import build_capture, load_student
 from llm_distill.cli.parsing import errors_in_one_line, parse_capture
 
 
@@ -28,10 +28,16 @@ def inspect(argv: Sequence[str]) -> None:
             raise ValueError(f"{len(damaged)} damaged: {', '.join(damaged)}. `llm-distill capture` makes them again.")
         print(f"All {len(cache.shards)} shards are whole.")
         if rest:
+            from torch import nn
+
             from llm_distill.capture.report import report_fidelity
 
             script, args, model, _ = parse_capture(rest)  # so that the YAML of either serves
-            args.teacher_cache, args.on_miss = None, "error"
-            report_fidelity(build_trainer(script, args, model), cache)
+            teacher, data = build_capture(script, args, model)
+            if teacher is None:
+                raise ValueError("the fidelity is measured beside the teacher: teacher_model_name_or_path is missing.")
+            teacher.fit_to(data.tokenizer)
+            teacher.prepare(data.accelerator, nn.Module())
+            report_fidelity(teacher, load_student(data, model), data, cache)
         elif cache.manifest.get("fidelity"):
             print(cache.manifest["fidelity"]["table"])

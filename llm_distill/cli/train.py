@@ -26,10 +26,10 @@ def train(argv: Sequence[str]) -> None:
         if start.check and model.model_name_or_path:
             refuse_red(before_loading(args, model), only="memory")
         trainer = build_trainer(script, args, model)
-        trainer.command, trainer.options = ["llm-distill", "train", *argv], options
-        trainer.record["data.name"] = public_value(script.dataset_name)
+        trainer.run.command, trainer.run.options = ["llm-distill", "train", *argv], options
+        trainer.run.record["data.name"] = public_value(script.dataset_name)
         resumption = _resumption(args.resume_from_checkpoint)
-        trainer.require_resumable(resumption)
+        trainer.run.require_resumable(resumption)
     if start.check:
         refuse_red(trainer.check())
     dataset = None if script.dataset_name == corpus.NAME else script.dataset_name

@@ -38,10 +38,9 @@ from llm_distill.evaluation.compare import TEACHER
 from llm_distill.evaluation.statistics import correlation, format_interval, interval
 from llm_distill.heads import LMHead
 from llm_distill.losses.likelihoods import token_log_likelihoods
-from llm_distill.models import vocabulary_size
+from llm_distill.models import LanguageModel, vocabulary_size
 from llm_distill.ranks import map_over_ranks, ranks
 from llm_distill.tables import Table
-from llm_distill.teachers.live import LiveTeacher as LanguageModel
 
 BUILT_IN = Path(__file__).with_name("pairs.csv")
 """56 plain sentences of everyday life, seven for each of eight categories, with one word for one group exchanged.
@@ -143,8 +142,7 @@ def read_pairs(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Pai
 
 def score_pairs(model: LanguageModel, pairs: Sequence[Pair], name: str = "model") -> Float[NDArray, "pairs scores"]:
     """What `first` is likelier by in each pair in nats, by each of SCORES."""
-    assert model.tokenizer is not None, "whoever loads a model to evaluate it sees to that"
-    head = LMHead.of(model.model, vocabulary_size(model.tokenizer))
+    head = LMHead.of(model.model, vocabulary_size(model.require_tokenizer(name)))
     order = sorted(range(len(pairs)), key=lambda place: len(pairs[place].first))  # of a length: little padding
     differences = np.zeros((len(pairs), len(SCORES)))
     with tqdm(total=len(pairs), desc=f"Pairs of the {name}", unit=" pairs", disable=not ranks().is_main_process) as bar:
@@ -172,8 +170,7 @@ def score_texts(model: LanguageModel, head: LMHead, texts: Sequence[str]) -> lis
     Raises:
         ValueError: a text longer than the model's context.
     """
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
+    tokenizer = model.require_tokenizer("model")
     starts = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     documents = [tokenizer(text)["input_ids"] for text in texts]
     documents = [ids if ids[:1] == starts[:1] else starts[:1] + ids for ids in documents]

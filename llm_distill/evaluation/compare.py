@@ -18,9 +18,9 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill.divergences import ReverseKL
 from llm_distill.heads import LMHead
 from llm_distill.losses.fused import fused_head_loss
-from llm_distill.models import hidden_of_counted_rows
+from llm_distill.models import kept_of
 from llm_distill.ranks import ranks
-from llm_distill.rows import counted_rows
+from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal, SparseSignal
 from llm_distill.teachers.base import Teacher
 
@@ -121,13 +121,14 @@ def _score_batch(
 ) -> dict[str, Any]:
     device = next(next(iter(models.values())).parameters()).device
     batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    rows = counted_rows(batch["labels"])
-    signal = None if teacher is None else teacher.score(batch)
+    view = View.of(batch)
+    rows = view.positions
+    signal = None if teacher is None else teacher.score(view)
     if isinstance(signal, SparseSignal):
         raise ValueError("the teacher tells a part of its distribution alone: load it whole to compare with it.")
     columns: dict[str, dict[str, Tensor]] = {}
     for name, model in models.items():
-        hidden = hidden_of_counted_rows(model, heads[name], batch)
+        hidden = kept_of(model, heads[name], view).hidden
         reference = HiddenSignal(hidden, heads[name]) if signal is None else signal  # itself, for its confidence
         _, metrics = fused_head_loss(hidden, heads[name], reference, ReverseKL(), targets=rows.targets)
         if signal is not None:

@@ -20,9 +20,9 @@ from llm_distill.evaluation.statistics import Interval, format_interval, interva
 from llm_distill.generation.engines import Completion, Sampling, TransformersEngine
 from llm_distill.generation.filters import repeated_share
 from llm_distill.generation.prompts import COLUMNS, Content, Prompt, prompts_of
+from llm_distill.models import LanguageModel
 from llm_distill.ranks import map_over_ranks, ranks
 from llm_distill.tables import Table
-from llm_distill.teachers.live import LiveTeacher as LanguageModel
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 LABELS = {"exact_match": "exact match", "same_prefix": "same prefix"} | {name: f"ROUGE-{name[5:]}" for name in ROUGE}
@@ -75,7 +75,7 @@ def compare_generations(
             long.
     """
     _rouge_scorer()  # before anything runs
-    tokenizers = {name: _tokenizer(model) for name, model in models.items()}
+    tokenizers = {name: model.require_tokenizer(name) for name, model in models.items()}
     cases = read_cases(dataset, next(iter(tokenizers.values())), max_new_tokens=max_new_tokens, limit=limit)
     is_chat = any(not isinstance(case.prompt.content, str) for case in cases)
     if is_chat and (unable := [name for name, tokenizer in tokenizers.items() if tokenizer.chat_template is None]):
@@ -170,7 +170,8 @@ def _write_answers(
     name: str, model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> dict[str, Completion]:
     """By the prompt's id; without those that are too long."""
-    engine = TransformersEngine(model, Sampling(temperature=0, max_new_tokens=max_new_tokens), batch_size=BATCH_SIZE)
+    sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    engine = TransformersEngine(model, sampling, batch_size=BATCH_SIZE)  # type: ignore[arg-type]
     answers = tqdm(
         engine.write(prompts),
         total=len(prompts),
@@ -265,11 +266,6 @@ def _choose_examples(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     n = min(EXAMPLES, len(compared))
     places = sorted({round(i * (len(compared) - 1) / max(n - 1, 1)) for i in range(n)})
     return [{name: compared[place][name] for name in ("prompt", "reference", "answers")} for place in places]
-
-
-def _tokenizer(model: LanguageModel) -> PreTrainedTokenizerBase:
-    assert model.tokenizer is not None, "whoever loads a model to evaluate it sees to that"
-    return model.tokenizer
 
 
 def _continuation(text: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> str | None:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from llm_distill.evaluation.statistics import format_interval
+from llm_distill.models import LanguageModel
 from llm_distill.ranks import run_on_first_rank
 from llm_distill.tables import Table
-from llm_distill.teachers.live import LiveTeacher as LanguageModel
 
 logger = logging.getLogger(__name__)
 

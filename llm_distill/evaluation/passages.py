@@ -16,8 +16,8 @@ from llm_distill.evaluation.compare import TEACHER, Scores
 from llm_distill.heads import LMHead
 from llm_distill.losses.fused.job import Choice, Few
 from llm_distill.losses.fused.logits import logits_in_chunks, top_tokens
-from llm_distill.models import hidden_of_counted_rows
-from llm_distill.rows import counted_rows
+from llm_distill.models import kept_of
+from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
 
@@ -54,13 +54,14 @@ def furthest_passages(
         batch = collate([dataset[row]])
         device = next(model.parameters()).device
         batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        positions = counted_rows(batch["labels"]).position
+        view = View.of(batch)
+        positions = view.positions.position
         first = int(np.searchsorted(student.row, row))
         inside = slice(start - first, stop - first)
-        signal = teacher.score(batch)
+        signal = teacher.score(view)
         if not isinstance(signal, HiddenSignal):
             return []  # an ensemble has no one top k
-        student_tops = _top_tokens(hidden_of_counted_rows(model, head, batch)[inside], head, tokenizer)
+        student_tops = _top_tokens(kept_of(model, head, view).hidden[inside], head, tokenizer)
         teacher_tops = _top_tokens(signal.hidden[inside], signal.head, tokenizer)
         tokens = [
             {

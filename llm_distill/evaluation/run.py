@@ -13,6 +13,8 @@ from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from llm_distill.config import DistillationConfig
+from llm_distill.data.checks import require_rows
+from llm_distill.data.prepare import PreparedData, prepare
 from llm_distill.evaluation.bias import compare_bias, read_pairs
 from llm_distill.evaluation.compare import TEACHER, Scores, compare
 from llm_distill.evaluation.config import BUILT_IN, NONE, EvaluateConfig
@@ -22,12 +24,11 @@ from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
 from llm_distill.evaluation.report import GapReport, header
 from llm_distill.evaluation.resources import VARIANTS, measure_resources
-from llm_distill.models import vocabulary_size
+from llm_distill.models import LanguageModel, vocabulary_size
 from llm_distill.ranks import ranks, run_on_first_rank
 from llm_distill.teachers.live import LiveTeacher
-from llm_distill.trainer import DistillationTrainer
 
-Models = Mapping[str, LiveTeacher]
+Models = Mapping[str, LanguageModel]
 """`student`, `teacher` and perhaps `baseline`."""
 
 
@@ -96,95 +97,75 @@ def _domains(
     if "baseline" in models and _comparable(student, models["baseline"]) is not True:
         alone.append("baseline")
     of_alone = {name: _scores_alone(config, name, models[name], samples) for name in alone}
-    together = {name: model for name, model in models.items() if name not in alone and name != TEACHER}
-    for name, trainer in _prepared(config, student, teacher if comparable else None, samples):
-        for model in together.values():
-            model.prepare(trainer.accelerator, torch.nn.Module())
-        options = _options(trainer, config, name)
+    together = {name: model.model for name, model in models.items() if name not in alone and name != TEACHER}
+    for name, data in _prepared(config, student, samples):
         others = {model: scores[name] for model, scores in of_alone.items()}
-        running = {each: model.model for each, model in together.items()}
+        options = _options(data, config, name)
         if comparable:
-            yield name, measure_domain(running, teacher, others=others, **options)
+            live = LiveTeacher(teacher)
+            live.prepare(data.accelerator, torch.nn.Module())
+            yield name, measure_domain(together, live, others=others, **options)
         else:
-            vocab_size = vocabulary_size(trainer.processing_class)
-            scores = compare(running, None, vocab_size=vocab_size, **options) | others
+            scores = compare(together, None, vocab_size=vocabulary_size(data.tokenizer), **options) | others
             yield name, domain_figures(scores, comparable=False)
 
 
 def _scores_alone(
-    config: EvaluateConfig, name: str, model: LiveTeacher, samples: Mapping[str, Dataset]
+    config: EvaluateConfig, name: str, model: LanguageModel, samples: Mapping[str, Dataset]
 ) -> dict[str, Scores]:
     """Of a model with tokens of its own, on each domain."""
-    vocab_size = vocabulary_size(model.tokenizer)  # type: ignore[arg-type]
+    vocab_size = vocabulary_size(model.require_tokenizer(name))
     return {
-        domain: compare({name: model.model}, None, vocab_size=vocab_size, **_options(trainer, config, domain))[name]
-        for domain, trainer in _prepared(config, model, None, samples)
+        domain: compare({name: model.model}, None, vocab_size=vocab_size, **_options(data, config, domain))[name]
+        for domain, data in _prepared(config, model, samples)
     }
 
 
 def _prepared(
-    config: EvaluateConfig, model: LiveTeacher, teacher: LiveTeacher | None, samples: Mapping[str, Dataset]
-) -> Iterator[tuple[str, DistillationTrainer]]:
-    """Each domain with a trainer that trains nothing: it has made tokens and labels of prompts and chats as for
-    training; long texts are read to their end, in windows.
-
-    What counts is one setting of a trainer, so domains with and without prompts have two.
+    config: EvaluateConfig, model: LanguageModel, samples: Mapping[str, Dataset]
+) -> Iterator[tuple[str, PreparedData]]:
+    """Each domain in a model's tokens, with labels of prompts and chats as for training; long texts are read to their
+    end, in windows. What counts is one setting for all, so domains with and without prompts are prepared apart.
     """
-    trainers: dict[str, DistillationTrainer] = {}
-    for name, data in samples.items():
-        kind = _kind(data)
-        if kind not in trainers:
+    tokenizer = model.require_tokenizer("model")
+    args = DistillationConfig(
+        output_dir=config.output_dir,
+        max_length=config.max_length,
+        assistant_only_loss=config.assistant_only_loss,
+        bf16=False,
+        report_to="none",
+        trust_remote_code=config.trust_remote_code,
+        use_cpu=ranks().device.type == "cpu",
+    )
+    prepared: dict[str, PreparedData] = {}
+    for name, dataset in samples.items():
+        kind = _kind(dataset)
+        if kind not in prepared:
             alike = {n: d for n, d in samples.items() if _kind(d) == kind}
             if kind == "text":
-                assert model.tokenizer is not None, "_load has seen to it"
-                alike = {n: split_into_windows(d, model.tokenizer, config.max_length) for n, d in alike.items()}
-            trainers[kind] = _trainer(config, model, teacher, alike)
-        yield name, trainers[kind]
+                alike = {n: split_into_windows(d, tokenizer, config.max_length) for n, d in alike.items()}
+            prepared[kind] = prepare(tokenizer, args, next(iter(alike.values())), alike)
+            for domain, data in prepared[kind].evaluation.items():
+                require_rows(data, domain)
+        model.model.to(prepared[kind].device)
+        yield name, prepared[kind]
 
 
 def _kind(data: Dataset) -> str:
     return next((column for column in ("prompt", "messages", "text") if column in data.column_names), "other")
 
 
-def _trainer(
-    config: EvaluateConfig, model: LiveTeacher, teacher: LiveTeacher | None, samples: Mapping[str, Dataset]
-) -> DistillationTrainer:
-    args = DistillationConfig(
-        output_dir=config.output_dir,
-        kd_weight=1.0 if teacher else 0.0,
-        ce_weight=0.0 if teacher else 1.0,
-        max_length=config.max_length,
-        assistant_only_loss=config.assistant_only_loss,
-        activation_checkpointing=False,
-        bf16=False,
-        report_to="none",
-        trust_remote_code=config.trust_remote_code,
-        use_cpu=ranks().device.type == "cpu",
-    )
-    try:
-        return DistillationTrainer(
-            model=model.model,
-            teacher=teacher,
-            args=args,
-            train_dataset=next(iter(samples.values())),
-            eval_dataset=dict(samples),
-            processing_class=model.tokenizer,
-        )
-    except ValueError as error:  # which calls the first of them "train"
-        raise ValueError(f"{', '.join(samples)}: {error}") from error
-
-
-def _options(trainer: DistillationTrainer, config: EvaluateConfig, name: str) -> dict[str, Any]:
+def _options(data: PreparedData, config: EvaluateConfig, name: str) -> dict[str, Any]:
     return {
-        "dataset": trainer.eval_dataset[name],
-        "collate": trainer.collate,
-        "tokenizer": trainer.processing_class,
+        "dataset": data.evaluation[name],
+        "collate": data.collate,
+        "tokenizer": data.tokenizer,
         "batch_size": config.batch_size,
         "name": name,
     }
 
 
-def _load(config: EvaluateConfig, name: str) -> LiveTeacher:
+def _load(config: EvaluateConfig, name: str) -> LanguageModel:
     """Any of the models; adapters are merged into what they are of.
 
     Raises:
@@ -196,19 +177,20 @@ def _load(config: EvaluateConfig, name: str) -> LiveTeacher:
     }
     options = {"revision": revision, "dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if find_adapter_config_file(path, revision=revision) is None:
-        model = LiveTeacher.load(path, **options, **bits)
+        model = LanguageModel.load(path, **options, **bits)
     else:
         adapted = AutoPeftModelForCausalLM.from_pretrained(path, **options).merge_and_unload()
-        model = LiveTeacher(adapted, AutoTokenizer.from_pretrained(path, revision=revision))
+        model = LanguageModel(adapted, AutoTokenizer.from_pretrained(path, revision=revision))
     if model.tokenizer is None:
         raise ValueError(f"the {name} {path!r} comes without a tokenizer: save it beside the weights.")
+    model.model.eval()
     return model
 
 
-def _comparable(student: LiveTeacher, other: LiveTeacher) -> bool | str:
+def _comparable(student: LanguageModel, other: LanguageModel) -> bool | str:
     """Whether their distributions are over the same tokens; if not, why."""
     try:
-        other.fit_to(student.tokenizer)  # type: ignore[arg-type]
+        other.fit_to(student.require_tokenizer("student"))
     except ValueError as reason:
         return str(reason)
     return True

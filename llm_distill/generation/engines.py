@@ -16,8 +16,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedT
 from llm_distill.divergences import ForwardKL
 from llm_distill.generation.prompts import Prompt, prompt_ids
 from llm_distill.losses.fused import fused_head_loss
-from llm_distill.models import hidden_of_counted_rows
-from llm_distill.rows import IGNORED, counted_rows
+from llm_distill.models import kept_of
+from llm_distill.rows import IGNORED, View, counted_rows
 from llm_distill.teachers.live import LiveTeacher
 
 
@@ -270,9 +270,8 @@ class TransformersEngine(LocalEngine):
                 labels[row, : len(prompts[i])] = IGNORED
             rows = counted_rows(labels)
             head = self.teacher.head
-            hidden = hidden_of_counted_rows(
-                self.teacher.model, head, {"input_ids": inputs, "attention_mask": mask, "labels": labels}
-            )
+            batch = {"input_ids": inputs, "attention_mask": mask, "labels": labels}
+            hidden = kept_of(self.teacher.model, head, View.of(batch)).hidden
             options: dict[str, Any] = {"kd_weight": 0.0, "ce_weight": 1.0, "targets": rows.targets}
             _, metrics = fused_head_loss(hidden, head, None, ForwardKL(), **options)
             sums = torch.zeros(len(part), dtype=torch.float64).index_add_(

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from llm_distill.divergences import ForwardKL
 from llm_distill.heads import LMHead
 from llm_distill.losses.fused import fused_head_loss
-from llm_distill.models import hidden_of_counted_rows
-from llm_distill.rows import IGNORED, counted_rows
+from llm_distill.models import kept_of
+from llm_distill.rows import IGNORED, View
 
 
 @torch.no_grad()
@@ -38,9 +38,8 @@ def token_log_likelihoods(
         mask[row, : len(tokens)] = 1
         labels[row, context : len(tokens)] = inputs[row, context : len(tokens)]
     batch = {"input_ids": inputs, "attention_mask": mask, "labels": labels}
-    batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    rows = counted_rows(batch["labels"])
-    hidden = hidden_of_counted_rows(model, head, batch)
-    _, metrics = fused_head_loss(hidden, head, None, ForwardKL(), kd_weight=0.0, ce_weight=1.0, targets=rows.targets)
-    lengths = torch.bincount(rows.sample.cpu(), minlength=batch_size).tolist()
+    view = View.of({name: tensor.to(model.device) for name, tensor in batch.items()})
+    hidden, targets = kept_of(model, head, view).hidden, view.positions.targets
+    _, metrics = fused_head_loss(hidden, head, None, ForwardKL(), kd_weight=0.0, ce_weight=1.0, targets=targets)
+    lengths = torch.bincount(view.positions.sample.cpu(), minlength=batch_size).tolist()
     return list((-metrics["ce"]).double().cpu().split(lengths))

@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import version
@@ -48,9 +48,7 @@ def run_record(
 
     `revision` is the branch, tag or commit that the student was loaded from, if it is of the Hub.
     """
-    record = {f"objective.{name}": value for name, value in asdict(objective).items()}
-    record["objective.divergence"] = repr(objective.divergence)
-    del record["objective.buffer_mib"]  # how it is computed, not what
+    record = {f"objective.{name}": value for name, value in objective.describe().items()}
     record |= {f"teacher.{name}": value for name, value in (teacher.describe() if teacher else {}).items()}
     start = student.get_base_model() if isinstance(student, PeftModel) else student
     record |= {f"student.{name}": value for name, value in describe_model(start, None).items() if name != "tokenizer"}

@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.divergences import Divergence
-from llm_distill.models import different_ids, public_name, refuse_past_context, vocabulary_size
-from llm_distill.rows import IGNORED, SIGNAL, Batch, Example, examples_of
+from llm_distill.models import HEAD, Needs, different_ids, public_name, refuse_past_context, vocabulary_size
+from llm_distill.rows import IGNORED, SIGNAL, Example, View, examples_of
 from llm_distill.signals import SparseSignal
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.replicas import RefusedError, Replicas
@@ -83,39 +83,40 @@ class ServedTeacher(Teacher):
         self._connect()
         return self._max_length
 
+    def summary(self) -> str:
+        return f"{self.describe()['model']} answers, {self.k} tokens a row"
+
     def describe(self) -> dict[str, Any]:
         self._connect()
         return {"model": public_name(self.model or ""), "served": "vllm", "k": self.k}
 
     def read(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Puts the answer into the batch, floats as the bits that they are made of: see `CacheReader`."""
-        batch[SIGNAL] = self._ask(batch)
+        batch[SIGNAL] = self._ask(View.of(batch))
         return batch
 
-    def score(self, batch: Batch) -> SparseSignal:
-        bits, device = batch.get(SIGNAL), batch["labels"].device
-        if bits is None:
-            bits = self._ask({name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)})
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
+        device = view.positions.sample.device
+        bits = view.fetched if view.fetched is not None else self._ask(view)
         floats = {name: bits[name].to(device).view(torch.float32) for name in ("log_probs", "log_tail")}
         return SparseSignal(bits["ids"].to(device), floats["log_probs"], floats["log_tail"], self._vocab_size)
 
-    def _ask(self, batch: Batch) -> dict[str, Tensor]:
-        examples = list(examples_of(batch))
-        texts, places = [], []
-        for example in examples:
+    def _ask(self, view: View) -> dict[str, Tensor]:
+        ids, texts, places = view.inputs["input_ids"].cpu(), [], []
+        for example in examples_of(view):
             refuse_past_context(len(example.positions), self._max_length, "the batch")
-            texts.append(batch["input_ids"][example.sample, torch.from_numpy(example.positions)].tolist())
-            places.append(counted_tokens(batch, example))
+            texts.append(ids[example.sample, torch.from_numpy(example.positions)].tolist())
+            places.append(counted_tokens(example))
         answers = self._replicas.ask_all(
             "/v1/completions",
             [self._request(text) for text in texts],
             lambda answer, n: top_tokens_of(self._prompt_logprobs(answer, len(texts[n])), places[n], self.k),
         )
-        ids = np.concatenate([np.zeros((0, self.k), np.int64), *(answer[0] for answer in answers)])
+        top_ids = np.concatenate([np.zeros((0, self.k), np.int64), *(answer[0] for answer in answers)])
         log_p = np.concatenate([np.zeros((0, self.k)), *(answer[1] for answer in answers)])
-        log_p, log_tail = fitted(ids, log_p, self._vocab_size)
+        log_p, log_tail = fitted(top_ids, log_p, self._vocab_size)
         return {
-            "ids": torch.from_numpy(ids),
+            "ids": torch.from_numpy(top_ids),
             "log_probs": torch.from_numpy(log_p).float().view(torch.int32),
             "log_tail": torch.from_numpy(log_tail).float().view(torch.int32),
         }
@@ -212,20 +213,18 @@ class ServedTeacher(Teacher):
             raise different_ids(f"of {self.model!r} at {url}", tokenizer, f"ids ({', '.join(different)}, …)")
 
 
-def counted_tokens(batch: Batch, example: Example) -> np.ndarray:
-    """Which tokens of an example are learned (`[rows]`): those whose labels count, but for the first.
+def counted_tokens(example: Example) -> np.ndarray:
+    """Which tokens of an example are learned (`[rows]`): those after the positions that count.
 
     Raises:
         ValueError: the first token of a packed document is learned, from the document before.
     """
-    labels = batch["labels"][example.sample].numpy()[example.positions]
-    places = np.flatnonzero(labels[1:] != IGNORED) + 1
-    if len(places) != example.rows:
+    if example.counted[-1]:
         raise ValueError(
             "the first token of a packed document counts, and a server that reads one document at a time cannot say "
             f"how likely it is after another: set its label to {IGNORED}."
         )
-    return places
+    return np.flatnonzero(example.counted) + 1
 
 
 def top_tokens_of(said: Sequence[Any], places: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

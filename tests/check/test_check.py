@@ -13,13 +13,12 @@ import yaml
 from datasets import Dataset
 from launch import run_to_end
 from peft import LoraConfig
-from runs import copied_state, logged, make_trainer, save
+from runs import copied_state, fill_cache, logged, make_trainer, save
 from tiny import make_config, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.cache.methods import TopK
-from llm_distill.capture.run import capture
 from llm_distill.check.licences import check_licences
 from llm_distill.check.report import Finding, Report
 from llm_distill.cli.check import check
@@ -260,7 +259,7 @@ def test_a_stored_teacher_is_not_compared_and_that_is_said(
             processing_class=tokenizer,
         )
 
-    capture(trainer(LiveTeacher(tiny_llama(2), tokenizer)), tmp_path / "signals", TopK(8))
+    fill_cache(trainer(LiveTeacher(tiny_llama(2), tokenizer)), tmp_path / "signals", TopK(8))
     found = by_name(trainer(None, teacher_cache=str(tmp_path / "signals")).check())
     assert (found["teacher"].level, found["loss"].level) == ("green", "skipped")
     assert "a part of its distribution" in found["loss"].said

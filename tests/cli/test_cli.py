@@ -127,7 +127,7 @@ def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
     assert (script.dataset_name, model.model_name_or_path) == (run["dataset_name"], run["model_name_or_path"])
     assert (args.learning_rate, args.divergence, args.loss_temperature, args.kd_weight) == (1e-4, "jsd", 2.0, 1.0)
     assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
-    assert Objective.of(args).divergence == JSD(beta=0.1)
+    assert Objective.of(args).head.divergence == JSD(beta=0.1)
     assert os.environ["LLM_DISTILL_TEST"] == "from the file"
 
     flags = {

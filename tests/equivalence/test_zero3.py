@@ -14,7 +14,9 @@ from launch import CPU, Run, run_to_end
 pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's")
 pytestmark = pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs")
 RECIPES = Path(__file__).parents[2] / "recipes"
-KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance")
+KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance", "hidden")
+LOSSES = [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}]
+"""With a projection, as the widths differ."""
 
 
 @pytest.fixture
@@ -27,7 +29,11 @@ def on_cpu(tmp_path: Path) -> Path:
 
 
 def test_zero3_gives_the_losses_of_one_rank(run_worker: Callable[..., Run], on_cpu: Path) -> None:
-    options = {"dtype": "float32", "masked": [2, 3, 9], "config": {"ce_weight": 0.5, "learning_rate": 1.0}}
+    options = {
+        "dtype": "float32",
+        "masked": [2, 3, 9],
+        "config": {"ce_weight": 0.5, "learning_rate": 1.0, "losses": LOSSES},
+    }
     sizes = {1: {"per_device_train_batch_size": 4}, 2: {"per_device_train_batch_size": 2}}
     one = run_worker("one", 1, **options | {"config": options["config"] | sizes[1]})
     two = run_worker("two", 2, launcher=on_cpu, **options | {"config": options["config"] | sizes[2]})

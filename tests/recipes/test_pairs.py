@@ -35,8 +35,8 @@ from llm_distill.cli.generate import generate
 from llm_distill.cli.parsing import parse_capture, parse_generate, parse_train
 from llm_distill.cli.train import train
 from llm_distill.heads import LMHead
-from llm_distill.models import hidden_of_counted_rows, vocabulary_size
-from llm_distill.rows import counted_rows
+from llm_distill.models import kept_of, vocabulary_size
+from llm_distill.rows import View, counted_rows
 from llm_distill.teachers import LiveTeacher
 
 KINDS = ("live", "cached", "sequence")
@@ -168,7 +168,7 @@ def test_the_head_gives_the_logits_and_packed_texts_do_not_see_each_other(
     head = LMHead.of(tiny, vocabulary_size(own))
     texts = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     rows = counted_rows(texts)
-    apart = hidden_of_counted_rows(tiny, head, {"input_ids": texts, "labels": texts})
+    apart = kept_of(tiny, head, View.of({"input_ids": texts, "labels": texts})).hidden
     with torch.no_grad():
         logits = tiny(input_ids=texts).logits[rows.sample, rows.position]
         torch.testing.assert_close(head(apart), logits[:, : head.vocab_size])
@@ -179,7 +179,7 @@ def test_the_head_gives_the_logits_and_packed_texts_do_not_see_each_other(
             "labels": labels.view(1, -1),
             "position_ids": torch.arange(12).repeat(1, 2),
         }
-        together = hidden_of_counted_rows(tiny, head, packed)
+        together = kept_of(tiny, head, View.of(packed)).hidden
     torch.testing.assert_close(together, apart)
 
 
@@ -261,7 +261,7 @@ def test_a_teacher_that_reads_pictures_is_asked_for_text_in_four_bits(
         teacher.fit_to(own)
         assert type(teacher.model).__name__ == "Gemma3ForConditionalGeneration"
         assert teacher.head.vocab_size == len(own) - 1  # without the placeholder
-        hidden.append(teacher.score({"input_ids": texts, "labels": texts}).hidden)
+        hidden.append(teacher.score(View.of({"input_ids": texts, "labels": texts})).hidden)
     assert packed.describe()["bits"] == 4
     assert torch.cosine_similarity(*hidden, dim=-1).mean() > 0.9
 

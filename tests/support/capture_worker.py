@@ -37,9 +37,9 @@ TEXTS, TEXTS_PER_SHARD = 240, 16
 class Slow(LiveTeacher):
     pause = 0.0
 
-    def score(self, batch: Any) -> Any:
+    def score(self, *args: Any) -> Any:
         time.sleep(self.pause)
-        return super().score(batch)
+        return super().score(*args)
 
 
 def make_texts(count: int) -> Dataset:
@@ -75,7 +75,7 @@ def run(trainer: DistillationTrainer, folder: Path, options: dict[str, Any]) -> 
     if limit := options.get("file_limit"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    capture(trainer, folder / "cache", TopK(8), examples_per_shard=TEXTS_PER_SHARD)
+    capture(trainer.teacher, trainer.data, folder / "cache", TopK(8), examples_per_shard=TEXTS_PER_SHARD)
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from llm_distill.cli import main
 from llm_distill.config import DistillationConfig
 from llm_distill.divergences import ForwardKL
 from llm_distill.losses.fused.logits import logits_in_chunks
+from llm_distill.rows import View
 from llm_distill.teachers.replicas import Replicas, parse_urls
 from llm_distill.teachers.served import fitted, top_tokens_of
 
@@ -195,7 +196,7 @@ def test_exactly_the_top_k_and_the_mass_of_the_others(
     log_p = _log_p(trainer.teacher, batch)
     served = ServedTeacher(server, k=7)
     served.fit_to(tokenizer)
-    signal = served.score(batch)
+    signal = served.score(View.of(batch))
     top = log_p.topk(7)
     assert torch.equal(signal.ids.sort(-1).values, top.indices.sort(-1).values)
     assert torch.allclose(signal.log_probs, log_p.gather(-1, signal.ids), atol=1e-5)
@@ -212,7 +213,7 @@ def test_logits_past_the_tokenizer_take_no_part(
     url = start(folders / "padded", max_logprobs=k).url
     teacher, batch = ServedTeacher(url, k=k), first_batch(live)
     teacher.fit_to(tokenizer)
-    signal = teacher.score(batch)
+    signal = teacher.score(View.of(batch))
     assert int(signal.ids.max()) < VOCAB
     assert torch.allclose(signal.log_probs.exp().sum(-1) + signal.log_tail.exp(), torch.ones(len(signal)), atol=1e-5)
 
@@ -270,7 +271,7 @@ def test_retry_after_is_honoured(saved: Path, tokenizer: PreTrainedTokenizerBase
         teacher = ServedTeacher(proxy.url)
         teacher.fit_to(tokenizer)
         proxy.faults.append("429")
-        teacher.score(_batch([[1, 2, 3]]))
+        teacher.score(View.of(_batch([[1, 2, 3]])))
         assert proxy.times[-1] - proxy.times[-2] > 1.5
 
 
@@ -321,12 +322,12 @@ def test_work_is_shared_and_a_dead_server_is_told_of_once(
         teacher = ServedTeacher([one.url, two.url])
         teacher.fit_to(tokenizer)
         batch = _batch([[1, 2, 3, 4]] * 20)
-        teacher.score(batch)
+        teacher.score(View.of(batch))
         assert min(one.passed, two.passed) > 5
         two.faults.extend(["reset"] * 1000)
         with caplog.at_level(logging.WARNING, "llm_distill"):
             for _ in range(5):
-                teacher.score(batch)
+                teacher.score(View.of(batch))
     assert [record.message.split(" fails")[0] for record in caplog.records] == [f"the teacher's server {two.url}"]
     assert "1 others go on" in caplog.text
     assert two.met["reset"] < 30, "a dead server is left alone for longer each time"
@@ -360,7 +361,7 @@ def test_a_refusal_does_not_wait_for_the_other_requests(tokenizer: PreTrainedTok
         proxy.faults.extend(["slow", "other_model"])
         began = time.monotonic()
         with pytest.raises(ValueError, match="'another' has answered"):
-            teacher.score(_batch([[1, 2, 3], [4, 5, 6]]))
+            teacher.score(View.of(_batch([[1, 2, 3], [4, 5, 6]])))
         assert time.monotonic() - began < 10
 
 
@@ -370,7 +371,7 @@ def test_one_of_two_servers_is_down_at_the_start(
     teacher = ServedTeacher(f"{server},http://127.0.0.1:9")
     teacher.fit_to(tokenizer)
     assert "127.0.0.1:9" in caplog.text
-    assert len(teacher.score(_batch([[1, 2, 3]]))) == 2
+    assert len(teacher.score(View.of(_batch([[1, 2, 3]])))) == 2
 
 
 @pytest.mark.parametrize(
@@ -396,7 +397,7 @@ def test_a_text_past_the_servers_context_is_refused(tokenizer: PreTrainedTokeniz
     assert teacher.max_length == 127  # of 128 positions, one for the token that is always written
     teacher.fit_to(tokenizer)
     with pytest.raises(ValueError, match="a sequence of 128 tokens, longer than the teacher's context of 127"):
-        teacher.score(_batch([[1] * 128]))
+        teacher.score(View.of(_batch([[1] * 128])))
 
 
 def test_the_key_comes_from_the_environment_and_is_never_shown(
@@ -430,13 +431,13 @@ def test_a_teacher_travels_to_other_processes(tokenizer: PreTrainedTokenizerBase
     teacher = ServedTeacher(server)
     teacher.fit_to(tokenizer)
     batch = _batch([[1, 2, 3]])
-    assert torch.equal(pickle.loads(pickle.dumps(teacher)).score(batch).ids, teacher.score(batch).ids)
+    assert torch.equal(pickle.loads(pickle.dumps(teacher)).score(View.of(batch)).ids, teacher.score(View.of(batch)).ids)
 
 
 def test_a_batch_in_which_nothing_counts(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
     teacher = ServedTeacher(server)
     teacher.fit_to(tokenizer)
-    assert len(teacher.score({**_batch([[1, 2, 3]]), "labels": torch.full((1, 3), -100)})) == 0
+    assert len(teacher.score(View.of({**_batch([[1, 2, 3]]), "labels": torch.full((1, 3), -100)}))) == 0
 
 
 def test_a_temperature_and_an_ensemble_are_refused(server: str) -> None:
@@ -557,7 +558,7 @@ def test_a_request_that_hangs_is_asked_again(server: str, tokenizer: PreTrainedT
         teacher.fit_to(tokenizer)
         proxy.faults.append("slow")
         began = time.monotonic()
-        teacher.score(_batch([[1, 2, 3]]))
+        teacher.score(View.of(_batch([[1, 2, 3]])))
         assert time.monotonic() - began < 8
 
 
@@ -574,6 +575,6 @@ def _batch(ids: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def _log_p(teacher: Any, batch: Any) -> torch.Tensor:
-    signal = teacher.score(batch)
+    signal = teacher.score(View.of(batch))
     chunks = logits_in_chunks(signal.hidden, signal.head, 1.0)
     return torch.cat([part.scores.float() - part.log_total[:, None] for part in chunks])
