@@ -142,8 +142,7 @@ def read_pairs(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Pai
 
 def score_pairs(model: LanguageModel, pairs: Sequence[Pair], name: str = "model") -> Float[NDArray, "pairs scores"]:
     """What `first` is likelier by in each pair in nats, by each of SCORES."""
-    assert model.tokenizer is not None, "whoever loads a model to evaluate it sees to that"
-    head = LMHead.of(model.model, vocabulary_size(model.tokenizer))
+    head = LMHead.of(model.model, vocabulary_size(model.require_tokenizer(name)))
     order = sorted(range(len(pairs)), key=lambda place: len(pairs[place].first))  # of a length: little padding
     differences = np.zeros((len(pairs), len(SCORES)))
     with tqdm(total=len(pairs), desc=f"Pairs of the {name}", unit=" pairs", disable=not ranks().is_main_process) as bar:
@@ -171,8 +170,7 @@ def score_texts(model: LanguageModel, head: LMHead, texts: Sequence[str]) -> lis
     Raises:
         ValueError: a text longer than the model's context.
     """
-    tokenizer = model.tokenizer
-    assert tokenizer is not None
+    tokenizer = model.require_tokenizer("model")
     starts = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
     documents = [tokenizer(text)["input_ids"] for text in texts]
     documents = [ids if ids[:1] == starts[:1] else starts[:1] + ids for ids in documents]

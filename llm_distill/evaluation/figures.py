@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 from llm_distill.evaluation.compare import BESIDE_THE_TEACHER, TEACHER, Scores
 from llm_distill.evaluation.statistics import Interval, bootstrap, interval
 
+LOSSES = ("loss", "perplexity", "bits_per_byte")
+LIKENESS = tuple(BESIDE_THE_TEACHER)
 CALIBRATION_BINS = 15
 FURTHEST_TOKENS, LEAST_OCCURRENCES = 12, 5
 """How many tokens are listed by their mean KL, and how often one must occur for its mean to be more than noise."""
@@ -82,7 +84,7 @@ def loss_figures(scores: Scores) -> Figures:
 
 def likeness_figures(scores: Scores) -> Figures:
     """Means over tokens of how the student is beside its teacher."""
-    return {name: interval(scores.per_text(scores.columns[name]), scores.per_text()) for name in BESIDE_THE_TEACHER}
+    return {name: interval(scores.per_text(scores.columns[name]), scores.per_text()) for name in LIKENESS}
 
 
 def calibration_figures(scores: Scores) -> dict[str, Any]:
@@ -167,7 +169,7 @@ def _binned(student: Scores, teacher: Scores, values: NDArray[Any], edges: Edges
         if not inside.any():
             continue
         tokens = student.per_text(inside)
-        columns = [(name, student, name) for name in BESIDE_THE_TEACHER]
+        columns = [(name, student, name) for name in LIKENESS]
         columns += [("student_loss", student, "ce"), ("teacher_loss", teacher, "ce")]
         figures = {
             name: interval(scores.per_text(scores.columns[column] * inside), tokens) for name, scores, column in columns

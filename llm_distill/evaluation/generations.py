@@ -76,7 +76,7 @@ def compare_generations(
             long.
     """
     _rouge_scorer()  # before anything runs
-    tokenizers = {name: _tokenizer(model) for name, model in models.items()}
+    tokenizers = {name: model.require_tokenizer(name) for name, model in models.items()}
     cases = read_cases(dataset, next(iter(tokenizers.values())), max_new_tokens=max_new_tokens, limit=limit)
     is_chat = any(not isinstance(case.prompt.content, str) for case in cases)
     if is_chat and (unable := [name for name, tokenizer in tokenizers.items() if tokenizer.chat_template is None]):
@@ -171,7 +171,8 @@ def _write_answers(
     name: str, model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int
 ) -> dict[str, Completion]:
     """By the prompt's id; without those that are too long."""
-    engine = TransformersEngine(model, Sampling(temperature=0, max_new_tokens=max_new_tokens), batch_size=BATCH_SIZE)
+    sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    engine = TransformersEngine(model, sampling, batch_size=BATCH_SIZE)  # type: ignore[arg-type]
     answers = tqdm(
         engine.write(prompts),
         total=len(prompts),
@@ -266,11 +267,6 @@ def _choose_examples(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     n = min(EXAMPLES, len(compared))
     places = sorted({round(i * (len(compared) - 1) / max(n - 1, 1)) for i in range(n)})
     return [{name: compared[place][name] for name in ("prompt", "reference", "answers")} for place in places]
-
-
-def _tokenizer(model: LanguageModel) -> PreTrainedTokenizerBase:
-    assert model.tokenizer is not None, "whoever loads a model to evaluate it sees to that"
-    return model.tokenizer
 
 
 def _continuation(text: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> str | None:

@@ -16,12 +16,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_distill.evaluation.bias import bias_tables
 from llm_distill.evaluation.compare import TEACHER
 from llm_distill.evaluation.domains import measure_domain, sample_texts
-from llm_distill.evaluation.figures import DomainFigures
+from llm_distill.evaluation.figures import LIKENESS, LOSSES, DomainFigures
 from llm_distill.evaluation.generations import generations_parts
 from llm_distill.evaluation.harness import tasks_parts
 from llm_distill.evaluation.html import Section, as_fragment, as_page
 from llm_distill.evaluation.resources import resources_parts
 from llm_distill.evaluation.statistics import Interval, format_interval
+from llm_distill.losses.metrics import LABELS
 from llm_distill.machine import describe_machine
 from llm_distill.models import describe_model
 from llm_distill.ranks import ranks
@@ -38,12 +39,6 @@ BESIDE_THE_DOMAINS: dict[str, tuple[str, Callable[[Any], Sequence[Table | str]]]
     "resources": ("Speed, memory, energy", resources_parts),
 }
 """Other parts of the content: the title of each, and what makes a section of it."""
-LIKENESS = {
-    "kl": "KL(teacher‖student), nats",
-    "reverse_kl": "KL(student‖teacher), nats",
-    "top1_agreement": "same likeliest token",
-    "acceptance": "Σ min(p, q)",
-}
 SHARES = ("top1_agreement", "acceptance", "accuracy", "ece", "student_ece", "teacher_ece", "gap_closed")
 PASSAGES = (
     "The redder a token, the larger KL(teacher‖student) where it is predicted. Point at one to see what both expected. "
@@ -195,11 +190,11 @@ class GapReport:
         for name, domain in self.domains.items():
             gap = format_figure("gap_closed", domain["gap_closed"]) if domain["gap_closed"] else ""
             for model, figures in domain["models"].items():
-                losses = [format_figure(key, figures[key]) for key in ("loss", "perplexity", "bits_per_byte")]
+                losses = [format_figure(key, figures[key]) for key in LOSSES]
                 beside = [format_figure("behind", domain["behind"]), gap] if model == "student" else ["", ""]
                 rows.append([name, model, *losses, *beside])
-        losses = ["loss, nats a token", "perplexity", "bits a byte"]
-        return Table(["domain", "model", *losses, "more than the teacher", "gap closed"], rows).without_empty_columns()
+        header = ["domain", "model", *(LABELS[key] for key in LOSSES), "more than the teacher", "gap closed"]
+        return Table(header, rows).without_empty_columns()
 
     def likeness_table(self) -> Table:
         """Student and baseline beside the teacher on all domains."""
@@ -208,7 +203,7 @@ class GapReport:
             for model, figures in (("student", domain["likeness"]), ("baseline", domain.get("baseline_likeness"))):
                 if figures:
                     rows.append([name, model, *(format_figure(key, figures[key]) for key in LIKENESS)])
-        return Table(["domain", "beside the teacher", *LIKENESS.values()], rows)
+        return Table(["domain", "beside the teacher", *(LABELS[key] for key in LIKENESS)], rows)
 
     def where_table(self, domain: str, key: str) -> Table:
         """A domain's figures `by_position` or `by_frequency`."""

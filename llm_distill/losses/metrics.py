@@ -28,7 +28,7 @@ METRICS = {
 loss is a value per micro-batch, and the share of rows that are left out, because a stored teacher lacks their text, one
 per sequence."""
 LABELS = {
-    "loss": "loss",
+    "loss": "loss, nats a token",
     "ce": "cross-entropy, nats a token",
     "perplexity": "perplexity",
     "bits_per_byte": "bits a byte",

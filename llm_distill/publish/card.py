@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from llm_distill.evaluation.figures import DomainFigures
+from llm_distill.evaluation.figures import LIKENESS, LOSSES, DomainFigures
 from llm_distill.evaluation.statistics import Interval, format_interval
+from llm_distill.losses.metrics import LABELS
 from llm_distill.publish.hub import TAGS, licence_of, link_to, teachers_of
 from llm_distill.publish.record import FILE, OPTIONS_FILE
 from llm_distill.tables import Markdown, Table
@@ -25,20 +26,7 @@ REPORT_FILE, REPORT_PAGES = "report.json", ("report.md", "report.html")
 MARK = "<!-- llm-distill writes this card anew with every push. Remove this line to keep what you change. -->"
 UNFILLED = "[More Information Needed]"
 """Of the template that PEFT leaves."""
-FIGURES = {
-    "loss": "loss",
-    "ce": "cross-entropy (nats a token)",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits a byte",
-    "teacher_ce": "the teacher's cross-entropy",
-    "kl": "KL(teacher‖student)",
-    "reverse_kl": "KL(student‖teacher)",
-    "top1_agreement": "top-1 agreement",
-    "acceptance": "Σ min(p, q)",
-}
-"""What the card shows of an evaluation, and what it is called."""
 MODELS = ("student", "teacher", "baseline")
-LIKENESS = ("kl", "reverse_kl", "top1_agreement", "acceptance")
 PARTS = {"generations": "what it writes", "tasks": "tasks", "bias": "bias", "resources": "speed and memory"}
 """Of a report, beside its domains."""
 
@@ -208,8 +196,7 @@ def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None
     if report is None:
         figures = list(_trained_figures(record))
         if figures:
-            names = [FIGURES[figure] + (f" on {data}" if data else "") for figure, data, _ in figures]
-            rows = [(name, f"{value:.4g}") for name, (*_, value) in zip(names, figures, strict=True)]
+            rows = [(LABELS[name] + (f" ({data})" if data else ""), f"{value:.4g}") for name, data, value in figures]
             yield f"## Results on held-out text\n\n{Table(('figure', 'value'), rows).markdown()}"
         return
     quality, likeness = [], []
@@ -217,17 +204,17 @@ def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None
     for name, domain in domains.items():
         for model in MODELS:
             if of_model := domain["models"].get(model):
-                losses = (_interval(of_model.get(figure)) for figure in ("loss", "perplexity", "bits_per_byte"))
+                losses = (_interval(of_model.get(figure)) for figure in LOSSES)
                 quality.append((name, model, f"{domain['tokens']:,}", *losses))
         gap, alike = domain["gap_closed"], domain["likeness"] or {}
         if gap or alike:
             likeness.append((name, _interval(gap), *(_interval(alike.get(figure)) for figure in LIKENESS)))
-    header = ("domain", "model", "tokens", "loss (nats a token)", "perplexity", "bits a byte")
+    header = ("domain", "model", "tokens", *(LABELS[figure] for figure in LOSSES))
     yield (
         f"## Results on held-out text\n\nWith 95% intervals, {report['date']}.\n\n{Table(header, quality).markdown()}\n"
     )
     if likeness:
-        table = Table(("domain", "gap closed", *(FIGURES[figure] for figure in LIKENESS)), likeness)
+        table = Table(("domain", "gap closed", *(LABELS[figure] for figure in LIKENESS)), likeness)
         yield f"How like its teacher it is:\n\n{table.markdown()}"
     yield "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(folder.glob("*.png")))
     pages = [f"[{name}]({name})" for name in REPORT_PAGES if (folder / name).is_file()]
@@ -237,7 +224,7 @@ def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None
 def _trained_figures(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """(figure, dataset, value) of the last evaluation in training: of `eval_ce`, or of `eval_NAME_ce`."""
     for key, value in record.get("run.figures", {}).items():
-        figure = max((name for name in FIGURES if key.endswith(f"_{name}")), key=len, default=None)
+        figure = max((name for name in LABELS if key.endswith(f"_{name}")), key=len, default=None)
         if figure:
             yield figure, key.removeprefix("eval_").removesuffix(figure).rstrip("_"), value
 
@@ -252,7 +239,7 @@ def _eval_results(record: dict[str, Any], report: dict[str, Any] | None) -> Iter
             for domain, values in report["domains"].items()
             for part in (values["models"].get("student") or {}, values.get("likeness") or {})
             for figure, told in part.items()
-            if figure in FIGURES and told is not None and told["value"] is not None
+            if figure in LABELS and told is not None and told["value"] is not None
         ]
     for domain, figure, value in found:
         yield EvalResult(
@@ -261,7 +248,7 @@ def _eval_results(record: dict[str, Any], report: dict[str, Any] | None) -> Iter
             dataset_type=re.sub(r"\W+", "-", domain).strip("-").lower(),  # by which the Hub tells them apart
             dataset_name=domain,
             metric_type=figure,
-            metric_name=FIGURES[figure],
+            metric_name=LABELS[figure],
             metric_value=value,
         )
 

@@ -15,12 +15,13 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_distill import LiveTeacher
 from llm_distill.evaluation.compare import Scores, compare
+from llm_distill.models import LanguageModel
 from llm_distill.rows import IGNORED
 
 
 @pytest.fixture(scope="package")
-def models(saved: Path) -> dict[str, LiveTeacher]:
-    return {name: LiveTeacher.load(str(saved / name)) for name in ("teacher", "student")}
+def models(saved: Path) -> dict[str, LanguageModel]:
+    return {name: LanguageModel.load(str(saved / name)) for name in ("teacher", "student")}
 
 
 @pytest.fixture

@@ -17,7 +17,6 @@ from peft import LoraConfig, get_peft_model
 from tiny import VOCAB, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill import LiveTeacher
 from llm_distill.data.corpus import train_tokenizer
 from llm_distill.evaluation import bias
 from llm_distill.evaluation.bias import (
@@ -33,7 +32,7 @@ from llm_distill.evaluation.bias import (
 from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
 from llm_distill.heads import LMHead
-from llm_distill.models import vocabulary_size
+from llm_distill.models import LanguageModel, vocabulary_size
 
 PAIRS = [
     {"first": "for the man in range", "second": "for the woman in range", "category": "gender"},
@@ -46,12 +45,12 @@ PAIRS = [
 
 @pytest.mark.parametrize("model", ["teacher", "padded", "gemma2"])
 def test_log_likelihoods_equal_naive_float64(
-    models: dict[str, LiveTeacher], tokenizer: PreTrainedTokenizerBase, model: str
+    models: dict[str, LanguageModel], tokenizer: PreTrainedTokenizerBase, model: str
 ):
     made = {
         "teacher": lambda: models["teacher"],
-        "padded": lambda: LiveTeacher(tiny_llama(5, vocab_size=VOCAB + 32), tokenizer),
-        "gemma2": lambda: LiveTeacher(tiny_model("gemma2", vocab_size=VOCAB, **POST_PROCESSED["gemma2"]), tokenizer),
+        "padded": lambda: LanguageModel(tiny_llama(5, vocab_size=VOCAB + 32), tokenizer),
+        "gemma2": lambda: LanguageModel(tiny_model("gemma2", vocab_size=VOCAB, **POST_PROCESSED["gemma2"]), tokenizer),
     }[model]()
     head = LMHead.of(made.model, vocabulary_size(tokenizer))
     texts = score_texts(made, head, [pair["first"] for pair in PAIRS])
@@ -66,7 +65,7 @@ def test_log_likelihoods_equal_naive_float64(
 
 
 def test_scores_are_of_whole_sentences_of_what_follows_the_word_and_of_means(
-    models: dict[str, LiveTeacher], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
 ):
     teacher = models["teacher"]
     pairs = list(read_pairs(PAIRS))
@@ -85,7 +84,7 @@ def test_scores_are_of_whole_sentences_of_what_follows_the_word_and_of_means(
         assert shared == pytest.approx(tails[0] - tails[1], abs=1e-4)
 
 
-def test_model_compared_with_itself_has_its_own_bias(models: dict[str, LiveTeacher]):
+def test_model_compared_with_itself_has_its_own_bias(models: dict[str, LanguageModel]):
     comparison = compare_bias({"teacher": models["teacher"], "student": models["teacher"]}, PAIRS)
     for score in SCORES:
         part = comparison[score]["all"]
@@ -102,7 +101,7 @@ def test_model_compared_with_itself_has_its_own_bias(models: dict[str, LiveTeach
 
 
 def test_model_trained_on_sentences_of_one_group_prefers_it(tokenizer: PreTrainedTokenizerBase):
-    student, teacher = tiny_llama(7, hidden=16), LiveTeacher(tiny_llama(7, hidden=16), tokenizer)
+    student, teacher = tiny_llama(7, hidden=16), LanguageModel(tiny_llama(7, hidden=16), tokenizer)
     batch = tokenizer([pair["second"] for pair in PAIRS], return_tensors="pt", padding=True)
     labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-2)
@@ -110,7 +109,7 @@ def test_model_trained_on_sentences_of_one_group_prefers_it(tokenizer: PreTraine
         student(**batch, labels=labels).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    comparison = compare_bias({"teacher": teacher, "student": LiveTeacher(student, tokenizer)}, PAIRS)
+    comparison = compare_bias({"teacher": teacher, "student": LanguageModel(student, tokenizer)}, PAIRS)
     assert comparison["total"]["all"]["models"]["student"]["mean"]["high"] < 0
     assert comparison["per_token"]["all"]["models"]["student"]["mean"]["high"] < 0
     before = comparison["total"]["all"]["models"]["teacher"]["mean"]
@@ -118,9 +117,9 @@ def test_model_trained_on_sentences_of_one_group_prefers_it(tokenizer: PreTraine
     assert comparison["examples"][0]["differences"]["student"] < comparison["examples"][0]["differences"]["teacher"]
 
 
-def test_bias_is_compared_across_tokenizers(models: dict[str, LiveTeacher], texts: Dataset):
+def test_bias_is_compared_across_tokenizers(models: dict[str, LanguageModel], texts: Dataset):
     other = train_tokenizer(texts, 290)
-    student = LiveTeacher(tiny_llama(9, vocab_size=290), other)
+    student = LanguageModel(tiny_llama(9, vocab_size=290), other)
     comparison = compare_bias({"teacher": models["teacher"], "student": student})
     assert (comparison["pairs"], comparison["source"]) == (56, "built-in")
     assert set(comparison["total"]["gender"]["student_beside_teacher"]) == {"correlation", "strength", "same_side"}
@@ -130,13 +129,13 @@ def test_bias_is_compared_across_tokenizers(models: dict[str, LiveTeacher], text
     assert len(examples.splitlines()) == 2 + bias.EXAMPLES
 
 
-def test_student_with_adapters_is_compared_as_it_is(models: dict[str, LiveTeacher], task_folder: Path):
+def test_student_with_adapters_is_compared_as_it_is(models: dict[str, LanguageModel], task_folder: Path):
     """In all comparisons: with LoRA weights it is another model than without."""
     tokenizer = models["student"].tokenizer
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     adapted = get_peft_model(tiny_llama(1, hidden=16), lora)
     merged = copy.deepcopy(adapted).merge_and_unload()
-    both = {"teacher": LiveTeacher(merged, tokenizer), "student": LiveTeacher(adapted, tokenizer)}
+    both = {"teacher": LanguageModel(merged, tokenizer), "student": LanguageModel(adapted, tokenizer)}
     total = compare_bias(both, PAIRS)["total"]["all"]
     assert total["student_beside_teacher"]["strength"]["value"] == pytest.approx(1, abs=1e-4)
     plain = compare_bias({"teacher": models["student"]}, PAIRS)["total"]["all"]
@@ -187,7 +186,7 @@ def test_pairs_are_read_from_csv_and_json(tmp_path: Path, suffix: str, names: tu
     ],
 )
 def test_pairs_that_cannot_be_compared_are_refused(
-    models: dict[str, LiveTeacher], tmp_path: Path, name: str, content: str | None, match: str
+    models: dict[str, LanguageModel], tmp_path: Path, name: str, content: str | None, match: str
 ):
     if content is not None:
         (tmp_path / name).write_text(content)
@@ -195,6 +194,6 @@ def test_pairs_that_cannot_be_compared_are_refused(
         compare_bias(models, tmp_path / name)
 
 
-def test_sentence_longer_than_the_context_is_refused(models: dict[str, LiveTeacher]):
+def test_sentence_longer_than_the_context_is_refused(models: dict[str, LanguageModel]):
     with pytest.raises(ValueError, match="more than the model's context of 128"):
         compare_bias(models, [{"first": "x = 1 " * 200, "second": "y"}])

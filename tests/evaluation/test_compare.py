@@ -93,7 +93,7 @@ def test_the_memory_does_not_hold_logits_of_all_rows(measure_scores: Callable[..
             return result
 
     teacher = LiveTeacher(tiny_llama(2))
-    teacher.head = teacher.head.__class__(teacher.head.module, VOCAB)
+    teacher.language_model.head = teacher.head.__class__(teacher.head.module, VOCAB)
     with pytest.MonkeyPatch.context() as patch, Largest() as largest:
         patch.setattr("llm_distill.losses.fused.head_loss.BUFFER_MIB", {"cpu": 0})
         patch.setattr("llm_distill.losses.fused.head_loss.MIN_CHUNK_ROWS", 16)

@@ -12,7 +12,6 @@ import pytest
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill import LiveTeacher
 from llm_distill.evaluation import generations
 from llm_distill.evaluation.generations import (
     _rouge_scorer,
@@ -23,11 +22,12 @@ from llm_distill.evaluation.generations import (
     score_likeness,
     split_words,
 )
+from llm_distill.models import LanguageModel
 
 CHAT = [{"role": "user", "content": "a"}]
 
 
-def test_model_compared_with_itself_answers_like_itself(models: dict[str, LiveTeacher], texts: Dataset):
+def test_model_compared_with_itself_answers_like_itself(models: dict[str, LanguageModel], texts: Dataset):
     rows = [{"prompt": text[:20], "completion": text[20:60]} for text in texts["text"][:9]]
     comparison = compare_generations(
         {"teacher": models["teacher"], "student": models["teacher"]}, rows, max_new_tokens=12
@@ -40,7 +40,7 @@ def test_model_compared_with_itself_answers_like_itself(models: dict[str, LiveTe
 
 
 def test_answers_are_those_of_generate_and_figures_are_their_means(
-    models: dict[str, LiveTeacher], texts: Dataset, monkeypatch: pytest.MonkeyPatch
+    models: dict[str, LanguageModel], texts: Dataset, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(generations, "BATCH_SIZE", 3)
     monkeypatch.setattr(generations, "EXAMPLES", 7)
@@ -109,7 +109,7 @@ def test_references_come_from_completion_conversation_or_the_rest_of_the_text(
 
 
 def test_conversations_are_asked_through_the_chat_template_of_each_model(saved: Path):
-    models = {name: LiveTeacher.load(str(saved / name)) for name in ("teacher", "student")}
+    models = {name: LanguageModel.load(str(saved / name)) for name in ("teacher", "student")}
     models["teacher"].tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<a>"
     models["student"].tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     rows = [{"messages": [{"role": "user", "content": "def f"}, {"role": "assistant", "content": "(x): pass"}]}]
@@ -120,7 +120,7 @@ def test_conversations_are_asked_through_the_chat_template_of_each_model(saved: 
         assert shown["answers"][name] == alone["answers"][name]
 
 
-def test_prompts_that_one_model_cannot_read_are_left_out_for_all(models: dict[str, LiveTeacher], texts: Dataset):
+def test_prompts_that_one_model_cannot_read_are_left_out_for_all(models: dict[str, LanguageModel], texts: Dataset):
     long = "\n".join(texts["text"][:20])
     comparison = compare_generations(models, [{"prompt": "import os"}, {"prompt": long}], max_new_tokens=4)
     assert (comparison["prompts"], comparison["left_out"], comparison["references"]) == (1, 1, 0)
@@ -140,13 +140,13 @@ def test_prompts_that_one_model_cannot_read_are_left_out_for_all(models: dict[st
     ],
 )
 def test_prompts_that_cannot_be_asked_are_refused(
-    models: dict[str, LiveTeacher], rows: list[dict[str, Any]], match: str
+    models: dict[str, LanguageModel], rows: list[dict[str, Any]], match: str
 ):
     with pytest.raises(ValueError, match=match):
         compare_generations(models, rows)
 
 
-def test_table_of_generations_names_every_figure_and_keeps_its_columns(models: dict[str, LiveTeacher]):
+def test_table_of_generations_names_every_figure_and_keeps_its_columns(models: dict[str, LanguageModel]):
     rows = [{"prompt": "def f(a | b):\n    return", "completion": "x"}, {"prompt": "import", "completion": "os"}]
     figures, examples = (
         part.markdown() for part in generations_parts(compare_generations(models, rows, max_new_tokens=4))
@@ -158,7 +158,7 @@ def test_table_of_generations_names_every_figure_and_keeps_its_columns(models: d
 
 
 def test_generations_without_rouge_score_say_how_to_install_it(
-    models: dict[str, LiveTeacher], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "rouge_score.rouge_scorer", None)
     _rouge_scorer.cache_clear()

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from llm_distill import LiveTeacher
 from llm_distill.evaluation.harness import run_tasks, tasks_parts
+from llm_distill.models import LanguageModel
 from llm_distill.tables import Table
 
 
@@ -21,7 +21,7 @@ def tasks_markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def test_local_task_of_the_harness_gives_what_the_logits_say(models: dict[str, LiveTeacher], task_folder: Path):
+def test_local_task_of_the_harness_gives_what_the_logits_say(models: dict[str, LanguageModel], task_folder: Path):
     before = models["student"].tokenizer.pad_token
     results = run_tasks(models, ["colours"], include_path=task_folder, limit=10)
     assert results["skipped"] == {}
@@ -47,7 +47,7 @@ def test_local_task_of_the_harness_gives_what_the_logits_say(models: dict[str, L
 
 
 def test_task_that_cannot_run_is_skipped_and_the_others_have_figures(
-    models: dict[str, LiveTeacher], task_folder: Path, tmp_path: Path
+    models: dict[str, LanguageModel], task_folder: Path, tmp_path: Path
 ):
     text = (task_folder / "colours.yaml").read_text()
     (task_folder / "gone.yaml").write_text(text.replace("colours", "gone").replace("rows.jsonl", "gone.jsonl"))
@@ -61,7 +61,7 @@ def test_task_that_cannot_run_is_skipped_and_the_others_have_figures(
 
 
 def test_harness_that_is_not_installed_is_skipped_with_the_command(
-    models: dict[str, LiveTeacher], monkeypatch: pytest.MonkeyPatch
+    models: dict[str, LanguageModel], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     results = run_tasks(models, ["arc_easy, hellaswag"])
@@ -70,7 +70,7 @@ def test_harness_that_is_not_installed_is_skipped_with_the_command(
     assert tasks_markdown(results).startswith("Skipped: arc_easy, hellaswag (lm_eval is not installed: pip install")
 
 
-def test_harness_refuses_tasks_that_are_not_there(models: dict[str, LiveTeacher], task_folder: Path):
+def test_harness_refuses_tasks_that_are_not_there(models: dict[str, LanguageModel], task_folder: Path):
     with pytest.raises(ValueError, match=r"no task 'coulours'.*Did you mean colours"):
         run_tasks(models, ["coulours"], include_path=task_folder)
     with pytest.raises(ValueError, match="no tasks"):
