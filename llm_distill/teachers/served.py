@@ -57,12 +57,10 @@ class ServedTeacher(Teacher):
     def __init__(
         self, urls: str | Sequence[str], model: str | None = None, k: int = 20, timeout: float = 600.0
     ) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+        if k < 1 or timeout <= 0:
+            raise ValueError(f"k={k} and timeout={timeout}: both must be positive.")
         self.k, self.model = k, model
         self.reader = self.read
-        if timeout <= 0:
-            raise ValueError(f"timeout must be positive, got {timeout}.")
         self._servers = ServerPool(parse_urls(urls), timeout=timeout / ATTEMPTS_IN_TIMEOUT, patience=timeout)
         self._max_length: int | None = None
         self._up: list[str] = []
@@ -101,8 +99,9 @@ class ServedTeacher(Teacher):
     def score(self, batch: Batch) -> SparseSignal:
         bits, device = batch.get(SIGNAL), batch["labels"].device
         if bits is None:
-            on_cpu = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
-            bits = self._request_signal(on_cpu)
+            bits = self._request_signal(
+                {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
+            )
         floats = {name: bits[name].to(device).view(torch.float32) for name in ("log_probs", "log_tail")}
         return SparseSignal(bits["ids"].to(device), floats["log_probs"], floats["log_tail"], self._vocab_size)
 
