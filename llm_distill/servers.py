@@ -74,7 +74,7 @@ class ServerPool:
         patience: seconds that a request may take with all of its attempts.
         attempts: how often a request is tried at most.
         concurrency: how many requests of one process may be in flight.
-        headers: more headers for each request, such as those of a password.
+        headers: more headers for each request, in lower case: a password's takes the place of the key's.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class ServerPool:
 
     def _attempt(self, url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
         key = os.environ.get(KEY_VARIABLE)
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+        headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
         try:
             response = self._connections[url].request(
                 "GET" if body is None else "POST",

@@ -7,14 +7,13 @@ use.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import pkgutil
 import re
+import runpy
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_distill.generation.private_data import PrivateData
@@ -25,9 +24,9 @@ class Candidate(NamedTuple):
     """A completion that may become a text to learn from, and what belongs to it."""
 
     prompt: Content
-    text: str
     row: dict[str, Any]
     """The other columns of the prompt's row."""
+    text: str
     finished: bool
     tokens: int
     mean_log_prob: float | None
@@ -265,16 +264,8 @@ def find_function(name: str) -> Callable[..., Any]:
     """
     place, _, function = name.rpartition(":")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None, "it ends with .py"
-            assert spec.loader is not None, "likewise"
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, function)
-    except (ImportError, OSError, AttributeError, ValueError) as error:
+        return runpy.run_path(place)[function] if place.endswith(".py") else pkgutil.resolve_name(name)
+    except (ImportError, OSError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(
             f"no function {name!r}: expected package.module:function or path/to/file.py:function. ({error})"
         ) from error

@@ -153,27 +153,22 @@ def apply_filters(
     entry: Mapping[str, Any], completions: Sequence[Completion], filters: Mapping[str, Filter]
 ) -> list[tuple[Candidate, str | None]]:
     """Each completion as the filters leave it, with the name of the one that rejected it."""
-    verdicts: list[tuple[Candidate, str | None]] = [
-        (
-            Candidate(
-                prompt=entry["prompt"],
-                text=completion.text,
-                row=entry["row"],
-                finished=completion.finished,
-                tokens=completion.tokens,
-                mean_log_prob=completion.mean_log_prob,
-            ),
-            None,
-        )
+    prompt, row = entry["prompt"], entry["row"]
+    candidates = [
+        Candidate(prompt, row, completion.text, completion.finished, completion.tokens, completion.mean_log_prob)
         for completion in completions
     ]
+    reasons: list[str | None] = [None] * len(candidates)
     for name, keep in filters.items():
-        places = [place for place, (_, reason) in enumerate(verdicts) if reason is None]
+        places = [place for place, reason in enumerate(reasons) if reason is None]
         if not places:
             break
-        for place, candidate in zip(places, keep([verdicts[place][0] for place in places]), strict=True):
-            verdicts[place] = (verdicts[place][0], name) if candidate is None else (candidate, None)
-    return verdicts
+        for place, candidate in zip(places, keep([candidates[place] for place in places]), strict=True):
+            if candidate is None:
+                reasons[place] = name
+            else:
+                candidates[place] = candidate
+    return list(zip(candidates, reasons, strict=True))
 
 
 def _write_texts(

@@ -17,7 +17,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from llm_distill.evaluation.figures import LIKENESS, LOSSES, DomainFigures
 from llm_distill.evaluation.statistics import Interval, format_interval
 from llm_distill.losses.metrics import LABELS
-from llm_distill.publish.hub import TAGS, licence_of, link_to, teachers_of
+from llm_distill.publish.hub import TAGS, common_licence, licence_of, link_to, teachers_of, terms_of
 from llm_distill.publish.record import FILE, OPTIONS_FILE
 from llm_distill.tables import Markdown, Table
 
@@ -26,6 +26,10 @@ REPORT_FILE, REPORT_PAGES = "report.json", ("report.md", "report.html")
 MARK = "<!-- llm-distill writes this card anew with every push. Remove this line to keep what you change. -->"
 UNFILLED = "[More Information Needed]"
 """Of the template that PEFT leaves."""
+CHAT_INPUTS = """messages = [{"role": "user", "content": "What is a language model?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
 MODELS = ("student", "teacher", "baseline")
 PARTS = {"generations": "what it writes", "tasks": "tasks", "bias": "bias", "resources": "speed and memory"}
 """Of a report, beside its domains."""
@@ -65,13 +69,13 @@ def write_model_card(
     adapter = (folder / "adapter_config.json").is_file()
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        tags=sorted({*TAGS, *(tags or []), *(f"distilled-from:{each['model']}" for each in _hub_teachers(record))}),
+        tags=sorted({*TAGS, *(tags or []), *(f"distilled-from:{name}" for name in _hub_teachers(record))}),
         base_model=base_model,
         datasets=[record["run.dataset"]] if record.get("run.dataset") else None,
         pipeline_tag="text-generation",
         model_name=name,
         eval_results=list(_eval_results(record, report)) or None,
-        **(_common(list(licences.values()))),
+        **common_licence(list(licences.values())),
     )
     if base_model is not None:
         data["base_model_relation"] = "adapter" if adapter else "finetune"
@@ -106,13 +110,9 @@ def _part(record: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
 
-def _hub_teachers(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [each for each in teachers_of(_teacher(record)) if each.get("revision")] if taught(record) else []
-
-
-def _common(licences: list[dict[str, Any]]) -> dict[str, Any]:
-    """The licence that all of them have. Where they differ it is the owner's to say."""
-    return licences[0] if licences and all(each == licences[0] for each in licences) else {}
+def _hub_teachers(record: dict[str, Any]) -> list[str]:
+    teachers = teachers_of(_teacher(record)) if taught(record) else []
+    return [teacher["model"] for teacher in teachers if teacher.get("revision")]
 
 
 def _origin(record: dict[str, Any]) -> str:
@@ -130,10 +130,10 @@ def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str,
     if base_model is not None:
         start["model"] = base_model
         start["revision"] = start.get("revision") or "main"
-    rows = [("student, before", link_to(start) + _size(start), _terms(licences.get("start", {})))]
+    rows = [("student, before", link_to(start) + _size(start), terms_of(licences.get("start", {})))]
     if taught(record):
-        terms = _terms(licences["teacher"])
-        rows += [("teacher", link_to(each) + _size(each), terms) for each in teachers_of(_teacher(record))]
+        terms = terms_of(licences["teacher"])
+        rows += [("teacher", link_to(member) + _size(member), terms) for member in teachers_of(_teacher(record))]
     data = record.get("run.dataset") or record.get("data.name")
     if data:
         linked = f"[{data}](https://huggingface.co/datasets/{data})" if record.get("run.dataset") else f"`{data}`"
@@ -142,42 +142,26 @@ def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str,
     return Table(("", "what", "licence"), [(name, *map(Markdown, cells)) for name, *cells in rows]).markdown()
 
 
-def _terms(licence: dict[str, Any]) -> str:
-    terms = licence.get("license_name") or licence.get("license") or "not known here"
-    return f"[{terms}]({licence['license_link']})" if str(licence.get("license_link")).startswith("http") else terms
-
-
 def _size(model: dict[str, Any]) -> str:
-    count = model.get("parameters")
-    return (
-        f" ({count / 1e6:,.1f} M parameters)" if count and count >= 1e5 else f" ({count:,} parameters)" if count else ""
-    )
+    count = model.get("parameters") or 0
+    size = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+    return f" ({size} parameters)" if count else ""
 
 
 def _usage(folder: Path, repo_id: str | None, adapter: bool) -> str:
     model = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    lines = (
-        ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+    has_template = any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json"))
+    lines = [
+        f"from peft import {model}\nfrom transformers import AutoTokenizer"
         if adapter
-        else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    )
-    where = f'"{repo_id}"' if repo_id else '"."  # the folder of this card'
-    lines += [
+        else f"from transformers import {model}, AutoTokenizer",
         "",
-        f"name = {where}",
+        f'name = "{repo_id}"' if repo_id else 'name = "."  # the folder of this card',
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         f"model = {model}.from_pretrained(name)",
+        CHAT_INPUTS if has_template else 'inputs = tokenizer("A language model is", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
     ]
-    if any((folder / each).exists() for each in ("chat_template.jinja", "chat_template.json")):
-        lines += [
-            'messages = [{"role": "user", "content": "What is a language model?"}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
-        ]
-    else:
-        lines.append('inputs = tokenizer("A language model is", return_tensors="pt")')
-    lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))")
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
@@ -232,16 +216,16 @@ def _trained_figures(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]
 def _eval_results(record: dict[str, Any], report: dict[str, Any] | None) -> Iterator[EvalResult]:
     """For `model-index`, by which the Hub shows figures."""
     if report is None:
-        found = [(data or "held-out text", figure, value) for figure, data, value in _trained_figures(record)]
+        figures = [(data or "held-out text", figure, value) for figure, data, value in _trained_figures(record)]
     else:
-        found = [
-            (domain, figure, told["value"])
+        figures = [
+            (domain, figure, interval["value"])
             for domain, values in report["domains"].items()
             for part in (values["models"].get("student") or {}, values.get("likeness") or {})
-            for figure, told in part.items()
-            if figure in LABELS and told is not None and told["value"] is not None
+            for figure, interval in part.items()
+            if figure in LABELS and interval is not None and interval["value"] is not None
         ]
-    for domain, figure, value in found:
+    for domain, figure, value in figures:
         yield EvalResult(
             task_type="text-generation",
             task_name="Text generation",

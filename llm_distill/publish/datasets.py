@@ -18,7 +18,16 @@ from llm_distill.cache.store import TeacherCache
 from llm_distill.files import differences, write_atomically
 from llm_distill.generation.journal import IDENTITY, SETTINGS_FILE, read_settings
 from llm_distill.generation.run import ACCEPTED, REPORT, GenerationReport, read_report
-from llm_distill.publish.hub import TAGS, claim_repository, hub_errors, licence_of, link_to, size_category, teachers_of
+from llm_distill.publish.hub import (
+    TAGS,
+    claim_repository,
+    hub_errors,
+    licence_of,
+    link_to,
+    size_category,
+    teachers_of,
+    terms_of,
+)
 
 CACHE_FILES = [manifests.FILE, "shard-*.parquet", manifests.HEAD_FILE, manifests.PLOT_FILE]
 TEXT_FILES = [SETTINGS_FILE, ACCEPTED, REPORT]
@@ -60,18 +69,8 @@ def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, toke
 def push_generated(
     folder: str | Path, repo_id: str, *, filters: dict[str, Any], private: bool = False, token: str | None = None
 ) -> str:
-    """Uploads what was accepted, with report and card; the repository's URL. Rejected texts stay here.
-
-    Args:
-        folder: of a run.
-        repo_id: a dataset repository, `user/name`, which is made if need be.
-        filters: what was kept, for the card.
-        private: whether it is made so that others cannot see it.
-        token: by default that of `hf auth login` or HF_TOKEN.
-
-    Raises:
-        ValueError: no right to write there, another thing is there, a bad name.
-        ConnectionError: the push broke off.
+    """Uploads what was accepted in the folder of a run, with report and card; the repository's URL. Rejected texts stay
+    here. `filters` are named in the card; all else is as for `push_cache`.
     """
     folder = Path(folder)
     settings, report = read_settings(folder), read_report(folder)
@@ -175,7 +174,8 @@ def _card(
     )
     cells = [*(("teacher", link_to(member)) for member in members), *rows.items()]
     table = "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in cells)])
-    terms = licence.get("license_name") or licence.get("license") or "not known here"
-    owner = f"## Licence\n\nThe teacher's is {terms}. It governs the teacher's outputs, and so what is here."
+    owner = (
+        f"## Licence\n\nThe teacher's is {terms_of(licence)}. It governs the teacher's outputs, and so what is here."
+    )
     parts = [f"---\n{header.to_yaml()}\n---", f"# {header.pretty_name}", about, table, owner, *sections]
     return "\n\n".join(parts) + "\n"

@@ -69,9 +69,9 @@ def claim_repository(
     names = [] if force else api.list_repo_files(url.repo_id, repo_type=repo_type, revision=revision)
     if file in names:
         path = api.hf_hub_download(url.repo_id, file, repo_type=repo_type, revision=revision)
-        if found := changes(Path(path)):
+        if changed := changes(Path(path)):
             raise ValueError(
-                f"{url.repo_id} holds another {what}: {'; '.join(found[:4])}. Choose another name, {way_out}."
+                f"{url.repo_id} holds another {what}: {'; '.join(changed[:4])}. Choose another name, {way_out}."
             )
     elif other := [name for name in names if name not in (".gitattributes", "README.md", "LICENSE")]:
         raise ValueError(
@@ -98,7 +98,18 @@ def licence_of(teacher: dict[str, Any], api: HfApi) -> dict[str, Any]:
             return {}
         data = card.data.to_dict()
         licences.append({name: data[name] for name in ("license", "license_name", "license_link") if name in data})
-    return licences[0] if all(licence == licences[0] for licence in licences) else {}
+    return common_licence(licences)
+
+
+def common_licence(licences: list[dict[str, Any]]) -> dict[str, Any]:
+    """The licence that all of them have. Where they differ it is the owner's to say."""
+    return licences[0] if licences and all(licence == licences[0] for licence in licences) else {}
+
+
+def terms_of(licence: dict[str, Any]) -> str:
+    """What a card calls it, with a link if it has one."""
+    terms = licence.get("license_name") or licence.get("license") or "not known here"
+    return f"[{terms}]({licence['license_link']})" if str(licence.get("license_link")).startswith("http") else terms
 
 
 def teachers_of(teacher: dict[str, Any]) -> list[dict[str, Any]]:

@@ -133,33 +133,15 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def require_place(
-    api: HfApi,
-    repo_id: str,
-    record: dict[str, Any],
-    compared: Sequence[str] = IDENTITY,
-    *,
-    private: bool | None = None,
-    force: bool = False,
-    revision: str | None = None,
+    api: HfApi, repo_id: str, record: dict[str, Any], compared: Sequence[str] = IDENTITY, **options: Any
 ) -> str:
-    """Makes the repository if need be; its full name.
+    """Makes a student's repository if need be; its full name. Options and errors are those of `claim_repository`."""
 
-    Raises:
-        ValueError: it holds another run or something else, and there is no `force`.
-        Exception: of huggingface_hub, for `hub_errors`.
-    """
-    url = claim_repository(
-        api,
-        repo_id,
-        "distilled student",
-        FILE,
-        lambda path: changes_of_run(path, record, compared, "the repository"),
-        private=private,
-        revision=revision,
-        force=force,
-        way_out="or overwrite it with `llm-distill push … --force`",
-    )
-    return url.repo_id
+    def changes(path: Path) -> list[str]:
+        return changes_of_run(path, record, compared, "the repository")
+
+    way_out = "or overwrite it with `llm-distill push … --force`"
+    return claim_repository(api, repo_id, "distilled student", FILE, changes, way_out=way_out, **options).repo_id
 
 
 def _require_base_model(folder: Path, base_model: str | None, merge_adapters: bool) -> None:

@@ -57,12 +57,10 @@ class ServedTeacher(Teacher):
     def __init__(
         self, urls: str | Sequence[str], model: str | None = None, k: int = 20, timeout: float = 600.0
     ) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+        if k < 1 or timeout <= 0:
+            raise ValueError(f"k={k} and timeout={timeout}: both must be positive.")
         self.k, self.model = k, model
         self.reader = self.read
-        if timeout <= 0:
-            raise ValueError(f"timeout must be positive, got {timeout}.")
         self._servers = ServerPool(parse_urls(urls), timeout=timeout / ATTEMPTS_IN_TIMEOUT, patience=timeout)
         self._max_length: int | None = None
         self._up: list[str] = []

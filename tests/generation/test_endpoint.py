@@ -19,6 +19,7 @@ import protocol_server
 import pytest
 from datasets import Dataset
 from proxy import FaultyProxy
+from scripted import scripted
 from servers import RunningServer, serving
 
 from llm_distill.cli import main
@@ -92,6 +93,70 @@ def test_retry_after_is_honoured(server: RunningServer, prompts: list[Prompt]) -
     with FaultyProxy(server.url, ["429"], retry_after=2.0) as proxy:
         assert len(texts_of(engine_at(proxy.url).write(prompts[:1]))) == 1
         assert proxy.times[1] - proxy.times[0] >= 1.9
+
+
+def answer_with(*texts: str) -> dict[str, Any]:
+    choices = [{"text": text, "message": {"content": text}, "finish_reason": "stop"} for text in texts]
+    return {"choices": choices, "usage": {"prompt_tokens": 3, "completion_tokens": 4}}
+
+
+def test_newer_models_call_the_limit_by_another_name(prompts: list[Prompt]) -> None:
+    (chat,) = prompts_of([{"prompt": "import os"}], as_chat=True)
+    refusal = (400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}})
+    with scripted([refusal, (200, answer_with("a"))]) as server:
+        engine = engine_at(server.url, log_probs=True)
+        assert list(texts_of(engine.write([chat, chat])).values()) == ["a"]
+        names = [{"max_tokens", "max_completion_tokens"} & body.keys() for body in server.bodies]
+        assert names[0] == {"max_tokens"}
+        assert names[-1] == {"max_completion_tokens"}
+        assert {body["logprobs"] for body in server.bodies} == {True}
+
+
+def test_answers_without_choices_are_tried_again_and_counted(prompts: list[Prompt]) -> None:
+    with scripted([(200, {"choices": []}), (200, answer_with("a")), (200, {})]) as server:
+        engine = engine_at(server.url, max_retries=2, concurrency=1)
+        written = engine.write(prompts)
+        assert next(written).completions[0].text == "a"
+        with pytest.raises(ConnectionError, match=r"answered 200 3 times\. .*its answer has no choices"):
+            next(written)
+        assert len(server.paths) == 2 + 3
+
+
+def test_what_is_missing_of_several_completions_is_asked_for(prompts: list[Prompt]) -> None:
+    prices = Prices(input=1e6, output=1e6)
+    with scripted([(200, answer_with("a", "b")), (200, answer_with("c", "d"))]) as server:
+        engine = EndpointEngine(f"{server.url}/v1", "teacher", Sampling(num_completions=3), prices=prices)
+        (answer,) = engine.write(prompts[:1])
+        assert [completion.text for completion in answer.completions] == ["a", "b", "c"]
+        assert [body["n"] for body in server.bodies] == [3, 1]
+        assert server.bodies[0]["seed"] != server.bodies[1]["seed"]
+        assert answer.cost == 2 * (3 + 4)
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+def test_log_probabilities_are_those_that_the_endpoint_tells(as_chat: bool) -> None:
+    (prompt,) = prompts_of([{"prompt": "import os"}], as_chat=as_chat)
+    in_chat = {"content": [{"logprob": -1.0}, {"logprob": -2.0}]}
+    answer = answer_with("a")
+    answer["choices"][0]["logprobs"] = in_chat if as_chat else {"token_logprobs": [None, -1.0, -2.0]}
+    with scripted([(200, answer)]) as server:
+        (completion,) = next(engine_at(server.url, log_probs=True).write([prompt])).completions
+        assert (completion.mean_log_prob, completion.tokens, completion.finished) == (-1.5, 2, True)
+
+
+def test_a_password_in_the_address_is_used_and_not_shown(prompts: list[Prompt]) -> None:
+    with scripted([(200, answer_with("a"))]) as server:
+        engine = EndpointEngine(f"{server.url.replace('//', '//me:hunter2@')}/v1", "teacher", SAMPLING)
+        assert next(engine.write(prompts[:1])).completions[0].text == "a"
+        assert engine.url == f"{server.url}/v1"
+        assert server.headers[0]["Authorization"] == "Basic bWU6aHVudGVyMg=="
+
+
+def test_an_endpoint_need_not_list_its_models() -> None:
+    for answer in ((404, "nothing here"), (200, "not JSON"), (200, {"models": []})):
+        with scripted([answer]) as server:
+            engine_at(server.url).check()
+            assert server.paths == ["/v1/models"]
 
 
 def test_when_it_gives_up_everything_so_far_is_kept(
