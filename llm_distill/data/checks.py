@@ -6,13 +6,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.models import refuse_past_context
 from llm_distill.rows import IGNORED, Rows
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+from llm_distill.signals import Signal
 
 SAMPLED_TEXTS = 16
 
@@ -65,14 +64,7 @@ def refuse_broken_signal(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     """Raises ValueError naming the batch if it is the teacher that is not finite. Called after a loss that is not."""
-    if isinstance(signal, SparseSignal):
-        broken = signal.log_probs.isnan().any(-1)
-    elif isinstance(signal, HiddenSignal | MixtureSignal):
-        members = signal.signals if isinstance(signal, MixtureSignal) else (signal,)
-        broken = ~torch.stack([member.hidden.isfinite().all(-1) for member in members]).all(0)
-    else:
-        return
-    if not broken.any():
+    if signal is None or not (broken := signal.broken_rows()).any():
         return
     sample = int(rows.sample[broken][0])
     text = tokenizer.decode(batch["input_ids"][sample][:48], skip_special_tokens=True)
