@@ -6,14 +6,13 @@ from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.data.prepare import PreparedData
 from llm_distill.models import refuse_past_context
 from llm_distill.rows import IGNORED, View
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+from llm_distill.signals import Signal
 from llm_distill.teachers.base import Teacher
 
 SAMPLED_TEXTS = 16
@@ -86,14 +85,7 @@ def require_readable(dataset: Any, name: str, read: Callable[[list[Any]], Any]) 
 
 def refuse_broken_signal(signal: Signal | None, view: View, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError naming the batch if it is the teacher that is not finite. Called after a loss that is not."""
-    if isinstance(signal, SparseSignal):
-        broken = signal.log_probs.isnan().any(-1)
-    elif isinstance(signal, HiddenSignal | MixtureSignal):
-        members = signal.signals if isinstance(signal, MixtureSignal) else (signal,)
-        broken = ~torch.stack([member.hidden.isfinite().all(-1) for member in members]).all(0)
-    else:
-        return
-    if not broken.any():
+    if signal is None or not (broken := signal.broken_rows()).any():
         return
     sample = int(view.positions.sample[broken][0])
     text = tokenizer.decode(view.inputs["input_ids"][sample][:48], skip_special_tokens=True)

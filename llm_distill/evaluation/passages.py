@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_distill.evaluation.compare import TEACHER, Scores
 from llm_distill.heads import LMHead
-from llm_distill.losses.fused.job import Choice, Few
 from llm_distill.losses.fused.logits import logits_in_chunks, top_tokens
+from llm_distill.losses.fused.task import TokenChoice, TopTokens
 from llm_distill.models import kept_of
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
@@ -108,8 +108,8 @@ def _worst_windows(student: Scores) -> Iterator[tuple[int, int]]:
 def _top_tokens(hidden: Tensor, head: LMHead, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, float]]]:
     """The likeliest tokens of each row, with their probabilities."""
     rows: list[list[tuple[str, float]]] = []
-    for part in logits_in_chunks(hidden, head, 1.0, Choice(TOP)):
-        values, ids, _ = part.scores if isinstance(part.scores, Few) else top_tokens(part.scores, TOP)
+    for part in logits_in_chunks(hidden, head, 1.0, TokenChoice(TOP)):
+        values, ids, _ = part.scores if isinstance(part.scores, TopTokens) else top_tokens(part.scores, TOP)
         probabilities = (values.float() - part.log_total[:, None].float()).exp()
         for row in zip(ids.tolist(), probabilities.tolist(), strict=True):
             rows.append([(tokenizer.decode([i]), p) for i, p in zip(*row, strict=True) if i >= 0])
