@@ -37,6 +37,8 @@ FEW = 0.05
 """A share of counted positions below which most of a forward teaches nothing."""
 MANY = 0.1
 """A share of texts that are cut, or in which nothing counts, above which one may want to know."""
+OUTSIDE = 0.01
+"""A share of the student's mass past its vocabulary that one may want to know of."""
 NO_DIVERGENCE = 1e-4
 """Nats a token."""
 SIGMAS = 2.0
@@ -261,6 +263,13 @@ def _losses(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
         else:
             yield Finding("red", "divergence", f"{said}, and must be 0", "the loss is wrong on this machine: report it")
     tokens = sample.student_tokens
+    if tokens and (mass := sample.outside_mass / tokens) > OUTSIDE:
+        yield Finding(
+            "amber",
+            "vocabulary",
+            f"the student gives {mass:.1%} of its mass to rows of its matrix that no token has, and may write them",
+            "nothing, if its head is trained: the loss includes them (watch outside_mass); otherwise cut its matrix",
+        )
     alone = f"the student's is {sample.student_loss / tokens:.3f} nats a token" if tokens else "nothing counted"
     if trainer.teacher is not None and trainer.teacher.is_student:
         yield Finding("green", "loss", f"{alone}, and at the start the teacher's too")

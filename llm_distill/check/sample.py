@@ -54,6 +54,8 @@ class SampledTexts:
     student_loss: float = 0.0
     """The student's cross-entropy, summed over `student_tokens`, where there is no teacher to compare with too."""
     student_tokens: int = 0
+    outside_mass: float = 0.0
+    """The student's mass on rows of its matrix that no token has, summed over the same tokens."""
     lengths: list[int] = field(default_factory=list)
     """Tokens of each text."""
     losses: list[TextLoss] = field(default_factory=list)
@@ -147,6 +149,8 @@ def measure_losses(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts
         ce = values["ce"].double()
         sample.student_loss += float(ce.sum())
         sample.student_tokens += len(ce)
+        if "outside_mass" in values:
+            sample.outside_mass += float(values["outside_mass"].sum())
         if "teacher_ce" in values:
             texts = [example.rows for example in examples_of(view)]
             pairs = zip(values["teacher_ce"].double().split(texts), ce.split(texts), strict=True)

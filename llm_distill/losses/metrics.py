@@ -21,6 +21,7 @@ METRICS = {
     "teacher_ce": "teacher_ce",
     "mean_token_accuracy": "correct",
     "outside_mass": "outside_mass",
+    "outside_loss": "outside_loss",
     "aux_loss": "aux_loss",
     "skipped_share": "skipped_share",
 }

@@ -134,8 +134,9 @@ class Objective:
 
     def total(self, means: Mapping[str, float]) -> float:
         """The loss, from the means of its parts."""
-        head = self.head.kd_weight * means["kd"] if self.head.kd_weight else 0.0
-        head += self.head.ce_weight * means["ce"]
+        head = self.head.ce_weight * means["ce"]  # with the share of what is past the vocabulary in it
+        if self.head.kd_weight:
+            head += self.head.kd_weight * (means["kd"] + means.get("outside_loss", 0.0))
         return head + sum(term.weight * means[term.name] for term in self.terms)
 
     def describe(self) -> dict[str, Any]:

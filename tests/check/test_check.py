@@ -324,3 +324,15 @@ def test_the_report_is_coloured_where_it_is_seen() -> None:
     assert "\033[31mred" in report.as_text(coloured=True)
     assert "\033" not in str(report)
     assert str(report).splitlines()[1].strip() == "→ less"
+
+
+def test_mass_past_the_vocabulary_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A student from scratch whose matrix has rows that no token has gives them their share."""
+    padded = tiny_llama(1, hidden=16, vocab_size=VOCAB + 64)
+    found = by_name(make_trainer(tmp_path, tokenizer, padded, LiveTeacher(tiny_llama(2), tokenizer)).check())
+    assert found["vocabulary"].level == "amber"
+    assert "of its mass to rows of its matrix that no token has" in found["vocabulary"].said
+    fitting = tiny_llama(1, hidden=16)
+    assert "vocabulary" not in by_name(
+        make_trainer(tmp_path, tokenizer, fitting, LiveTeacher(tiny_llama(2), tokenizer)).check()
+    )
