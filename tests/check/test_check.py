@@ -14,7 +14,7 @@ from datasets import Dataset
 from launch import run_to_end
 from peft import LoraConfig
 from runs import copied_state, fill_cache, logged, make_trainer, save
-from tiny import make_config, tiny_llama
+from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
