@@ -390,22 +390,23 @@ def as_markdown(about: dict[str, Any], results: dict[str, dict[str, Any]]) -> st
         lines.append(f"| {name} | {result['verdict']} | {result['seconds']:.0f} | {'; '.join(result['reasons'])} |")
     for name, result in results.items():
         if result["checks"]:
-            lines += ["", f"## {name}", "", *table(result["checks"])]
+            lines += ["", f"## {name}", "", *table(result["checks"])][:-1]
     return "\n".join(lines) + "\n"
 
 
 def table(checks: dict[str, dict[str, Any]]) -> Iterator[str]:
-    """A row a check. A figure that is outside its range is bold."""
-    columns = list(dict.fromkeys(key for result in checks.values() for key in result.get("figures", {})))
-    yield f"| | {' | '.join([*columns, ''])} |"
-    yield f"|---|{'---:|' * len(columns)}---|"
+    """A row a check, those with the same figures under each other. A figure that is outside its range is bold."""
+    groups: dict[tuple[str, ...], list[str]] = {}
     for name, result in checks.items():
         words = {key: in_words(value) for key, value in result.get("figures", {}).items()}
         words |= {key: f"**{words[key]}**" for key in result.get("outside", [])}
-        cells = [words.get(key, "") for key in columns]
-        note = result.get("error") or result.get("skipped") or ""
-        note = re.sub(r"[|\n]", " ", ("FAILED: " if "error" in result else "") + note)
-        yield f"| {' | '.join([name, *cells, note])} |"
+        note = f"FAILED: {result['error']}" if "error" in result else result.get("skipped")
+        cells = [name, *words.values(), *([re.sub(r"[|\n]", " ", note)] if note else [])]
+        groups.setdefault(tuple(words), []).append(f"| {' | '.join(cells)} |")
+    for columns, rows in groups.items():
+        yield f"| | {' | '.join(columns)} |"
+        yield f"|---|{'---:|' * len(columns) or '---|'}"
+        yield from (*rows, "")
 
 
 def collect_wheels(folder: Path, python: str, cuda: str) -> int:

@@ -118,7 +118,7 @@ def test_a_part_that_cannot_begin_fails(failed: tuple[int, dict[str, Any], str, 
 def test_the_table_shows_what_is_out_of_range(failed: tuple[int, dict[str, Any], str, str]) -> None:
     *_, markdown = failed
     assert "| inaccurate | **0.001** |" in markdown
-    assert "| last |  | 12,345 |" in markdown
+    assert "| | figure |\n|---|---:|\n| last | 12,345 |\n" in markdown
     assert "FAILED: ValueError: no" in markdown
 
 
