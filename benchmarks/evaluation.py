@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -23,6 +22,7 @@ from train_step import SIZES, build, tokenizer_of, tokens
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_distill import LiveTeacher
+from llm_distill.evaluation.compare import HeldOutTexts
 from llm_distill.evaluation.domains import measure_domain
 from llm_distill.tables import Table
 
@@ -53,8 +53,7 @@ def main() -> None:
                 _ = model(**inputs, use_cache=False).logits
 
     def report() -> None:
-        options: dict[str, Any] = {"collate": collate, "tokenizer": tokenizer, "batch_size": size["batch"]}
-        measure_domain({"student": student}, live, dataset, **options)
+        measure_domain({"student": student}, live, HeldOutTexts(dataset, collate, tokenizer, size["batch"]))
 
     report()  # compiles
     forwards()
@@ -69,9 +68,9 @@ def main() -> None:
     rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     labels = {"two forwards with logits": "forwards", "every figure of a domain": "report"}
     rows = [(label, f"{statistics.median(times[n]):.2f}", f"{memory[n]:,.0f}") for label, n in labels.items()]
-    table = (
-        f"{Table(('', 'seconds', 'peak memory, MiB'), rows).markdown()}\n\n{statistics.median(ratios):.2f} × (by "
-        f"round: {rounds}). {args.texts} texts of {size['length']:,} tokens, V = {size['vocab']:,}."
+    table = Table(("", "seconds", "peak memory, MiB"), rows).markdown() + (
+        f"\n\n{statistics.median(ratios):.2f} × (by round: {rounds}). {args.texts} texts of {size['length']:,} tokens, "
+        f"V = {size['vocab']:,}."
     )
     print(table)
     if args.output:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,26 +10,17 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.evaluation.compare import TEXT, Scores, compare
+from llm_distill.evaluation.compare import TEXT, HeldOutTexts, Scores, compare
 from llm_distill.evaluation.figures import DomainFigures, domain_figures
 from llm_distill.evaluation.passages import furthest_passages
-from llm_distill.models import vocabulary_size
 from llm_distill.ranks import ranks
 from llm_distill.teachers.base import Teacher
 
 
 def measure_domain(
-    models: Mapping[str, nn.Module],
-    teacher: Teacher,
-    dataset: Dataset,
-    *,
-    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 8,
-    name: str = "texts",
-    others: Mapping[str, Scores] | None = None,
+    models: Mapping[str, nn.Module], teacher: Teacher, texts: HeldOutTexts, others: Mapping[str, Scores] | None = None
 ) -> DomainFigures:
-    """Quality, likeness and calibration on one prepared dataset, by models that share a tokenizer.
+    """Quality, likeness and calibration on one dataset, by models that share a tokenizer.
 
     Args:
         models: the `student` and, if there is one of this tokenizer, the `baseline`.
@@ -38,13 +29,12 @@ def measure_domain(
     Raises:
         ValueError: no token of the dataset counts.
     """
-    options: dict[str, Any] = {"collate": collate, "tokenizer": tokenizer, "vocab_size": vocabulary_size(tokenizer)}
-    scores = compare(models, teacher, dataset, batch_size=batch_size, name=name, **options) | dict(others or {})
+    scores = compare(models, teacher, texts) | dict(others or {})
     domain = domain_figures(scores, comparable=True)
     for token in domain["furthest_tokens"]:
-        token["token"] = tokenizer.decode([token.pop("id")])
+        token["token"] = texts.tokenizer.decode([token.pop("id")])
     if ranks().is_main_process:
-        domain["passages"] = furthest_passages(scores, models["student"], teacher, dataset, **options)
+        domain["passages"] = furthest_passages(scores, models["student"], teacher, texts)
     return domain
 
 

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.evaluation.compare import TEACHER, Scores
+from llm_distill.evaluation.compare import TEACHER, HeldOutTexts, Scores
 from llm_distill.heads import LMHead
 from llm_distill.losses.fused.logits import logits_in_chunks, top_tokens
 from llm_distill.losses.fused.task import TokenChoice, TopTokens
-from llm_distill.models import kept_of
+from llm_distill.models import kept_of, vocabulary_size
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
@@ -29,14 +28,7 @@ TOP = 5
 
 @torch.no_grad()
 def furthest_passages(
-    scores: Mapping[str, Scores],
-    model: nn.Module,
-    teacher: Teacher,
-    dataset: Dataset,
-    *,
-    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
+    scores: Mapping[str, Scores], model: nn.Module, teacher: Teacher, texts: HeldOutTexts
 ) -> list[dict[str, Any]]:
     """Of the texts with the worst window, that window: mean KL, and of each token its KL, its probability under both
     models and what each of them thought likeliest.
@@ -44,17 +36,16 @@ def furthest_passages(
     In one process only: the models run again on these texts.
 
     Args:
-        scores: of this dataset, the `student`'s and the `teacher`'s.
+        scores: of these texts, the `student`'s and the `teacher`'s.
     """
-    head = LMHead.of(model, vocab_size)
+    tokenizer = texts.tokenizer
+    head = LMHead.of(model, vocabulary_size(tokenizer))
     student, teacher_loss = scores["student"], scores[TEACHER].columns["ce"]
     passages = []
     for start, stop in itertools.islice(_worst_windows(student), PASSAGES):
         row = int(student.row[start])
-        batch = collate([dataset[row]])
-        device = next(model.parameters()).device
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        view = View.of(batch)
+        batch = texts.collate([texts.dataset[row]])
+        view = View.of(batch).to(next(model.parameters()).device)
         positions = view.positions.position
         first = int(np.searchsorted(student.row, row))
         inside = slice(start - first, stop - first)

@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.evaluation.bias import bias_tables
-from llm_distill.evaluation.compare import TEACHER
+from llm_distill.evaluation.compare import TEACHER, HeldOutTexts
 from llm_distill.evaluation.domains import measure_domain, sample_texts
 from llm_distill.evaluation.figures import LIKENESS, LOSSES, DomainFigures
 from llm_distill.evaluation.generations import generations_parts
@@ -69,9 +69,8 @@ def report_on(
     described = describe_model(model.get_base_model() if isinstance(model, PeftModel) else model, tokenizer)
     content |= {"student": described, TEACHER: teacher.describe(), "comparable": True, "domains": {}}
     for name, dataset in datasets.items():
-        options: dict[str, Any] = {"collate": collate, "tokenizer": tokenizer, "batch_size": batch_size, "name": name}
-        sample = sample_texts(dataset, max_texts)
-        content["domains"][name] = measure_domain({"student": model}, teacher, sample, **options)
+        texts = HeldOutTexts(sample_texts(dataset, max_texts), collate, tokenizer, batch_size, name)
+        content["domains"][name] = measure_domain({"student": model}, teacher, texts)
     return GapReport(content)
 
 

@@ -16,7 +16,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import require_rows
 from llm_distill.data.prepare import PreparedData, prepare
 from llm_distill.evaluation.bias import compare_bias, read_pairs
-from llm_distill.evaluation.compare import TEACHER, Scores, compare
+from llm_distill.evaluation.compare import TEACHER, HeldOutTexts, Scores, compare
 from llm_distill.evaluation.config import BUILT_IN, NONE, EvaluateConfig
 from llm_distill.evaluation.domains import measure_domain, sample_texts, split_into_windows
 from llm_distill.evaluation.figures import DomainFigures, domain_figures
@@ -24,7 +24,7 @@ from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
 from llm_distill.evaluation.report import GapReport, header
 from llm_distill.evaluation.resources import VARIANTS, measure_resources
-from llm_distill.models import LanguageModel, vocabulary_size
+from llm_distill.models import LanguageModel
 from llm_distill.ranks import ranks, run_on_first_rank
 from llm_distill.teachers.live import LiveTeacher
 
@@ -100,23 +100,21 @@ def _domains(
     together = {name: model.model for name, model in models.items() if name not in alone and name != TEACHER}
     for name, data in _prepared(config, student, samples):
         others = {model: scores[name] for model, scores in of_alone.items()}
-        options = _options(data, config, name)
+        texts = _held_out(data, config, name)
         if comparable:
             live = LiveTeacher(teacher)
             live.prepare(data.accelerator, torch.nn.Module())
-            yield name, measure_domain(together, live, others=others, **options)
+            yield name, measure_domain(together, live, texts, others)
         else:
-            scores = compare(together, None, vocab_size=vocabulary_size(data.tokenizer), **options) | others
-            yield name, domain_figures(scores, comparable=False)
+            yield name, domain_figures(compare(together, None, texts) | others, comparable=False)
 
 
 def _scores_alone(
     config: EvaluateConfig, name: str, model: LanguageModel, samples: Mapping[str, Dataset]
 ) -> dict[str, Scores]:
     """Of a model with tokens of its own, on each domain."""
-    vocab_size = vocabulary_size(model.require_tokenizer(name))
     return {
-        domain: compare({name: model.model}, None, vocab_size=vocab_size, **_options(data, config, domain))[name]
+        domain: compare({name: model.model}, None, _held_out(data, config, domain))[name]
         for domain, data in _prepared(config, model, samples)
     }
 
@@ -155,14 +153,8 @@ def _kind(data: Dataset) -> str:
     return next((column for column in ("prompt", "messages", "text") if column in data.column_names), "other")
 
 
-def _options(data: PreparedData, config: EvaluateConfig, name: str) -> dict[str, Any]:
-    return {
-        "dataset": data.evaluation[name],
-        "collate": data.collate,
-        "tokenizer": data.tokenizer,
-        "batch_size": config.batch_size,
-        "name": name,
-    }
+def _held_out(data: PreparedData, config: EvaluateConfig, name: str) -> HeldOutTexts:
+    return HeldOutTexts(data.evaluation[name], data.collate, data.tokenizer, config.batch_size, name)
 
 
 def _load(config: EvaluateConfig, name: str) -> LanguageModel:

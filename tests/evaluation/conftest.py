@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 from datasets import Dataset
 from evaluation_worker import write_task
-from tiny import VOCAB, tiny_llama
+from tiny import tiny_llama
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_distill import LiveTeacher
-from llm_distill.evaluation.compare import Scores, compare
+from llm_distill.evaluation.compare import HeldOutTexts, Scores, compare
 from llm_distill.models import LanguageModel
 from llm_distill.rows import IGNORED
 
@@ -45,7 +45,6 @@ def measure_scores(rows: Dataset, tokenizer: PreTrainedTokenizerBase) -> Callabl
 
     def measure(models: dict[str, Any] = models, teacher: Any = None, **options: Any) -> dict[str, Scores]:
         teacher = teacher or LiveTeacher(tiny_llama(2), tokenizer)
-        options = {"collate": collate, "tokenizer": tokenizer, "vocab_size": VOCAB, **options}
-        return compare(models, teacher, rows, **options)
+        return compare(models, teacher, HeldOutTexts(rows, collate, tokenizer, **options))
 
     return measure

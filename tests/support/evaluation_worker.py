@@ -16,9 +16,11 @@ from worker import make_rows
 
 from llm_distill import LiveTeacher
 from llm_distill.evaluation.bias import compare_bias
+from llm_distill.evaluation.compare import HeldOutTexts
 from llm_distill.evaluation.domains import measure_domain
 from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
+from llm_distill.models import LanguageModel
 from llm_distill.ranks import ranks
 
 TASK = """
@@ -52,12 +54,11 @@ def write_task(folder: Path) -> Path:
 
 def compare(models: Path, tasks: Path) -> dict[str, Any]:
     state = ranks()
-    loaded = {name: LiveTeacher.load(str(models / name)) for name in ("teacher", "student")}
+    loaded = {name: LanguageModel.load(str(models / name)) for name in ("teacher", "student")}
     for model in loaded.values():
         model.model.to(state.device)
-    rows = {"dataset": make_rows([2]), "collate": DataCollatorForLanguageModeling(pad_token_id=0)}
-    tokenizer = loaded["student"].tokenizer
-    domain = measure_domain({"student": loaded["student"].model}, loaded["teacher"], tokenizer=tokenizer, **rows)
+    texts = HeldOutTexts(make_rows([2]), DataCollatorForLanguageModeling(pad_token_id=0), loaded["student"].tokenizer)
+    domain = measure_domain({"student": loaded["student"].model}, LiveTeacher(loaded["teacher"]), texts)
     domain.pop("passages", None)  # looked at by one rank alone
     return {
         "domain": domain,
