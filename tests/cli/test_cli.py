@@ -18,7 +18,7 @@ import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from commands import ROWS, as_flags, refused, write_rows
 from datasets import Dataset
-from launch import run_to_end
+from launch import run_ranks
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
@@ -335,9 +335,9 @@ def test_a_run_goes_on_from_its_last_checkpoint_only_when_told_to(
     assert not list((tmp_path / "out").rglob("training_args.bin"))
 
 
-def test_the_recipe_takes_the_same_options_under_accelerate_launch(tmp_path: Path, run: dict[str, Any]) -> None:
+def test_the_recipe_takes_the_same_options(tmp_path: Path, run: dict[str, Any]) -> None:
     config = as_yaml(tmp_path / "run.yaml", run)
-    run_to_end(RECIPES / "token_kl.py", *config, "--max_steps", "1")
+    run_ranks(RECIPES / "token_kl.py", *config, "--max_steps", "1")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.hidden_size == 16
 
 

@@ -9,13 +9,13 @@ from typing import Any
 import evaluation_worker
 import pytest
 from evaluation_worker import compare, write_task
-from launch import run_to_end
+from launch import run_ranks
 
 
 def test_two_ranks_find_what_one_finds(saved: Path, tmp_path: Path):
     tasks = write_task(tmp_path)
     worker = Path(evaluation_worker.__file__)
-    run_to_end(worker, *map(str, (saved, tasks, tmp_path)), ranks=2)
+    run_ranks(worker, *map(str, (saved, tasks, tmp_path)), ranks=2)
     alone = _numbers(json.loads(json.dumps(compare(saved, tasks))))
     for rank in range(2):
         together = _numbers(json.loads((tmp_path / f"comparison-{rank}.json").read_text()))

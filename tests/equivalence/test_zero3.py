@@ -9,10 +9,13 @@ from shutil import which
 import pytest
 import yaml
 from datasets import Dataset
-from launch import CPU, Run, run_to_end
+from launch import CPU, Run, launch
 
 pytest.importorskip("deepspeed", reason="ZeRO-3 is DeepSpeed's")
-pytestmark = pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs"),
+]
 RECIPES = Path(__file__).parents[2] / "recipes"
 KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance", "hidden")
 LOSSES = [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}]
@@ -67,7 +70,7 @@ def test_a_check_before_weights_are_sharded_says_what_it_cannot_measure(
         "report_to": "none",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    output = run_to_end(RECIPES / "token_kl.py", *arguments, ranks=2, launcher=on_cpu)
+    output = launch(RECIPES / "token_kl.py", *arguments, ranks=2, launcher=on_cpu)
     assert "0.01 M of them trained" in output
     assert output.count("skipped  losses, time") == 1
     assert (tmp_path / "out" / "model.safetensors").exists()
