@@ -44,7 +44,7 @@ def measure_model(task: dict[str, Any]) -> dict[str, Any]:
     A figure is a number, or for each batch size a number (bytes, joules, grams) or `{"median", "low", "high"}` of all
     its measurements (seconds, tokens per second). `resources.measure_resources` says what a task holds.
     """
-    device = task["device"]
+    device, prompt_tokens, new_tokens = task["device"], task["prompt_tokens"], task["new_tokens"]
     stored, free = stored_bytes(task["folders"]), free_memory(device)
     if stored > free and not task["bits"] and not is_cuda(device):
         return {"error": f"does not fit into memory: {stored / GIB:,.1f} GiB, and {free / GIB:,.1f} are free"}
@@ -53,15 +53,14 @@ def measure_model(task: dict[str, Any]) -> dict[str, Any]:
     reset_peak_memory(device)
     model = load_model(task["name"], task)
     read_weights(model)
-    stored = stored_bytes(task["folders"])  # now that they are here, if they come from the Hub
     figures: dict[str, Any] = {
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
-        "bytes_on_disk": weight_bytes(model) if task["bits"] else stored or None,
+        "bytes_on_disk": weight_bytes(model) if task["bits"] else stored_bytes(task["folders"]),  # now they are here
         "weight_bytes": weight_bytes(model),
         "loading_memory_bytes": max(0, peak_memory(device) - libraries),
     }
-    figures = {name: value for name, value in figures.items() if value is not None}
+    figures = {name: value for name, value in figures.items() if value}
     skipped: dict[str, str] = {}
     for size in sorted(task["batch_sizes"]):
         if reason := reason_not_to_fit(size, model, task, figures):
@@ -69,8 +68,8 @@ def measure_model(task: dict[str, Any]) -> dict[str, Any]:
             continue
         reset_peak_memory(device)
         try:
-            prompts = random_prompts(model, size, task["prompt_tokens"])
-            measured: dict[str, Any] = time_batch(model, prompts, task["new_tokens"], task["repeats"], device)
+            prompts = random_prompts(model, size, prompt_tokens)
+            measured: dict[str, Any] = time_batch(model, prompts, new_tokens, task["repeats"], device)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -81,7 +80,7 @@ def measure_model(task: dict[str, Any]) -> dict[str, Any]:
             figures.setdefault(name, {})[str(size)] = value
     if task["energy_seconds"] and "peak_memory_bytes" in figures:
         size = min(map(int, figures["peak_memory_bytes"]))
-        prompts, new_tokens = random_prompts(model, size, task["prompt_tokens"]), task["new_tokens"]
+        prompts = random_prompts(model, size, prompt_tokens)
         try:
             of_a_batch = measure_energy(lambda: generate(model, prompts, new_tokens), task["energy_seconds"])
             figures |= {name: {str(size): value / (size * new_tokens)} for name, value in of_a_batch.items()}
@@ -135,9 +134,8 @@ def rehearse(task: dict[str, Any]) -> None:
 
 
 def active_parameters(model: PreTrainedModel) -> int | None:
-    """Those that one token goes through: of a mixture's routed experts as many as the router picks, and all else.
-
-    None for a mixture whose configuration does not say how many those are.
+    """Those that one token goes through: of a mixture's routed experts as many as the router picks, and all else; None
+    for a mixture whose configuration does not say how many those are.
     """
     config = model.config.get_text_config()
     configs = [config, getattr(config, "ffn_config", None)]

@@ -103,20 +103,11 @@ def measure_resources(
         if name == "student":
             checkpoints |= {f"student, {bits}-bit": checkpoint._replace(bits=bits) for bits in variants}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    settings = {
-        "prompt_tokens": _prompt_tokens([checkpoint.context for checkpoint in checkpoints.values()]),
-        "new_tokens": NEW_TOKENS,
-        "batch_sizes": list(batch_sizes),
-        "repeats": REPEATS,
-        "dtype": dtype,
-    }
-    task = {
-        **settings,
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "energy_seconds": ENERGY_SECONDS,
-        "trust_remote_code": trust_remote_code,
-    }
+    prompt_tokens = _prompt_tokens([checkpoint.context for checkpoint in checkpoints.values()])
+    settings = {"prompt_tokens": prompt_tokens, "new_tokens": NEW_TOKENS, "batch_sizes": list(batch_sizes)}
+    settings |= {"repeats": REPEATS, "dtype": dtype}
+    task = {**settings, "device": device, "threads": torch.get_num_threads()}
+    task |= {"energy_seconds": ENERGY_SECONDS, "trust_remote_code": trust_remote_code}
     for name, checkpoint in tqdm(checkpoints.items(), desc="Resources", unit=" models", leave=False):
         results[name] = _measure(checkpoint, task)
     teacher = _flatten(results.get(TEACHER, {}).get("figures", {}))

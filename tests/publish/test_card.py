@@ -66,6 +66,12 @@ def test_a_report_that_does_not_compare_says_why(tmp_path: Path) -> None:
     assert "How like" not in card.text
 
 
+def test_only_what_was_not_measured_is_called_so(tmp_path: Path) -> None:
+    parts = {"tasks": {"tasks": {"arc": {}}, "skipped": {"gone": "no network"}}, "bias": {"skipped": "no such pairs"}}
+    (tmp_path / "report.json").write_text(json.dumps({"date": "2026-11-25", "domains": {}} | parts))
+    assert "Not measured: what it writes, bias, speed and memory." in write_card(tmp_path).text
+
+
 def test_a_card_is_written_anew_unless_somebody_has_made_it_their_own(tmp_path: Path) -> None:
     assert MARK in write_card(tmp_path).content
     assert "`other`" in write_card(tmp_path, **{"teacher.model": "other"}).text
