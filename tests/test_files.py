@@ -12,9 +12,14 @@ from llm_distill.files import differences, locked, replacing, write_atomically
 def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "settings.json"
     write_atomically(path, b"old")
-    with pytest.raises(OSError, match="disk"), replacing(path) as temporary:
-        temporary.write_bytes(b"half of the n")
-        raise OSError("disk full")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(b"half of the n")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
     assert [file.name for file in tmp_path.iterdir()] == ["settings.json"]
     assert path.read_bytes() == b"old"
     write_atomically(path, b"new")
@@ -25,7 +30,7 @@ def test_a_file_is_replaced_whole_or_stays_as_it_was(tmp_path: Path) -> None:
 def test_a_folder_has_one_owner(tmp_path: Path) -> None:
     with (
         locked(tmp_path / "run", "another run"),
-        pytest.raises(ValueError, match="another run is writing into .*run. Wait"),
+        pytest.raises(ValueError, match=r"another run is writing into .*run. Wait"),
     ):
         locked(tmp_path / "run", "another run")
     with locked(tmp_path / "run", "another run"):
