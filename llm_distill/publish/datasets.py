@@ -54,8 +54,9 @@ def push_cache(cache: TeacherCache, repo_id: str, *, private: bool = False, toke
         raise ValueError(f"damaged, so not pushed: {', '.join(damaged)}. `llm-distill capture` makes them again.")
 
     def changes(path: Path) -> list[str]:
-        stored = manifests.parse_manifest(path.read_bytes(), f"{repo_id}/{manifests.FILE}")
-        return differences(stored, {name: cache.manifest[name] for name in manifests.IDENTITY})
+        there = manifests.parse_manifest(path.read_bytes(), f"{repo_id}/{manifests.FILE}")
+        stored, wanted = ({name: of[name] for name in manifests.IDENTITY} for of in (there, cache.manifest))
+        return differences(stored, wanted, ignore_missing=False)
 
     api = HfApi(token=token)
     with hub_errors(repo_id):

@@ -259,10 +259,10 @@ def test_what_cannot_work_is_said_within_seconds_and_without_the_key(
     with pytest.raises(SystemExit):
         main([*command, *(("--budget", change["budget"]) if "budget" in change else ())])
     assert time.monotonic() - began < 15
-    said = "".join(capsys.readouterr())
-    assert message in said
+    output = "".join(capsys.readouterr())
+    assert message in output
     for secret in (KEY, "sk-another-secret", "hunter2"):
-        assert secret not in said
+        assert secret not in output
 
 
 def test_killed_runs_pay_for_no_prompt_that_has_arrived(

@@ -20,13 +20,13 @@ def candidate(text: str, **fields: Any) -> Candidate:
     return Candidate(text=text, **(defaults | fields))
 
 
-def kept(name: str, candidates: list[Candidate], **parameters: Any) -> list[bool]:
+def keeps(name: str, candidates: list[Candidate], **parameters: Any) -> list[bool]:
     (keep,) = make_filters({name: parameters}).values()
     return [candidate is not None for candidate in keep(candidates)]
 
 
 def test_finished_drops_what_was_cut_off() -> None:
-    assert kept("finished", [candidate("a"), candidate("b", finished=False)]) == [True, False]
+    assert keeps("finished", [candidate("a"), candidate("b", finished=False)]) == [True, False]
 
 
 def test_length_counts_tokens_and_characters() -> None:
@@ -36,31 +36,31 @@ def test_length_counts_tokens_and_characters() -> None:
         candidate("c d e", tokens=9),
         candidate(" \n", tokens=2),
     ]
-    assert kept("length", candidates, min_tokens=2, max_tokens=8) == [False, True, False, False]
+    assert keeps("length", candidates, min_tokens=2, max_tokens=8) == [False, True, False, False]
 
 
 def test_repetition_is_a_share_of_runs_of_words() -> None:
-    assert kept("repetition", [candidate(PROSE), candidate("and so on " * 20), candidate("ok")]) == [True, False, True]
+    assert keeps("repetition", [candidate(PROSE), candidate("and so on " * 20), candidate("ok")]) == [True, False, True]
 
 
 def test_log_prob_needs_it() -> None:
-    assert kept("log_prob", [candidate("a", mean_log_prob=-2.9), candidate("b", mean_log_prob=-3.1)]) == [True, False]
+    assert keeps("log_prob", [candidate("a", mean_log_prob=-2.9), candidate("b", mean_log_prob=-3.1)]) == [True, False]
     with pytest.raises(ValueError, match="needs the teacher's log-probabilities"):
-        kept("log_prob", [candidate("a")])
+        keeps("log_prob", [candidate("a")])
 
 
 def test_a_verifier_is_the_users_function(tmp_path: Path) -> None:
     script = tmp_path / "checks.py"
     script.write_text("def right(prompt, completion, row):\n    return completion == row['answer']\n")
     candidates = [candidate("4", row={"answer": "4"}), candidate("5", row={"answer": "4"})]
-    assert kept("verifier", candidates, check=f"{script}:right") == [True, False]
+    assert keeps("verifier", candidates, check=f"{script}:right") == [True, False]
     with pytest.raises(ValueError, match="no function"):
         make_filters({"verifier": {"check": f"{script}:wrong"}})
 
 
 def test_exact_duplicates_are_of_one_prompt() -> None:
     candidates = [candidate("4"), candidate("4 "), candidate("4", prompt="q"), candidate("5")]
-    assert kept("exact_duplicates", candidates) == [True, False, True, True]
+    assert keeps("exact_duplicates", candidates) == [True, False, True, True]
 
 
 def test_near_duplicates_share_most_of_their_words() -> None:
@@ -72,7 +72,7 @@ def test_near_duplicates_share_most_of_their_words() -> None:
         candidate("yes"),
         candidate("yes"),
     ]
-    assert kept("near_duplicates", candidates) == [True, False, True, True, True]
+    assert keeps("near_duplicates", candidates) == [True, False, True, True, True]
 
 
 def test_near_duplicates_are_found_across_prompts_and_calls() -> None:
@@ -83,9 +83,9 @@ def test_near_duplicates_are_found_across_prompts_and_calls() -> None:
 
 def test_majority_keeps_the_commonest_answer() -> None:
     texts = ["so it is 4", "I say 5, no: 4", "5", "4"]
-    assert kept("majority", [candidate(text) for text in texts], answer=r"\d+") == [True, True, False, True]
-    assert kept("majority", [candidate(text) for text in "abcd"]) == [False] * 4
-    assert kept("majority", [candidate("x=1"), candidate("x=1"), candidate("none")], answer=r"x=(\d)") == [
+    assert keeps("majority", [candidate(text) for text in texts], answer=r"\d+") == [True, True, False, True]
+    assert keeps("majority", [candidate(text) for text in "abcd"]) == [False] * 4
+    assert keeps("majority", [candidate("x=1"), candidate("x=1"), candidate("none")], answer=r"x=(\d)") == [
         True,
         True,
         False,
@@ -105,7 +105,7 @@ def test_majority_keeps_the_commonest_answer() -> None:
     ],
 )
 def test_private_data_is_dropped_or_masked(text: str, masked: str) -> None:
-    assert kept("private_data", [candidate(text)]) == [False]
+    assert keeps("private_data", [candidate(text)]) == [False]
     (mask,) = make_filters({"private_data": {"action": "mask"}}).values()
     assert [clean.text for clean in mask([candidate(text)])] == [masked]
 

@@ -54,7 +54,9 @@ def test_sampling_draws_from_the_teacher(teacher: LiveTeacher) -> None:
     ids = teacher.tokenizer(prompt.content, return_tensors="pt")
     with torch.no_grad():
         p = teacher.model(**ids).logits[0, -1].softmax(-1)
-    drawn = torch.bincount(torch.tensor([each.ids[0] for each in answer.completions]), minlength=len(p)) / 3000
+    drawn = (
+        torch.bincount(torch.tensor([completion.ids[0] for completion in answer.completions]), minlength=len(p)) / 3000
+    )
     assert float((drawn - p).abs().sum()) < 1.5 * float((p * (1 - p) / 3000).sqrt().sum())
 
 
@@ -74,8 +76,8 @@ def test_mean_log_prob_is_the_teachers(teacher: LiveTeacher, prompts: list[Promp
             with torch.no_grad():
                 log_p = teacher.model(ids).logits[0].double().log_softmax(-1)
             start = len(answer.prompt_ids)
-            each = [float(log_p[start + n - 1, token]) for n, token in enumerate(completion.ids)]
-            assert completion.mean_log_prob == pytest.approx(sum(each) / len(each), abs=1e-5)
+            expected = [float(log_p[start + n - 1, token]) for n, token in enumerate(completion.ids)]
+            assert completion.mean_log_prob == pytest.approx(sum(expected) / len(expected), abs=1e-5)
 
 
 @pytest.mark.parametrize(

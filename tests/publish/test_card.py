@@ -38,7 +38,7 @@ def test_the_card_shows_the_figures_of_each_dataset(tmp_path: Path) -> None:
     assert "| the teacher's cross-entropy (code) | 1.5 |" in card.text
     assert "| cross-entropy, nats a token (prose) | 3 |" in card.text
     assert "from `big` (7.0 M parameters)" in card.text
-    shown = {(each.dataset_name, each.metric_type): each.metric_value for each in card.data.eval_results}
+    shown = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert shown == {("code", "ce"): 1.75, ("code", "teacher_ce"): 1.5, ("prose", "ce"): 3.0}
 
 

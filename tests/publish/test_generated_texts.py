@@ -55,16 +55,16 @@ def test_what_was_kept_is_pushed_with_a_card(hub: Hub, home: Path, run: Path) ->
 
 def test_other_peoples_repositories_are_left_alone(hub: Hub, home: Path, run: Path) -> None:
     hub.files[REPO] = {".gitattributes": b"", "model.safetensors": b"weights"}
-    (said,) = python(hub, home, PUSH)
-    assert "has other things in it, such as model.safetensors" in said
+    (printed,) = python(hub, home, PUSH)
+    assert "has other things in it, such as model.safetensors" in printed
     settings = json.loads((run / "generation.json").read_text())
     settings["sampling"]["seed"] = 7
     hub.files[REPO] = {".gitattributes": b"", "generation.json": json.dumps(settings).encode()}
-    (said,) = python(hub, home, PUSH)
-    assert "holds another set of generated texts: sampling.seed: the repository has 7, asked for is 0" in said
+    (printed,) = python(hub, home, PUSH)
+    assert "holds another set of generated texts: sampling.seed: the repository has 7, asked for is 0" in printed
     assert not hub.commits
 
 
 def test_a_missing_right_is_said(hub: Hub, home: Path, run: Path) -> None:
-    (said,) = python(hub, home, PUSH.replace('home + "/run", repo', 'home + "/run", "others/texts"'))
-    assert said.startswith("ValueError: the Hub does not let you write to others/texts")
+    (printed,) = python(hub, home, PUSH.replace('home + "/run", repo', 'home + "/run", "others/texts"'))
+    assert printed.startswith("ValueError: the Hub does not let you write to others/texts")

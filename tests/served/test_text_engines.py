@@ -73,10 +73,10 @@ def test_vllm_offline_writes_the_same(served_model: Path, live: dict[str, Answer
     command = [VLLM.with_name("python"), Path(__file__).with_name("write_with_vllm.py"), served_model, asked, answered]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(answered.read_text())
-    assert "longer than the teacher's context of 128" in found.pop("abc " * 200)
-    for text, ((ids, written, mean_log_prob),) in found.items():
+    answers = json.loads(answered.read_text())
+    assert "longer than the teacher's context of 128" in answers.pop("abc " * 200)
+    for text, ((ids, written, mean_log_prob),) in answers.items():
         (expected,) = live[text].completions
         assert (ids, written) == (expected.ids, expected.text)
         assert mean_log_prob == pytest.approx(expected.mean_log_prob, abs=1e-3)
-    assert set(found) == set(TEXTS)
+    assert set(answers) == set(TEXTS)

@@ -168,10 +168,14 @@ def test_a_check_asks_a_few_texts_and_says_what_cannot_be_compared(
         train_dataset=texts.select(range(8)),
         processing_class=tokenizer,
     )
-    found = {finding.what: finding for finding in trainer.check().findings}
-    assert (found["teacher"].level, found["time"].level, found["divergence"].level) == ("green", "green", "green")
-    assert found["loss"].level == "skipped"
-    assert "a part of its distribution" in found["loss"].said
+    findings = {finding.what: finding for finding in trainer.check().findings}
+    assert (findings["teacher"].level, findings["time"].level, findings["divergence"].level) == (
+        "green",
+        "green",
+        "green",
+    )
+    assert findings["loss"].level == "skipped"
+    assert "a part of its distribution" in findings["loss"].said
 
 
 def test_evaluation_asks_too(
@@ -232,8 +236,8 @@ def test_a_row_without_a_token_of_the_student_is_refused() -> None:
 
 
 def test_a_token_of_the_text_outside_the_top_belongs_to_the_tail() -> None:
-    said = [None, {"9": {"logprob": -5.0, "rank": 77}, "3": {"logprob": -0.5, "rank": 1}}]
-    ids, log_p = read_top_tokens(said, np.array([1]), 2)
+    tokens = [None, {"9": {"logprob": -5.0, "rank": 77}, "3": {"logprob": -0.5, "rank": 1}}]
+    ids, log_p = read_top_tokens(tokens, np.array([1]), 2)
     log_p, tail = fit_to_vocabulary(ids, log_p, 10)
     assert ids[0, 0] == 3
     assert log_p.tolist() == [[-0.5, -np.inf]]
@@ -524,8 +528,8 @@ def test_the_command_line_captures_from_a_server(
     command += ["--bf16", "false", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
     with pytest.raises(SystemExit):
         main(command)
-    said = "TopK(k=32, mass=1.0, threshold=0.0, step=0.0078125) keeps more than the 20 likeliest"
-    assert said in capsys.readouterr().err
+    message = "TopK(k=32, mass=1.0, threshold=0.0, step=0.0078125) keeps more than the 20 likeliest"
+    assert message in capsys.readouterr().err
     main([*command, "--cache_kwargs", "{k: 20}"])
     assert len(TeacherCache(tmp_path / "cache")) == 12
     assert TeacherCache(tmp_path / "cache").manifest["teacher"] == {"model": "teacher", "served": "vllm", "k": 20}
