@@ -37,7 +37,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by is None:
         markdown = re.sub(rf"(\]\((?:\.\./)*)\.\./(?=({'|'.join(OUTSIDE)})\b)", r"\1", markdown)
     markdown = re.sub(r"\]\(([\w.-]+-from-[\w.-]+)\)", r"](\1/README.md)", markdown)
-    markdown = re.sub(r"<!-- options: (\S+) (\S+) -->", lambda found: options_table(*found.groups()), markdown)
+    markdown = re.sub(r"<!-- options: (\S+) (\S+) -->", lambda match: options_table(*match.groups()), markdown)
     return re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", markdown)
 
 

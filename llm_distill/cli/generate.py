@@ -20,7 +20,7 @@ def generate(argv: Sequence[str]) -> None:
         from llm_distill.generation.run import generate as write
         from llm_distill.ranks import ranks
 
-        say = ranks().print
+        print_once = ranks().print
         filters = config.make_filters()
         if not script.dataset_name:
             raise ValueError("--dataset_name is missing: prompts, as a Hub id, a folder, a file, or `stdlib`.")
@@ -40,9 +40,9 @@ def generate(argv: Sequence[str]) -> None:
         try:
             report = write(engine, prompts, config.output_dir, filters=filters)
         except BudgetReachedError as reached:
-            say(f"Stopped: {reached}")
+            print_once(f"Stopped: {reached}")
             report = read_report(config.output_dir)
-    say(f"\n{report.as_markdown()}\n")
+    print_once(f"\n{report.as_markdown()}\n")
     if config.generated_hub_id is not None and ranks().is_main_process:
         from llm_distill.publish.datasets import push_generated
 
@@ -52,4 +52,6 @@ def generate(argv: Sequence[str]) -> None:
                 config.output_dir, config.generated_hub_id, filters=config.filters, private=config.generated_hub_private
             )
             print(f"Pushed to {where}")
-    say(f"The texts are in {Path(config.output_dir, ACCEPTED)}. Train on them with --dataset_name {config.output_dir}")
+    print_once(
+        f"The texts are in {Path(config.output_dir, ACCEPTED)}. Train on them with --dataset_name {config.output_dir}"
+    )

@@ -14,8 +14,6 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
-from llm_distill.options import parse_mapping
-
 RUN = ("trl:ScriptArguments", "llm_distill.config:DistillationConfig", "trl:ModelConfig")
 START, CHECK = "llm_distill.cli.options:StartConfig", "llm_distill.cli.options:CheckConfig"
 CAPTURE = "llm_distill.capture.options:CaptureConfig"
@@ -100,12 +98,11 @@ def parse(command: str, argv: Sequence[str]) -> list[Any]:
     if "--config" in argv[:-1]:
         path = Path(argv[argv.index("--config") + 1])
         content = _read_yaml(path)
-        os.environ.update({name: str(value) for name, value in parse_mapping("env", content.pop("env", None)).items()})
         shared = [resolve_name(name) for name in spec.in_yaml if name != CAPTURE or content.get("teacher_cache")]
-        not_for_us = {field.name for group in shared for field in fields(group)}
-        in_file = {str(key): f"{key!r} in {path}" for key in content}
-        _refuse_unknown(parser.prog, in_file, parser.names | not_for_us)
-        parser.set_defaults_with_config(**{key: value for key, value in content.items() if key not in not_for_us})
+        of_others = {field.name for group in shared for field in fields(group)}
+        given = {str(key): f"{key!r} in {path}" for key in content}
+        _refuse_unknown(parser.prog, given, parser.names | of_others)
+        parser.set_defaults_with_config(**{key: value for key, value in content.items() if key not in of_others})
     return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
 
 
@@ -169,6 +166,7 @@ def _refuse_unknown(program: str, given: dict[str, str], known: set[str]) -> Non
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """The options of a file. What it has under `env` becomes part of the environment."""
     import yaml
 
     if not path.is_file():
@@ -179,4 +177,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} is not YAML. ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
+    environment = content.pop("env", {})
+    if not isinstance(environment, dict):
+        raise ValueError(f"'env' in {path} must be a mapping of variables, got {environment!r}.")
+    os.environ.update({name: str(value) for name, value in environment.items()})
     return content

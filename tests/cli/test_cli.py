@@ -183,14 +183,14 @@ def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
 
 
 def test_the_yaml_of_a_capture_trains_from_its_cache(tmp_path: Path, run: dict[str, Any]) -> None:
-    kept = {"cache_method": "sampled", "cache_kwargs": {"draws": 12}, "examples_per_shard": 64}
-    both = as_yaml(tmp_path / "run.yaml", run | kept | {"teacher_cache": str(tmp_path / "cache")})
+    capture = {"cache_method": "sampled", "cache_kwargs": {"draws": 12}, "examples_per_shard": 64}
+    both = as_yaml(tmp_path / "run.yaml", run | capture | {"teacher_cache": str(tmp_path / "cache")})
     assert parse("train", both)[1].teacher_cache == str(tmp_path / "cache")
     assert parse("capture", both)[3].cache_kwargs == {"draws": 12}
     with pytest.raises(ValueError, match="unknown option --cache_method on the command line"):
         parse("train", [*both, "--cache_method", "top_k"])
     with pytest.raises(ValueError, match=r"unknown option 'cache_kwargs' in .*run\.yaml"):
-        parse("train", as_yaml(tmp_path / "run.yaml", run | kept))
+        parse("train", as_yaml(tmp_path / "run.yaml", run | capture))
     with pytest.raises(ValueError, match="unknown option 'cache_methods'"):
         parse("train", as_yaml(tmp_path / "run.yaml", run | {"teacher_cache": "x", "cache_methods": "top_k"}))
 
