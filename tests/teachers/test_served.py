@@ -107,7 +107,7 @@ def top_k_losses(folder: Path, tokenizer: PreTrainedTokenizerBase, student: str,
     """Of a run from a cache that the live teacher has filled."""
     cache = str(folder / "exact_cache")
     trainer = make_trainer(folder, tokenizer, student, teacher_model_name_or_path=str(teacher))
-    capture(trainer, cache, TopK(k, step=2**-17))
+    capture(trainer.teacher, trainer.data, cache, TopK(k, step=2**-17))
     return logged(train(folder / "cached", tokenizer, student, teacher_cache=cache), "loss")
 
 
@@ -542,7 +542,7 @@ def test_more_than_the_top_k_cannot_be_captured(
 ) -> None:
     trainer = make_trainer(tmp_path, tokenizer, student, teacher_server_url=server)
     with pytest.raises(ValueError, match="keeps more than the 20 likeliest tokens"):
-        capture(trainer, tmp_path / "cache", method)
+        capture(trainer.teacher, trainer.data, tmp_path / "cache", method)
     assert not (tmp_path / "cache").exists()
 
 
@@ -550,7 +550,7 @@ def test_more_than_the_top_k_cannot_be_added(
     tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokenizerBase, server: str
 ) -> None:
     trainer = make_trainer(tmp_path, tokenizer, student, teacher_server_url=server, teacher_server_k=30)
-    cache = capture(trainer, tmp_path / "cache", TopK(30))
+    cache = capture(trainer.teacher, trainer.data, tmp_path / "cache", TopK(30))
     with pytest.raises(ValueError, match="keeps more than the 20 likeliest tokens"):
         CachedTeacher(cache, "live", ServedTeacher(server, k=20))
 
