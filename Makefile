@@ -4,7 +4,7 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint con
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check docs notebooks format test test-served bench gpu clean
+.PHONY: help setup demo check docs notebooks format test test-slow test-served bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -41,8 +41,11 @@ format: setup ## mend what ruff can mend
 	$(RUN)/ruff check --fix .
 	$(RUN)/ruff format .
 
-test: setup ## the whole test suite
-	$(RUN)/pytest -n auto --maxprocesses 4 --dist worksteal
+test: setup ## the tests, but for the slow ones: under eight minutes on two cores
+	$(RUN)/pytest -m "not slow" -n auto --maxprocesses 4 --dist worksteal
+
+test-slow: setup ## ZeRO-3, notebooks, memory, twenty kills: some seven minutes on two cores
+	$(RUN)/pytest -m slow -n auto --maxprocesses 4 --dist loadfile
 
 .venv-vllm/ready: tests/served/vllm_env.sh
 	PYTHON=$(PYTHON) tests/served/vllm_env.sh .venv-vllm

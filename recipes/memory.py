@@ -1,7 +1,7 @@
 """What the recipes for real pairs take of a GPU's memory, as a table in the README of each.
 
-    python recipes/memory.py                            # the configurations come from the Hub
-    python recipes/memory.py --configs tests/configs    # from a folder: NAME.json for OWNER/NAME
+    python recipes/memory.py                                  # the configurations come from the Hub
+    python recipes/memory.py --configs tests/support/configs  # from a folder: NAME.json for OWNER/NAME
 
 From configurations alone: no weights are loaded and no GPU is needed.
 """

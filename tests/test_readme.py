@@ -83,12 +83,14 @@ def test_a_block_that_fails_is_seen(block: tuple[str, str, str], tmp_path: Path)
 
 
 def test_the_installed_command_is_what_the_pages_ran(small_demo: Path) -> None:
+    (small_demo / "few.jsonl").write_text('{"text": "import os"}\n' * 3)
     command = [Path(sys.executable).with_name("llm-distill"), "train", "--config", "recipes/example.yaml"]
-    options = ["--max_steps", "1", "--dataset_test_split", "none"]
+    options = ["--max_steps", "1", "--dataset_name", "few.jsonl"]
     done = subprocess.run([*command, *options], cwd=small_demo, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
 
 
+@pytest.mark.slow  # it reads the whole corpus
 def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> None:
     (after_the_demo / "few.jsonl").write_text('{"text": "import os"}\n' * 3)
     arguments = ("--dataset_name", "few.jsonl", "--packing", "false")
@@ -96,6 +98,7 @@ def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> No
     assert (after_the_demo / "runs" / "capture" / "cache" / "manifest.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_recipe_writes_and_teaches_without_an_argument(after_the_demo: Path) -> None:
     run_python("recipes/sequence_kd.py", folder=after_the_demo)
     assert (after_the_demo / "runs" / "sequence_kd" / "generated" / "train.parquet").is_file()

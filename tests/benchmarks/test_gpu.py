@@ -62,6 +62,7 @@ def run(script: Path, folder: Path, *arguments: str) -> tuple[int, dict[str, Any
     return done.returncode, json.loads((folder / "gpu.json").read_text()), done.stdout
 
 
+@pytest.mark.slow
 def test_every_part_runs_on_a_cpu(tmp_path: Path) -> None:
     status, results, printed = run(BENCHMARKS / "gpu.py", tmp_path)
     verdicts = {name: part["verdict"] for name, part in results["parts"].items()}

@@ -50,6 +50,7 @@ def measured() -> dict[str, dict[str, Any]]:
     return dict(zip(TASKS, json.loads(done.stdout.splitlines()[-1]), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("task", TASKS)
 def test_the_measured_peak_is_a_little_below_the_estimate(measured: dict[str, dict[str, Any]], task: str) -> None:

@@ -271,6 +271,7 @@ def test_a_placeholder_for_pictures_needs_no_row(tokenizer: PreTrainedTokenizerB
         LMHead.of(tiny_model("google/gemma-3-1b-it", vocabulary_size(own) - 1), vocabulary_size(own))
 
 
+@pytest.mark.slow  # each layer of each model is traced
 @pytest.mark.parametrize("pair", PAIRS)
 def test_the_readme_says_what_the_yamls_take_of_memory(pair: str) -> None:
     text = (RECIPES / pair / "README.md").read_text()

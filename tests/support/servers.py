@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,16 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import urllib3
+from warm import Program, warm_process
 
 
 @dataclass
 class RunningServer:
     url: str
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Program
 
     def kill(self) -> None:
         """At once, with all of its processes."""
-        if self.process.poll() is None:
+        if isinstance(self.process, Program):
+            self.process.kill()
+        elif self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
@@ -37,15 +41,21 @@ def serving(
     ready: str = "/v1/models",
     seconds: float = 60,
 ) -> Iterator[RunningServer]:
-    """Runs `command`, in which PORT stands for a free port, and waits until it answers a GET of `ready`."""
+    """Runs `command`, in which PORT stands for a free port, and waits until it answers a GET of `ready`.
+
+    A command of this Python runs in a fork of the warm process.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(port) if part == "PORT" else str(part) for part in command]
+    process: subprocess.Popen[bytes] | Program
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, stdout=output, stderr=output, env={**os.environ, **(environment or {})}, start_new_session=True
-        )
+        if command[0] == sys.executable:
+            process = warm_process().start(*command[1:], output=output, **(environment or {}))
+        else:
+            environment = {**os.environ, **(environment or {})}
+            process = subprocess.Popen(command, stdout=output, stderr=output, env=environment, start_new_session=True)
     server = RunningServer(f"http://127.0.0.1:{port}", process)
     try:
         end = time.monotonic() + seconds

@@ -101,14 +101,25 @@ class WarmProcess:
             assert process.poll() is None, "it has ended"
             time.sleep(0.05)
 
-    def start(self, *arguments: str | Path, folder: Path | None = None, **environment: str) -> Program:
-        """`python *arguments` in a fork: `-c PROGRAM …`, `-m MODULE …` or `SCRIPT …`."""
+    def start(
+        self,
+        *arguments: str | Path,
+        folder: Path | None = None,
+        output: IO[bytes] | None = None,
+        **environment: str,
+    ) -> Program:
+        """`python *arguments` in a fork: `-c PROGRAM …`, `-m MODULE …` or `SCRIPT …`.
+
+        Args:
+            output: takes all that it writes.
+        """
         request = {
             "arguments": [str(argument) for argument in arguments],
             "folder": str(folder or Path.cwd()),
             "environment": os.environ | self._environment | environment,
         }
-        output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        errors = output or tempfile.TemporaryFile()  # noqa: SIM115
+        output = output or tempfile.TemporaryFile()  # noqa: SIM115
         connection = socket.socket(socket.AF_UNIX)
         connection.connect(self.address)
         with open(os.devnull) as nothing:
