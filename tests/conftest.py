@@ -13,7 +13,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 from jaxtyping import install_import_hook
 
 FUSED = ("cpp_backend", "head_loss", "task", "logits", "products", "sparse", "torch_backend")  # Triton reads its own
-CACHE = ("methods", "record")
+CACHE = ("methods", "select")
 install_import_hook(
     [
         "llm_distill.divergences",
