@@ -10,7 +10,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -27,6 +28,8 @@ class HiddenSignal:
 
     hidden: Float[Tensor, "rows hidden"]
     head: LMHead
+    layers: Mapping[int, Float[Tensor, "rows width"]] = field(default_factory=dict)
+    """What came out of the layers that were asked for, by their number from 1."""
 
     def __len__(self) -> int:
         return self.hidden.shape[0]

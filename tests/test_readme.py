@@ -7,17 +7,19 @@ run here (a GPU, a download) is ```text, or ```yaml without a title.
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 
 import demo
+import page
 import pytest
-from warm import run_page, warm_process
+from warm import run_python, warm_process
 
 ROOT = Path(demo.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,13 +27,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(r'^( *)```(\w*)(?: title="([^"]+)")?\n(.*?)^\1```$', flags=re.DOTALL | re.MULTILINE)
 
 
-def blocks_of(page: Path) -> list[tuple[str, str, str]]:
+def blocks_of(path: Path) -> list[tuple[str, str, str]]:
     """(language, file, text) of each block that is to be run or written."""
-    found = []
-    for indent, language, file, text in FENCE.findall(page.read_text()):
+    blocks = []
+    for indent, language, file, text in FENCE.findall(path.read_text()):
         if file or language in ("python", "bash"):
-            found.append((language, file, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)))
-    return found
+            blocks.append((language, file, re.sub(f"^{indent}", "", text, flags=re.MULTILINE)))
+    return blocks
 
 
 def leave_a_demo(root: Path, recipe: demo.Recipe) -> Path:
@@ -60,50 +62,42 @@ def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return leave_a_demo(tmp_path_factory.mktemp("small_demo"), demo.Recipe(corpus_characters=1_000_000))
 
 
-@pytest.fixture(scope="module")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """Where a warm process listens, and the PATH on which its `llm-distill` is found, and then that of this Python."""
-    folder = tmp_path_factory.mktemp("warm")
-    with warm_process(folder) as address:
-        yield address, f"{folder / 'bin'}{os.pathsep}{Path(sys.executable).parent}"
+def run_page(blocks: Sequence[tuple[str, str, str]], folder: Path) -> None:
+    """Where `llm-distill` is found first on PATH in the warm process, and all else where this Python is."""
+    (folder / "blocks.json").write_text(json.dumps(blocks))
+    places = (warm_process().install_command(), Path(sys.executable).parent, os.environ["PATH"])
+    run_python(page.__file__, "blocks.json", folder=folder, PATH=os.pathsep.join(map(str, places)))
 
 
-def run(command: str, folder: Path) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, cwd=folder, env=environment, shell=True, capture_output=True, text=True, timeout=540)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks_of(page)], ids=lambda page: page.stem)
-def test_the_blocks_run_as_written(page: Path, small_demo: Path, warm: tuple[str, str], tmp_path: Path) -> None:
-    folder = tmp_path / "page"
-    shutil.copytree(small_demo, folder, symlinks=True)
-    address, path = warm
-    run_page(address, blocks_of(page), folder, path)
+@pytest.mark.parametrize("path", [path for path in PAGES if blocks_of(path)], ids=lambda path: path.stem)
+def test_the_blocks_run_as_written(path: Path, small_demo: Path, tmp_path: Path) -> None:
+    run_page(blocks_of(path), shutil.copytree(small_demo, tmp_path / "page", symlinks=True))
 
 
 @pytest.mark.parametrize(
     "block", [("python", "", "1 / 0"), ("bash", "", "false; true"), ("bash", "", "llm-distill train --divergenze tvd")]
 )
-def test_a_block_that_fails_is_seen(block: tuple[str, str, str], warm: tuple[str, str], tmp_path: Path) -> None:
-    address, path = warm
+def test_a_block_that_fails_is_seen(block: tuple[str, str, str], tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match=r"ZeroDivisionError|CalledProcessError"):
-        run_page(address, [block], tmp_path, path)
+        run_page([block], tmp_path)
 
 
 def test_the_installed_command_is_what_the_pages_ran(small_demo: Path) -> None:
-    run("llm-distill train --config recipes/example.yaml --max_steps 1 --dataset_test_split none", small_demo)
+    command = [Path(sys.executable).with_name("llm-distill"), "train", "--config", "recipes/example.yaml"]
+    options = ["--max_steps", "1", "--dataset_test_split", "none"]
+    done = subprocess.run([*command, *options], cwd=small_demo, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
 
 
 def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> None:
     (after_the_demo / "few.jsonl").write_text('{"text": "import os"}\n' * 3)
-    run("accelerate launch recipes/capture.py --dataset_name few.jsonl --packing false", after_the_demo)
+    arguments = ("--dataset_name", "few.jsonl", "--packing", "false")
+    run_python("recipes/capture.py", *arguments, folder=after_the_demo)
     assert (after_the_demo / "runs" / "capture" / "cache" / "manifest.json").is_file()
 
 
 def test_the_recipe_writes_and_teaches_without_an_argument(after_the_demo: Path) -> None:
-    run("accelerate launch recipes/sequence_kd.py", after_the_demo)
+    run_python("recipes/sequence_kd.py", folder=after_the_demo)
     assert (after_the_demo / "runs" / "sequence_kd" / "generated" / "train.parquet").is_file()
     assert (after_the_demo / "runs" / "sequence_kd" / "student" / "model.safetensors").is_file()
 
@@ -125,5 +119,5 @@ def test_troubleshooting_quotes_what_the_code_says() -> None:
 
 def test_every_command_of_make_that_is_named_exists() -> None:
     targets = set(re.findall(r"^([\w-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = {name for page in PAGES for name in re.findall(r"make ([\w-]+)$", page.read_text(), flags=re.MULTILINE)}
+    named = {name for path in PAGES for name in re.findall(r"make ([\w-]+)$", path.read_text(), flags=re.MULTILINE)}
     assert targets >= named >= {"demo", "check", "test"}

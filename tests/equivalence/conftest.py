@@ -9,8 +9,17 @@ from typing import Any
 
 import capture_worker
 import pytest
-from launch import CPU, WORKER, Run, run_to_end, shards
+from launch import WORKER, Run, launch, run_ranks, shards
 from transformers import PreTrainedTokenizerBase
+
+
+def run_script(script: Path, folder: Path, options: dict[str, Any], ranks: int, launcher: Path | None) -> None:
+    """On ranks in forks, or under `accelerate launch` with the configuration `launcher`."""
+    arguments = [str(folder), json.dumps(options)]
+    if launcher is None:
+        run_ranks(script, *arguments, ranks=ranks)
+    else:
+        launch(script, *arguments, ranks=ranks, launcher=launcher)
 
 
 @pytest.fixture
@@ -18,10 +27,10 @@ def run_worker(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[.
     """Runs the worker to its end and gives its weights and logs."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
 
-    def run(name: str, ranks: int = 1, launcher: Path = CPU, **options: Any) -> Run:
+    def run(name: str, ranks: int = 1, launcher: Path | None = None, **options: Any) -> Run:
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
-        run_to_end(WORKER, str(folder), json.dumps(options), ranks=ranks, launcher=launcher)
+        run_script(WORKER, folder, options, ranks, launcher)
         return Run(folder)
 
     return run
@@ -32,11 +41,10 @@ def captured_shards(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Calla
     """Runs `capture_worker.py` to its end and gives the names of the shards that it leaves."""
     tokenizer.save_pretrained(tmp_path / "tokenizer")
 
-    def run(ranks: int, launcher: Path = CPU, **options: Any) -> set[str]:
+    def run(ranks: int, launcher: Path | None = None, **options: Any) -> set[str]:
         folder = tmp_path / str(ranks)
         folder.mkdir()
-        worker = Path(capture_worker.__file__)
-        run_to_end(worker, str(folder), json.dumps(options), ranks=ranks, launcher=launcher)
+        run_script(Path(capture_worker.__file__), folder, options, ranks, launcher)
         return shards(folder)
 
     return run

@@ -3,136 +3,98 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 
 import capture_worker
 import pytest
-from launch import shards, start
+from launch import run_ranks, shards, start_ranks, wait_for_ranks
 from transformers import PreTrainedTokenizerBase
+from warm import Program
 
 from llm_distill import TeacherCache
 
 WORKER = Path(capture_worker.__file__)
 
 
-class Forks:
-    """Captures in forks of one warm process."""
-
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.said: list[str] = []
-        self.process = subprocess.Popen(
-            [sys.executable, str(WORKER), str(folder)],
-            text=True,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=os.environ | {"TQDM_DISABLE": "1"},
-        )
-        self.wait_for("ready")
-
-    def wait_for(self, wanted: str | None = None) -> str:
-        """The next line that is `wanted`, or a number: what is captured prints too."""
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            text = line.strip()
-            self.said.append(text)
-            if text == wanted or (wanted is None and text.lstrip("-").isdigit()):
-                return text
-        raise AssertionError("the worker has ended")
-
-    def capture(self, folder: Path, kill_after: float | None = None, **options: float) -> int:
-        """The exit status of a capture into `folder`."""
-        assert self.process.stdin is not None
-        print(json.dumps({"folder": str(folder), **options}), file=self.process.stdin, flush=True)
-        child = int(self.wait_for())
-        if kill_after is not None:
-            time.sleep(kill_after)
-            with suppress(ProcessLookupError):  # it was faster
-                os.kill(child, signal.SIGKILL)
-        return int(self.wait_for())
-
-
-@pytest.fixture
-def forks(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Iterator[Forks]:
+@pytest.fixture(autouse=True)
+def saved_tokenizer(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    forks = Forks(tmp_path / "worker")
-    yield forks
-    assert forks.process.stdin is not None
-    forks.process.stdin.close()
-    forks.process.wait(timeout=60)
 
 
-def test_twenty_kills_end_in_the_same_bytes(tmp_path: Path, forks: Forks) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
+def start_capture(folder: Path, **options: float) -> Program:
+    folder.mkdir(exist_ok=True)
+    (program,) = start_ranks(WORKER, str(folder), json.dumps(options))
+    return program
+
+
+def wait_for_its_begin(program: Program) -> None:
+    while "captures" not in program.output() and program.poll() is None:
+        time.sleep(0.01)
+
+
+def capture_whole(folder: Path) -> set[str]:
+    program = start_capture(folder)
+    assert program.wait() == 0, program.errors()
+    return shards(folder)
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_kills_end_in_the_same_bytes(tmp_path: Path, kills: int) -> None:
+    program = start_capture(tmp_path / "whole")
+    wait_for_its_begin(program)
     began = time.perf_counter()
-    assert forks.capture(whole) == 0
-    seconds = time.perf_counter() - began
-    expected, place = shards(whole), random.Random(0)
+    assert program.wait() == 0
+    seconds, place = time.perf_counter() - began, random.Random(0)
+    expected = shards(tmp_path / "whole")
     assert len(expected) == 15
-    kills = partial = 0
+    killed = partial = 0
     folder = Path(tempfile.mkdtemp(dir=tmp_path))
-    while kills < 20:
-        status = forks.capture(folder, kill_after=place.uniform(0, seconds))
-        kills += status == -signal.SIGKILL
+    while killed < kills:
+        program = start_capture(folder)
+        wait_for_its_begin(program)
+        time.sleep(place.uniform(0, seconds))
+        program.kill()
+        killed += program.wait() == -signal.SIGKILL
         partial += bool(list((folder / "cache").glob(".partial-*")))
         if (folder / "cache" / "manifest.json").exists() and shards(folder) == expected:
             folder = Path(tempfile.mkdtemp(dir=tmp_path))  # complete: another one
         elif (folder / "cache" / "manifest.json").exists():
             assert shards(folder) < expected  # nothing else, and nothing twice
     assert partial > 0  # some were hit while they wrote
-    assert forks.capture(folder) == 0
-    assert shards(folder) == expected
+    assert capture_whole(folder) == expected
     assert not list((folder / "cache").glob(".partial-*"))
     assert sum(len(shard.keys) for shard in TeacherCache(folder / "cache").shards) == len(
         {key for key, _ in TeacherCache(folder / "cache").examples()}
     )
 
 
-def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(tmp_path: Path, forks: Forks) -> None:
-    whole = tmp_path / "whole"
-    whole.mkdir()
-    assert forks.capture(whole) == 0
-    largest = max((whole / "cache").glob("shard-*"), key=lambda path: path.stat().st_size).stat().st_size
+def test_a_full_disk_is_a_clear_error_and_nothing_is_lost(tmp_path: Path) -> None:
+    expected = capture_whole(tmp_path / "whole")
+    largest = max(path.stat().st_size for path in (tmp_path / "whole" / "cache").glob("shard-*"))
     folder = tmp_path / "full"
-    folder.mkdir()
-    assert forks.capture(folder, file_limit=largest - 1) > 0
-    assert any("could not be written (" in line and "the same command goes on" in line for line in forks.said)
+    program = start_capture(folder, file_limit=largest - 1)
+    assert program.wait() > 0
+    lines = program.errors().splitlines()
+    assert any("could not be written (" in line and "the same command goes on" in line for line in lines)
     assert not list((folder / "cache").glob(".partial-*"))
-    assert shards(folder) < shards(whole)
-    assert forks.capture(folder) == 0
-    assert shards(folder) == shards(whole)
+    assert shards(folder) < expected
+    assert capture_whole(folder) == expected
 
 
-def test_ranks_may_change_and_one_of_them_may_be_killed(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    outputs = {}
-    for name, ranks, pause in (("one", 1, 0.0), ("two", 2, 0.2)):
-        (tmp_path / name).mkdir()
-        process = start(WORKER, str(tmp_path / name), json.dumps({"pause": pause}), ranks=ranks)
-        if ranks == 2:
-            cache = tmp_path / name / "cache"
-            deadline = time.monotonic() + 120
-            while len(list(cache.glob("shard-*"))) < 2 and time.monotonic() < deadline:
-                time.sleep(0.05)
-            children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-            os.kill(int(children[-1]), signal.SIGKILL)
-        outputs[name] = process.communicate(timeout=200)[0]
-        assert (process.returncode == 0) == (ranks == 1), outputs[name]
-    expected = shards(tmp_path / "one")
-    assert shards(tmp_path / "two") < expected
+def test_ranks_may_change_and_one_of_them_may_be_killed(tmp_path: Path) -> None:
+    expected, folder = capture_whole(tmp_path / "one"), tmp_path / "two"
+    folder.mkdir()
+    programs = start_ranks(WORKER, str(folder), json.dumps({"pause": 0.2}), ranks=2)
+    deadline = time.monotonic() + 120
+    while len(list((folder / "cache").glob("shard-*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    programs[-1].kill()
+    assert all(wait_for_ranks(programs))
+    assert shards(folder) < expected
     for ranks in (2, 1):
-        process = start(WORKER, str(tmp_path / "two"), "{}", ranks=ranks)
-        output = process.communicate(timeout=200)[0]
-        assert process.returncode == 0, output
-        assert shards(tmp_path / "two") == expected
+        run_ranks(WORKER, str(folder), "{}", ranks=ranks)
+        assert shards(folder) == expected

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from launch import WORKER, Run, start
+from launch import WORKER, Run, start_ranks
 
 CONFIG = {
     "max_steps": 12,
@@ -22,6 +20,7 @@ CONFIG = {
     "lr_scheduler_type": "cosine",
     "train_sampling_strategy": "random",
     "gradient_accumulation_steps": 2,
+    "losses": [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}],  # with a projection, which must be resumed too
 }
 
 
@@ -30,18 +29,18 @@ def test_a_killed_run_resumes_to_the_same_weights_and_losses(run_worker: Callabl
 
     folder = tmp_path / "killed"
     folder.mkdir()
-    process = start(WORKER, str(folder), json.dumps({"config": CONFIG, "pause": 0.5}))
+    (program,) = start_ranks(WORKER, str(folder), json.dumps({"config": CONFIG, "pause": 0.5}))
     deadline = time.monotonic() + 120
     while not (folder / "out" / "checkpoint-6" / "trainer_state.json").exists():
-        assert process.poll() is None, "the worker ended before it could be killed"
+        assert program.poll() is None, "the worker ended before it could be killed"
         assert time.monotonic() < deadline, "no checkpoint in time"
         time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    program.kill()
     assert not (folder / "log.json").exists()
 
     resumed = run_worker("killed", config=CONFIG, resume=True)
     assert resumed.logged("loss") == pytest.approx(whole.logged("loss"), rel=1e-12)
     assert len(whole.logged("loss")) == CONFIG["max_steps"]
+    assert any("distillation_terms" in name for name in whole.weights())
     for name, expected in whole.weights().items():
         assert torch.equal(resumed.weights()[name], expected), name

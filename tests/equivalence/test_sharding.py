@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import sharded
 import torch
-from launch import run_to_end
+from launch import run_ranks
 from safetensors.torch import load_file
 
 from llm_distill.rows import count_rows
@@ -16,7 +16,7 @@ from llm_distill.rows import count_rows
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_sharded_parameters_give_the_gradient_of_the_unsharded_run(tmp_path: Path, tied: bool) -> None:
-    run_to_end(Path(sharded.__file__), str(tmp_path / "out"), "tied" if tied else "untied", ranks=2)
+    run_ranks(Path(sharded.__file__), str(tmp_path / "out"), "tied" if tied else "untied", ranks=2)
 
     ids, labels = sharded.make_batch()
     student, teacher = sharded.make_models(tied)

@@ -1,14 +1,12 @@
 """Captures a tiny teacher in a process of its own: what the tests of kills and of ranks launch.
 
-Usage: capture_worker.py FOLDER [OPTIONS], with OPTIONS as JSON: `pause` (seconds a batch), `texts`, `fsdp2` (shards the
-teacher), `file_limit` (bytes that any file may have, as on a full disk). Without OPTIONS it reads them from
-its input, a line for each capture, and runs each in a fork of itself, whose process id it prints, then its exit status.
+Usage: capture_worker.py FOLDER OPTIONS, with OPTIONS as JSON: `pause` (seconds a batch), `fsdp2` (shards the teacher),
+`file_limit` (bytes that any file may have, as on a full disk). Prints "captures" when it begins to.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import resource
 import signal
 import sys
@@ -28,8 +26,6 @@ from transformers import PreTrainedTokenizerFast
 from llm_distill import DistillationTrainer, LiveTeacher
 from llm_distill.cache import TopK
 from llm_distill.capture.run import capture
-from llm_distill.divergences import ForwardKL
-from llm_distill.losses.fused.cpp_backend import compiled
 
 TEXTS, TEXTS_PER_SHARD = 240, 16
 
@@ -37,9 +33,9 @@ TEXTS, TEXTS_PER_SHARD = 240, 16
 class Slow(LiveTeacher):
     pause = 0.0
 
-    def score(self, batch: Any) -> Any:
+    def score(self, *args: Any) -> Any:
         time.sleep(self.pause)
-        return super().score(batch)
+        return super().score(*args)
 
 
 def make_texts(count: int) -> Dataset:
@@ -53,7 +49,7 @@ def make_texts(count: int) -> Dataset:
     return Dataset.from_list([{"input_ids": ids, "labels": ids} for ids in rows])
 
 
-def make_trainer(folder: Path, texts: int, sharded: bool = False) -> DistillationTrainer:
+def make_trainer(folder: Path, sharded: bool) -> DistillationTrainer:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder.parent / "tokenizer")
     student, teacher = tiny_llama(1, hidden=16), Slow(tiny_llama(2), tokenizer)
     options = {"dataset_kwargs": {"skip_prepare_dataset": True}, "max_length": None, "per_device_eval_batch_size": 4}
@@ -62,7 +58,7 @@ def make_trainer(folder: Path, texts: int, sharded: bool = False) -> Distillatio
         teacher.prepare(fsdp2(), student)
         assert all(isinstance(parameter, DTensor) for parameter in teacher.model.parameters())
     trainer = DistillationTrainer(
-        student, teacher, args=args, train_dataset=make_texts(texts), processing_class=tokenizer
+        student, teacher, args=args, train_dataset=make_texts(TEXTS), processing_class=tokenizer
     )
     if sharded:
         for state in (trainer.accelerator.state, PartialState()):  # accelerate keeps it in both
@@ -70,35 +66,18 @@ def make_trainer(folder: Path, texts: int, sharded: bool = False) -> Distillatio
     return trainer
 
 
-def run(trainer: DistillationTrainer, folder: Path, options: dict[str, Any]) -> None:
+def main() -> None:
+    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
     Slow.pause = options.get("pause", 0.0)
+    trainer = make_trainer(folder, options.get("fsdp2", False))
     if limit := options.get("file_limit"):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    capture(trainer, folder / "cache", TopK(8), examples_per_shard=TEXTS_PER_SHARD)
-
-
-def main() -> None:
-    folder = Path(sys.argv[1])
-    if len(sys.argv) > 2:
-        options = json.loads(sys.argv[2])
-        run(make_trainer(folder, options.get("texts", TEXTS), options.get("fsdp2", False)), folder, options)
-        return
-    trainer = make_trainer(folder, TEXTS)
-    compiled(ForwardKL(), torch.float32, torch.float32, True)  # once, and not as most of the time of every fork
-    print("ready", flush=True)
-    for line in sys.stdin:
-        options = json.loads(line)
-        child = os.fork()
-        if not child:
-            try:
-                run(trainer, Path(options["folder"]), options)
-            except OSError as error:  # the limit on files holds for the log too, but not for a pipe
-                print(error, flush=True)
-                os._exit(1)
-            os._exit(0)
-        print(child, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    print("captures", flush=True)
+    try:
+        capture(trainer.teacher, trainer.data, folder / "cache", TopK(8), examples_per_shard=TEXTS_PER_SHARD)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)  # it held for the log too
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from families import tiny_model
-from launch import WORKER, Run, run_to_end
+from launch import WORKER, Run, run_ranks
 from peft import LoraConfig
 from tiny import VOCAB, make_config, tiny_llama
 from tokenizers import Tokenizer, models
@@ -143,11 +143,11 @@ TWO_RANKS = "two ranks with accumulated micro-batches"
 
 
 def two_ranks(folder: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The numbers of a launched run."""
+    """The numbers of a run on two ranks."""
     tokenizer.save_pretrained(folder / "tokenizer")
     (folder / "run").mkdir()
     config = {"gradient_accumulation_steps": 2, "ce_weight": 0.5, "learning_rate": 0.5}
-    run_to_end(WORKER, str(folder / "run"), json.dumps({"masked": MASKED, "config": config}), ranks=2)
+    run_ranks(WORKER, str(folder / "run"), json.dumps({"masked": MASKED, "config": config}), ranks=2)
     run = Run(folder / "run")
     return {"history": logged(run.log["history"]), "weights": linear_hash(run.weights())}
 

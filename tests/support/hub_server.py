@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import json
-import os
 import re
-import subprocess
-import sys
+import shutil
 import textwrap
 from collections import Counter
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from warm import WarmProcess
 
 TOKEN = "hf_dummy"
 PERSON = "somebodyprivate"
@@ -191,51 +191,79 @@ def shard_name(sha256: str) -> str:
     return f"shard-{sha256[:32]}.parquet"
 
 
-@pytest.fixture
-def hub() -> Iterator[Hub]:
-    remote = Hub()
+class HubServer(ThreadingHTTPServer):
+    """Serves one Hub after the other."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-            if re.search(r"/(create|preupload|commit|batch)\b", self.path):
-                remote.tokens.add(self.headers["Authorization"])
-            answer = remote.answer(self.command, unquote(urlsplit(self.path).path), self.headers, body)
-            if answer is None:
-                self.close_connection = True
-                return
-            status, headers, content = answer
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(content))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+    hub: Hub
 
-        do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815
 
-        def log_message(self, *_: object) -> None: ...
+class Handler(BaseHTTPRequestHandler):
+    server: HubServer
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        remote.url = f"http://127.0.0.1:{server.server_port}"
+    def do_GET(self) -> None:
+        hub = self.server.hub
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if re.search(r"/(create|preupload|commit|batch)\b", self.path):
+            hub.tokens.add(self.headers["Authorization"])
+        answer = hub.answer(self.command, unquote(urlsplit(self.path).path), self.headers, body)
+        if answer is None:
+            self.close_connection = True
+            return
+        status, headers, content = answer
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    do_POST = do_PUT = do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None: ...
+
+
+@pytest.fixture(scope="session")
+def hub_server() -> Iterator[HubServer]:
+    """At one address, as libraries read it when they are imported."""
+    with HubServer(("127.0.0.1", 0), Handler) as server:
         Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield remote
+        yield server
         server.shutdown()
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
-    folder = tmp_path / PERSON
-    folder.mkdir()
-    return folder
+def hub(hub_server: HubServer) -> Hub:
+    """A new one."""
+    hub_server.hub = Hub(f"http://127.0.0.1:{hub_server.server_port}")
+    return hub_server.hub
+
+
+@pytest.fixture(scope="session")
+def home_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home") / PERSON
+
+
+@pytest.fixture
+def home(home_folder: Path) -> Path:
+    """A person's, with nothing in it."""
+    shutil.rmtree(home_folder, ignore_errors=True)
+    home_folder.mkdir()
+    return home_folder
+
+
+@functools.cache
+def warm_process_in(environment: frozenset[tuple[str, str]]) -> WarmProcess:
+    """As libraries read most of it when they are imported, each environment has a process of its own."""
+    return WarmProcess(**dict(environment))
 
 
 def python(hub: Hub, home: Path, program: str, *arguments: str, **more: str) -> list[str]:
     """The lines that a program prints in a process of its own, where its first arguments are `home` and `REPO`."""
-    environment = os.environ | {
+    environment = {
         "HF_ENDPOINT": hub.url,
         "HF_HUB_OFFLINE": "0",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_XET": "0",
         "HF_TOKEN": TOKEN,
         "HOME": str(home),
         "HF_HOME": str(home / "hf"),
@@ -243,7 +271,7 @@ def python(hub: Hub, home: Path, program: str, *arguments: str, **more: str) -> 
         "LOGNAME": PERSON,
         **more,
     }
-    command = [sys.executable, "-c", textwrap.dedent(program), str(home), REPO, *arguments]
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert process.returncode == 0, process.stderr[-5000:]
-    return process.stdout.splitlines()
+    warm = warm_process_in(frozenset(environment.items()))
+    running = warm.start("-c", textwrap.dedent(program), home, REPO, *arguments)
+    assert running.wait() == 0, running.errors()[-5000:]
+    return running.output().splitlines()

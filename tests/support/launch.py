@@ -1,17 +1,21 @@
-"""Launching scripts on one rank or several, as a user would."""
+"""Scripts on one rank or several: each in a fork of the warm process, or as a user launches them."""
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
+from warm import Program, warm_process
 
 from llm_distill import TeacherCache
 
@@ -34,8 +38,44 @@ class Run:
         return [entry[key] for entry in self.log["history"] if key in entry]
 
 
-def start(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) -> subprocess.Popen[str]:
-    """`accelerate launch` on CPU, as a user would."""
+def start_ranks(script: Path, *arguments: str, ranks: int = 1) -> list[Program]:
+    """One program a rank, each told what `accelerate launch` tells it on CPUs."""
+    environment = {"ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
+    if ranks > 1:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment |= {"WORLD_SIZE": str(ranks), "LOCAL_WORLD_SIZE": str(ranks)}
+    programs = []
+    for rank in range(ranks):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
+        programs.append(warm_process().start(script, *arguments, **environment, **own))
+    return programs
+
+
+def wait_for_ranks(programs: Sequence[Program], timeout: float = 300) -> list[int]:
+    """Their exit statuses. If one fails, the others are killed, as by a launcher."""
+    end = time.monotonic() + timeout
+    while None in (statuses := [program.poll() for program in programs]):
+        if any(statuses) or time.monotonic() > end:
+            for program in programs:
+                program.kill()
+        time.sleep(0.02)
+    return [status for status in statuses if status is not None]
+
+
+def run_ranks(script: Path, *arguments: str, ranks: int = 1) -> str:
+    """What they print."""
+    programs = start_ranks(script, *arguments, ranks=ranks)
+    statuses = wait_for_ranks(programs)
+    output = [program.output() for program in programs]
+    assert not any(statuses), "\n".join([*output, *(program.errors() for program in programs)])[-5000:]
+    return "\n".join(output)
+
+
+def launch(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) -> str:
+    """What a script prints under `accelerate launch`, as a user would start it."""
     options = {
         "config_file": launcher,
         "num_processes": ranks,
@@ -44,24 +84,18 @@ def start(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) -
     }
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    command += [str(script), *arguments]
-    environment = os.environ | {
-        "HF_HUB_OFFLINE": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONWARNINGS": "ignore",
-    }
-    return subprocess.Popen(
-        command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True
+    environment = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [*command, str(script), *arguments],
+        env=os.environ | environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        timeout=300,
+        check=False,
     )
-
-
-def run_to_end(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) -> str:
-    """What it prints."""
-    process = start(script, *arguments, ranks=ranks, launcher=launcher)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output[-5000:]
-    return output
+    assert done.returncode == 0, done.stdout[-5000:]
+    return done.stdout
 
 
 def shards(folder: Path) -> set[str]:

@@ -1,137 +1,223 @@
-"""`python warm.py SOCKET`: a process that has imported everything and forks for each program that it is asked to run.
+"""`python warm.py SOCKET`: a process that has imported the libraries and forks for each program that it is to run.
 
-To start Python with torch, transformers and TRL takes ten seconds, and the documentation has dozens of commands. The
-same code runs in a fork of this process in a tenth of a second. `run_page` and the `llm-distill` that pages find on
-their PATH are its clients.
+To start Python with torch, transformers and TRL takes eight seconds, and the tests have a hundred programs. In a fork
+of this process a program begins at once, and is a process of its own all the same. llm_distill is not imported here,
+so that a program which does without it can be run too.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
+import runpy
+import select
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 COMMAND = """#!{python} -SE
 import json, os, socket, sys
 with socket.socket(socket.AF_UNIX) as warm:
     warm.connect({address!r})
-    request = dict(argv=["llm-distill", *sys.argv[1:]], folder=os.getcwd(), environment=dict(os.environ))
+    arguments = ["-m", "llm_distill.cli", *sys.argv[1:]]
+    request = dict(arguments=arguments, folder=os.getcwd(), environment=dict(os.environ))
     socket.send_fds(warm, [json.dumps(request).encode() + b"\\n"], [0, 1, 2])
-    sys.exit((warm.recv(1) or b"\\1")[0])
+    pid, status = warm.makefile()
+    sys.exit(int(status) % 256)
 """
 
 
-@contextlib.contextmanager
-def warm_process(folder: Path) -> Iterator[str]:
-    """Where it listens. `folder` gets `bin/llm-distill`, which runs there."""
-    address = str(folder / "warm")
-    process = subprocess.Popen([sys.executable, __file__, address])
-    command = folder / "bin" / "llm-distill"
-    command.parent.mkdir()
-    command.write_text(COMMAND.format(python=sys.executable, address=address))
-    command.chmod(command.stat().st_mode | stat.S_IXUSR)
-    try:
-        while not os.path.exists(address):
+@dataclass
+class Program:
+    """One that runs in a fork of the warm process, or has."""
+
+    pid: int
+    _connection: socket.socket
+    _output: IO[bytes]
+    _errors: IO[bytes]
+    _status: int | None = None
+
+    def wait(self, timeout: float = 300) -> int:
+        """Its exit status, negative for a signal.
+
+        Raises:
+            TimeoutError: it runs on.
+        """
+        if self._status is None:
+            self._connection.settimeout(timeout)
+            self._status = int(self._connection.recv(16))
+            self._connection.close()
+        return self._status
+
+    def poll(self) -> int | None:
+        """The same, or None while it runs."""
+        has_ended = self._status is not None or select.select([self._connection], [], [], 0)[0]
+        return self.wait() if has_ended else None
+
+    def kill(self) -> None:
+        """At once."""
+        if self.poll() is None:
+            with contextlib.suppress(ProcessLookupError):  # it was faster
+                os.kill(self.pid, signal.SIGKILL)
+        self.wait()
+
+    def output(self) -> str:
+        """What it has written so far."""
+        return _content(self._output)
+
+    def errors(self) -> str:
+        """What it has written to standard error."""
+        return _content(self._errors)
+
+
+def _content(file: IO[bytes]) -> str:
+    """All of it. The file's place stays, which is where a program writes on."""
+    return os.pread(file.fileno(), os.fstat(file.fileno()).st_size, 0).decode(errors="replace")
+
+
+class WarmProcess:
+    """Ends with the process that has started it. `environment` is added to that of the tests."""
+
+    def __init__(self, **environment: str) -> None:
+        self._environment = environment
+        self._folder = Path(tempfile.mkdtemp(prefix="warm-"))
+        self.address = str(self._folder / "socket")
+        command = [sys.executable, __file__, self.address]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=os.environ | environment)
+        self._ends_with = process.stdin
+        while not os.path.exists(self.address):
             assert process.poll() is None, "it has ended"
-            time.sleep(0.1)
-        yield address
-    finally:
-        process.terminate()
-        process.wait()
+            time.sleep(0.05)
+
+    def start(self, *arguments: str | Path, folder: Path | None = None, **environment: str) -> Program:
+        """`python *arguments` in a fork: `-c PROGRAM …`, `-m MODULE …` or `SCRIPT …`."""
+        request = {
+            "arguments": [str(argument) for argument in arguments],
+            "folder": str(folder or Path.cwd()),
+            "environment": os.environ | self._environment | environment,
+        }
+        output, errors = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
+        connection = socket.socket(socket.AF_UNIX)
+        connection.connect(self.address)
+        with open(os.devnull) as nothing:
+            descriptors = [nothing.fileno(), output.fileno(), errors.fileno()]
+            socket.send_fds(connection, [json.dumps(request).encode() + b"\n"], descriptors)
+        pid = b""
+        while not pid.endswith(b"\n"):
+            pid += connection.recv(1)
+        return Program(int(pid), connection, output, errors)
+
+    def install_command(self) -> Path:
+        """The folder of an `llm-distill` that runs here."""
+        command = self._folder / "llm-distill"
+        command.write_text(COMMAND.format(python=sys.executable, address=self.address))
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+        return self._folder
 
 
-def run_page(address: str, blocks: Sequence[tuple[str, str, str]], folder: Path, path: str) -> None:
-    """Runs blocks (language, file to be written, text) in order, in one Python session; PATH begins with `path`.
+@functools.cache
+def warm_process() -> WarmProcess:
+    return WarmProcess()
+
+
+def run_python(*arguments: str | Path, folder: Path | None = None, **environment: str) -> str:
+    """What `python *arguments` prints.
 
     Raises:
-        AssertionError: one fails; with what it wrote.
+        AssertionError: it fails; with the end of what it wrote.
     """
-    environment = os.environ | {"PATH": f"{path}{os.pathsep}{os.environ['PATH']}", "CUDA_VISIBLE_DEVICES": ""}
-    request = {"argv": [], "blocks": blocks, "folder": str(folder), "environment": environment}
-    with socket.socket(socket.AF_UNIX) as warm, (folder / ".output").open("w+b") as output:
-        warm.settimeout(540)
-        warm.connect(address)
-        socket.send_fds(warm, [json.dumps(request).encode() + b"\n"], [output.fileno()] * 3)
-        failed = warm.recv(1) != b"\0"
-        output.seek(0)
-        assert not failed, output.read().decode(errors="replace")[-6000:]
+    program = warm_process().start(*arguments, folder=folder, **environment)
+    assert program.wait(540) == 0, f"{program.output()[-2000:]}\n{program.errors()[-4000:]}"
+    return program.output()
 
 
-def _serve(address: str) -> None:
-    import matplotlib
+def serve(address: str) -> None:
+    """Until standard input ends."""
+    import bitsandbytes  # noqa: F401
+    import datasets  # noqa: F401
+    import evaluate  # noqa: F401
+    import matplotlib.pyplot
+    import peft  # noqa: F401
+    import torch.distributed.tensor  # noqa: F401
+    from trl import SFTTrainer  # noqa: F401
 
     matplotlib.use("Agg")
-    import llm_distill.capture.report
-    import llm_distill.cli
-    import llm_distill.generation.generate
-    import llm_distill.trainer  # noqa: F401
-
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(address + ".new")
         server.listen()
         os.rename(address + ".new", address)
-        while True:
+        while sys.stdin not in select.select([server, sys.stdin], [], [])[0]:
             connection, _ = server.accept()
             if os.fork() == 0:
-                server.close()
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                _answer(connection)
+                server.close()
+                answer(connection)
             connection.close()
+    shutil.rmtree(Path(address).parent)
 
 
-def _answer(connection: socket.socket) -> None:
-    """In a fork: takes the client's folder, environment and files, runs, tells the exit status, ends."""
-    said, descriptors, *_ = socket.recv_fds(connection, 2**20, 3)
-    while not said.endswith(b"\n"):
-        said += connection.recv(2**20)
-    request = json.loads(said)
-    for mine, theirs in enumerate(descriptors):
-        os.dup2(theirs, mine)
-    os.chdir(request["folder"])
-    os.environ.clear()
-    os.environ.update(request["environment"])
-    status = 1
+def answer(connection: socket.socket) -> None:
+    """In a fork, which forks again: tells the program's process id and then its exit status, and ends."""
+    message, descriptors, *_ = socket.recv_fds(connection, 2**20, 3)
+    while not message.endswith(b"\n"):
+        message += connection.recv(2**20)
+    request = json.loads(message)
+    pid = os.fork()
+    if pid == 0:
+        connection.close()
+        for number, descriptor in enumerate(descriptors):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        os._exit(run(**request))
     try:
-        if request["argv"]:
-            from llm_distill.cli import main
+        connection.sendall(b"%d\n" % pid)
+        connection.sendall(b"%d\n" % os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+    finally:
+        os._exit(0)
 
-            sys.argv = request["argv"]
-            main()
+
+def run(arguments: Sequence[str], folder: str, environment: Mapping[str, str]) -> int:
+    """Runs what Python is asked to run, in this process; gives its exit status."""
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment)
+    kind, *rest = arguments
+    status = 0
+    try:
+        if kind == "-c":
+            sys.argv = ["-c", *rest[1:]]
+            exec(compile(rest[0], "<string>", "exec"), {"__name__": "__main__"})
+        elif kind == "-m":
+            sys.argv = ["-m", *rest[1:]]
+            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
         else:
-            _run_blocks(request["blocks"])
-        status = 0
-    except SystemExit as ended:
-        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+            sys.argv = list(arguments)
+            sys.path.insert(0, str(Path(kind).parent))
+            runpy.run_path(kind, run_name="__main__")
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    connection.sendall(bytes([status]))
-    os._exit(status)
-
-
-def _run_blocks(blocks: Sequence[tuple[str, str, str]]) -> None:
-    session: dict[str, Any] = {"__name__": "__main__"}
-    for language, file, text in blocks:
-        print(f"\n--- {language} {file}\n{text}", flush=True)
-        if file:
-            Path(file).write_text(text)
-        elif language == "python":
-            exec(compile(text, "a block of the page", "exec"), session)
-        else:
-            subprocess.run(["bash", "-euo", "pipefail", "-c", text], check=True)
+    return status
 
 
 if __name__ == "__main__":
-    _serve(sys.argv[1])
+    serve(sys.argv[1])

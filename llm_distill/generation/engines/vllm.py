@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.generation.engines import Completion, LocalEngine, Sampling
+from llm_distill.generation.engines.base import Completion, LocalEngine, Sampling
 
 
 class VLLMEngine(LocalEngine):
@@ -18,12 +18,13 @@ class VLLMEngine(LocalEngine):
         tokenizer: the teacher's.
         sampling: how; vLLM has no beams here.
         description: of the checkpoint.
-        window: prompts that it gets at a time: what a kill can cost.
         score: keeps `mean_log_prob`.
         **options: more for `vllm.LLM`.
     """
 
     runs_on_every_rank: ClassVar[bool] = False
+    WINDOW = 1024
+    """Prompts that vLLM gets at a time: what a kill can cost."""
 
     def __init__(
         self,
@@ -32,7 +33,6 @@ class VLLMEngine(LocalEngine):
         sampling: Sampling,
         *,
         description: dict[str, Any] | None = None,
-        window: int = 1024,
         score: bool = False,
         **options: Any,
     ) -> None:
@@ -43,10 +43,10 @@ class VLLMEngine(LocalEngine):
         except ImportError as error:
             raise ValueError(
                 "engine=vllm needs vLLM in this environment (pip install vllm), or a server of it in another one: "
-                "teacher_server_url."
+                "endpoint_url."
             ) from error
-        super().__init__(tokenizer, sampling)
-        self.window, self.score, self._description = window, score, description or {"model": model}
+        self.tokenizer, self.sampling, self.score = tokenizer, sampling, score
+        self._description = description or {"model": model}
         self._model = vllm.LLM(model, **options)
         self._params = vllm.SamplingParams(
             n=sampling.num_completions,
@@ -65,14 +65,13 @@ class VLLMEngine(LocalEngine):
     def describe(self) -> dict[str, Any]:
         return {**self._description, "engine": "vllm"}
 
-    def continued(self, ids: Sequence[list[int]]) -> Iterator[tuple[int, list[Completion]]]:
-        for start in range(0, len(ids), self.window):
-            asked = [{"prompt_token_ids": each} for each in ids[start : start + self.window]]
-            for place, request in enumerate(self._model.generate(asked, self._params, use_tqdm=False), start):
-                yield place, [self._completion(each) for each in request.outputs]
+    def complete(self, prompts: Sequence[list[int]]) -> Iterator[tuple[int, list[Completion]]]:
+        for start in range(0, len(prompts), self.WINDOW):
+            window = [{"prompt_token_ids": ids} for ids in prompts[start : start + self.WINDOW]]
+            for place, request in enumerate(self._model.generate(window, self._params, use_tqdm=False), start):
+                yield place, [self._completion(output) for output in request.outputs]
 
     def _completion(self, output: Any) -> Completion:
-        ids, ended = list(output.token_ids), output.finish_reason == "stop"
-        text = self.tokenizer.decode(ids[:-1] if ended else ids, skip_special_tokens=True)
-        mean = output.cumulative_logprob / max(len(ids), 1) if self.score else None
-        return Completion(text, ended, len(ids), ids, mean)
+        ids = list(output.token_ids)
+        mean_log_prob = output.cumulative_logprob / max(len(ids), 1) if self.score else None
+        return self.make_completion(ids, output.finish_reason == "stop", mean_log_prob)

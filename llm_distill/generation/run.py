@@ -8,26 +8,27 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from accelerate import PartialState
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.files import locked, write_atomically
-from llm_distill.generation.endpoint import BudgetReachedError
-from llm_distill.generation.engines import Completion, Engine, Sampling, describe_sampling
-from llm_distill.generation.filters import Each, Filter, Private, Sample
+from llm_distill.files import locked, replacing, write_atomically
+from llm_distill.generation.engines.base import Completion, Engine
+from llm_distill.generation.engines.endpoint import BudgetReachedError
+from llm_distill.generation.filters import Candidate, Filter, IndependentFilter
+from llm_distill.generation.journal import Journal, JournalEntries, open_folder, read_settings, save_settings
 from llm_distill.generation.prompts import Prompt
-from llm_distill.generation.store import Entries, Journal, open_folder, read_settings, save_settings
 from llm_distill.models import describe_tokenizer
 from llm_distill.ranks import ranks
 from llm_distill.rows import IGNORED
+from llm_distill.tables import Table
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ ACCEPTED, REJECTED, REPORT = "train.parquet", "rejected.parquet", "report.json"
 ROWS_AT_ONCE = 2048
 
 
-class Report(NamedTuple):
+class GenerationReport(NamedTuple):
     """What came of a run, over all its parts."""
 
     prompts: int
@@ -51,10 +52,10 @@ class Report(NamedTuple):
     complete: bool
 
     def as_markdown(self) -> str:
-        lines = ["| | completions |", "|---|---:|", f"| written | {self.written:,} |"]
-        lines += [f"| rejected: {name} | {count:,} |" for name, count in self.rejected.items()]
-        lines += [f"| accepted | {self.accepted:,} ({self.accepted / max(self.written, 1):.1%}) |"]
-        text = "\n".join(lines)
+        accepted = f"{self.accepted:,} ({self.accepted / max(self.written, 1):.1%})"
+        rejected = [(f"rejected: {name}", f"{count:,}") for name, count in self.rejected.items()]
+        rows = [("written", f"{self.written:,}"), *rejected, ("accepted", accepted)]
+        text = Table(["", "completions"], rows).markdown()
         for reason, count in self.unanswered.items():
             text += f"\n\nWithout an answer: {count:,} prompts, {reason}."
         cost = f", cost {self.cost:.4f}" if self.cost else ""
@@ -62,14 +63,8 @@ class Report(NamedTuple):
 
 
 def generate(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    folder: str | Path,
-    sampling: Sampling,
-    *,
-    filters: Mapping[str, Filter] | None = None,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-) -> Report:
+    engine: Engine, prompts: Sequence[Prompt], folder: str | Path, *, filters: Mapping[str, Filter] | None = None
+) -> GenerationReport:
     """Has every prompt answered that is not yet, filters all answers anew, and leaves in `folder`
 
     - `train.parquet`: what was accepted, with prompt, completion and where each comes from,
@@ -81,9 +76,7 @@ def generate(
         engine: who writes; transformers on every rank of accelerate, others in one process.
         prompts: the same on every rank.
         folder: of this run; the same call goes on where a kill stopped it.
-        sampling: the engine's.
         filters: by name, in the order in which they are asked.
-        tokenizer: the teacher's, if it is known: what `load_generated` compares a student's with.
 
     Raises:
         ValueError: no prompts, none that fits, a folder of another configuration, another run at work in it, several
@@ -100,150 +93,152 @@ def generate(
         )
     settings = {
         "teacher": engine.describe(),
-        "sampling": describe_sampling(sampling),
-        "tokenizer": None if tokenizer is None else describe_tokenizer(tokenizer),
+        "sampling": asdict(engine.sampling),
+        "tokenizer": None if engine.tokenizer is None else describe_tokenizer(engine.tokenizer),
         "llm_distill": version("llm-distill"),
     }
     with locked(folder, "another run") if state.is_main_process else nullcontext():
         if state.is_main_process:
             open_folder(folder, settings)
         state.wait_for_everyone()
-        stopped: BudgetReachedError | None = None
+        out_of_budget: BudgetReachedError | None = None
         try:
-            _write(engine, prompts, folder, filters, sampling, state)
+            _write_answers(engine, prompts, folder, filters)
         except BudgetReachedError as error:
-            stopped = error
+            out_of_budget = error
         state.wait_for_everyone()
-        report = None
         if state.is_main_process:
-            report = _filter(prompts, folder, filters, settings)
+            _write_texts(prompts, folder, filters, settings)
         state.wait_for_everyone()
-        report = report or read_report(folder)
+        report = read_report(folder)
     if not report.written and report.unanswered:
         raise ValueError(f"no prompt was answered: {'; '.join(report.unanswered)}.")
-    if stopped is not None:
-        raise stopped
+    if out_of_budget is not None:
+        raise out_of_budget
     return report
 
 
-def read_report(folder: str | Path) -> Report:
-    return Report(**json.loads(Path(folder, REPORT).read_text()))
+def read_report(folder: str | Path) -> GenerationReport:
+    return GenerationReport(**json.loads(Path(folder, REPORT).read_text()))
 
 
-def _write(
-    engine: Engine,
-    prompts: Sequence[Prompt],
-    folder: Path,
-    filters: Mapping[str, Filter],
-    sampling: Sampling,
-    state: PartialState,
-) -> None:
-    answered = Entries(folder)
+def _write_answers(engine: Engine, prompts: Sequence[Prompt], folder: Path, filters: Mapping[str, Filter]) -> None:
+    state, entries = ranks(), JournalEntries(folder)
     state.wait_for_everyone()  # so that all have seen the same
-    left = [prompt for prompt in prompts if prompt.id not in answered]
-    own = left[state.process_index :: state.num_processes]
+    left = [prompt for prompt in prompts if prompt.id not in entries]
     if not left:
         return
     engine.check()
-    alone = {name: keep for name, keep in filters.items() if isinstance(keep, Each | Private)}
-    teacher = engine.describe().get("model")
-    began, tokens, accepted, written, cost = time.perf_counter(), 0, 0, 0, answered.cost
-    show = state.is_main_process
+    left = left[state.process_index :: state.num_processes]
+    independent = {name: keep for name, keep in filters.items() if isinstance(keep, IndependentFilter)}
+    provenance = {"seed": engine.sampling.seed, "teacher": engine.describe().get("model")}
+    began, tokens, accepted, written, cost = time.perf_counter(), 0, 0, 0, entries.cost
     with (
         closing(Journal(folder)) as journal,
-        tqdm(total=len(own), desc="Writing", unit=" prompts", disable=not show) as bar,
+        tqdm(total=len(left), desc="Writing", unit=" prompts", disable=not state.is_main_process) as bar,
     ):
-        for answer in engine.write(own):
-            said = {"seed": sampling.seed, "time": time.time(), "teacher": teacher}
-            entry = journal.append(answer, **said)
-            tokens += sum(each.tokens for each in answer.completions)
+        for answer in engine.write(left):
+            entry = journal.append(answer, **provenance, time=time.time())
+            tokens += sum(completion.tokens for completion in answer.completions)
             cost += answer.cost
             written += len(answer.completions)
-            accepted += sum(reason is None for _, reason in judged(entry, answer.completions, alone)[0])
+            accepted += sum(reason is None for _, reason in apply_filters(entry, answer.completions, independent))
             bar.update()
-            share = f", {accepted / max(written, 1):.0%} accepted" if alone else ""
+            share = f", {accepted / max(written, 1):.0%} accepted" if independent else ""
             spent = f", cost {cost:.4f}" if cost else ""
             bar.set_postfix_str(f"{tokens / (time.perf_counter() - began):,.0f} tokens/s{share}{spent}", refresh=False)
 
 
-def judged(
+def apply_filters(
     entry: Mapping[str, Any], completions: Sequence[Completion], filters: Mapping[str, Filter]
-) -> tuple[list[tuple[Sample, str | None]], list[bool]]:
-    """Each completion as the filters leave it, with the name of the one that rejected it; and whether it is changed."""
-    samples = [
-        Sample(entry["prompt"], each.text, entry["row"], each.finished, each.tokens, each.mean_log_prob)
-        for each in completions
+) -> list[tuple[Candidate, str | None]]:
+    """Each completion as the filters leave it, with the name of the one that rejected it."""
+    prompt, row = entry["prompt"], entry["row"]
+    candidates = [
+        Candidate(prompt, row, completion.text, completion.finished, completion.tokens, completion.mean_log_prob)
+        for completion in completions
     ]
-    verdicts: list[tuple[Sample, str | None]] = [(sample, None) for sample in samples]
+    reasons: list[str | None] = [None] * len(candidates)
     for name, keep in filters.items():
-        places = [place for place, (_, reason) in enumerate(verdicts) if reason is None]
+        places = [place for place, reason in enumerate(reasons) if reason is None]
         if not places:
             break
-        for place, kept in zip(places, keep([verdicts[place][0] for place in places]), strict=True):
-            verdicts[place] = (verdicts[place][0], name) if kept is None else (kept, None)
-    return verdicts, [verdict.text != sample.text for (verdict, _), sample in zip(verdicts, samples, strict=True)]
+        for place, candidate in zip(places, keep([candidates[place] for place in places]), strict=True):
+            if candidate is None:
+                reasons[place] = name
+            else:
+                candidates[place] = candidate
+    return list(zip(candidates, reasons, strict=True))
 
 
-def _filter(prompts: Sequence[Prompt], folder: Path, filters: Mapping[str, Filter], settings: dict[str, Any]) -> Report:
-    entries = Entries(folder)
-    asked = {prompt.id for prompt in prompts}
+def _write_texts(
+    prompts: Sequence[Prompt], folder: Path, filters: Mapping[str, Filter], settings: dict[str, Any]
+) -> None:
+    """Filters all answers, and writes what is accepted, what is rejected, the report and the settings."""
+    entries, count = JournalEntries(folder), len({prompt.id for prompt in prompts})
     unanswered, rejected = Counter[str](), Counter[str](dict.fromkeys(filters, 0))
     accepted = written = 0
     about = {"llm_distill": json.dumps(settings)}
     with (
-        _ParquetFile(folder / ACCEPTED, about) as good,
-        _ParquetFile(folder / REJECTED, about) as bad,
-        tqdm(total=len(asked), desc="Filtering", unit=" prompts", disable=len(asked) < ROWS_AT_ONCE) as bar,
+        replacing(folder / ACCEPTED) as accepted_path,
+        replacing(folder / REJECTED) as rejected_path,
+        closing(_ParquetWriter(accepted_path, about)) as accepted_rows,
+        closing(_ParquetWriter(rejected_path, about)) as rejected_rows,
+        tqdm(total=count, desc="Filtering", unit=" prompts", disable=count < ROWS_AT_ONCE) as bar,
     ):
         for entry in entries.read(prompt.id for prompt in prompts):
             bar.update()
             written += len(entry["completions"])
             if entry["refused"]:
                 unanswered[entry["refused"]] += 1
-            verdicts, changed = judged(entry, entry["completions"], filters)
-            for number, (sample, reason) in enumerate(verdicts):
-                row = _row(entry, number, sample, changed[number])
+            for number, (candidate, reason) in enumerate(apply_filters(entry, entry["completions"], filters)):
+                row = _row(entry, number, candidate)
                 if reason is None:
                     accepted += 1
-                    good.add(row)
+                    accepted_rows.add(row)
                 else:
                     rejected[reason] += 1
-                    bad.add({**row, "reason": reason})
-    complete = all(prompt.id in entries for prompt in prompts)
-    report = Report(
-        len(asked), dict(unanswered), written, accepted, dict(rejected), entries.tokens, entries.cost, complete
+                    rejected_rows.add({**row, "reason": reason})
+    report = GenerationReport(
+        prompts=count,
+        unanswered=dict(unanswered),
+        written=written,
+        accepted=accepted,
+        rejected=dict(rejected),
+        tokens=entries.tokens,
+        cost=entries.cost,
+        complete=all(prompt.id in entries for prompt in prompts),
     )
     write_atomically(folder / REPORT, (json.dumps(report._asdict(), indent=2) + "\n").encode())
     save_settings(folder, settings)
-    return report
 
 
-def _row(entry: Mapping[str, Any], number: int, sample: Sample, is_changed: bool) -> dict[str, Any]:
-    chat = not isinstance(entry["prompt"], str)
+def _row(entry: Mapping[str, Any], number: int, candidate: Candidate) -> dict[str, Any]:
+    is_chat = not isinstance(entry["prompt"], str)
     completion: Completion = entry["completions"][number]
+    has_ids = completion.ids is not None and completion.text == candidate.text
     return {
         "prompt": entry["prompt"],
-        "completion": [{"role": "assistant", "content": sample.text}] if chat else sample.text,
+        "completion": [{"role": "assistant", "content": candidate.text}] if is_chat else candidate.text,
         "prompt_id": entry["prompt_id"],
         "sample": number,
-        "finished": sample.finished,
-        "tokens": sample.tokens,
-        "mean_log_prob": sample.mean_log_prob,
+        "finished": candidate.finished,
+        "tokens": candidate.tokens,
+        "mean_log_prob": candidate.mean_log_prob,
         "seed": entry["seed"],
         "time": entry["time"],
         "teacher": entry["teacher"],
-        "prompt_ids": None if is_changed or completion.ids is None else entry["prompt_ids"],
-        "completion_ids": None if is_changed else completion.ids,
+        "prompt_ids": entry["prompt_ids"] if has_ids else None,
+        "completion_ids": completion.ids if has_ids else None,
         **entry["row"],
     }
 
 
-class _ParquetFile:
-    """Rows into a Parquet file, which appears whole or not at all."""
+class _ParquetWriter:
+    """Rows into a Parquet file, whose columns are those of the first ones."""
 
     def __init__(self, path: Path, about: dict[str, str]) -> None:
         self._path, self._about = path, about
-        self._temporary = path.with_name(f".partial-{path.name}")
         self._writer: pq.ParquetWriter | None = None
         self._rows: list[dict[str, Any]] = []
 
@@ -252,27 +247,18 @@ class _ParquetFile:
         if len(self._rows) >= ROWS_AT_ONCE:
             self._flush()
 
-    def __enter__(self) -> _ParquetFile:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        if kind is None:
-            self._flush()
-        if self._writer is not None:
-            self._writer.close()
-        if kind is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+    def close(self) -> None:
+        self._flush()
+        assert self._writer is not None, "it has flushed"
+        self._writer.close()
 
     def _flush(self) -> None:
-        table = pa.Table.from_pylist(self._rows)
+        rows, self._rows = self._rows, []
         if self._writer is None:
-            schema = _without_nulls(table.schema).with_metadata(self._about)
-            self._writer = pq.ParquetWriter(self._temporary, schema, compression="zstd")
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, self._writer.schema))
-        self._rows = []
+            schema = _without_nulls(pa.Table.from_pylist(rows).schema).with_metadata(self._about)
+            self._writer = pq.ParquetWriter(self._path, schema, compression="zstd")
+        if rows:
+            self._writer.write_table(pa.Table.from_pylist(rows, self._writer.schema))
 
 
 def _without_nulls(schema: pa.Schema) -> pa.Schema:
@@ -302,9 +288,9 @@ def load_generated(folder: str | Path, tokenizer: PreTrainedTokenizerBase | None
     data = Dataset(pq.read_table(path).replace_schema_metadata(None))
     if not len(data):
         raise ValueError(f"{folder} holds no accepted text to train on: {path.parent / REPORT} says why.")
-    known = tokenizer is not None and settings["tokenizer"] == describe_tokenizer(tokenizer)
-    if known and not data.data.column("completion_ids").null_count:
-        return data.map(_tokens_of, remove_columns=data.column_names, desc="Taking the teacher's tokens")
+    is_teachers = tokenizer is not None and settings["tokenizer"] == describe_tokenizer(tokenizer)
+    if is_teachers and not data.data.column("completion_ids").null_count:
+        return data.map(_labelled, remove_columns=data.column_names, desc="Taking the teacher's tokens")
     if unfinished := len(data) - sum(data["finished"]):
         logger.warning(
             "%d of %d texts were cut off by max_new_tokens, and the student's tokenizer is another one or they were "
@@ -315,6 +301,6 @@ def load_generated(folder: str | Path, tokenizer: PreTrainedTokenizerBase | None
     return data.select_columns(["prompt", "completion"])
 
 
-def _tokens_of(row: dict[str, Any]) -> dict[str, list[int]]:
+def _labelled(row: dict[str, Any]) -> dict[str, list[int]]:
     prompt, completion = row["prompt_ids"], row["completion_ids"]
     return {"input_ids": prompt + completion, "labels": [IGNORED] * len(prompt) + completion}

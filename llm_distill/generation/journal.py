@@ -1,4 +1,4 @@
-"""What the teacher has written, on disk from the moment it is there.
+"""What was written, on disk from the moment it is there.
 
 An answer is a line of a journal, written before the next is taken; a line that a kill has torn does not count. A
 run that goes on opens a journal of its own. Filters read the journals and never change them, so another choice of
@@ -13,11 +13,12 @@ import time
 import uuid
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from llm_distill.files import differences, write_atomically
-from llm_distill.generation.engines import Answer, Completion
+from llm_distill.generation.engines.base import Answer, Completion
 
 SETTINGS_FILE = "generation.json"
 FORMAT, VERSION = "llm_distill generation", 1
@@ -32,16 +33,13 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
     Raises:
         ValueError: it is another run's, or has other things in it.
     """
-    path = folder / SETTINGS_FILE
-    if not path.is_file():
-        if strange := [each.name for each in folder.iterdir() if not each.name.startswith(".")]:
+    if not (folder / SETTINGS_FILE).is_file():
+        if strange := [path.name for path in folder.iterdir() if not path.name.startswith(".")]:
             raise ValueError(f"{folder} is not a folder of generated texts and has other things in it: {strange[0]}.")
         save_settings(folder, settings)
-        return
-    found = differences(read_settings(folder), {name: settings[name] for name in IDENTITY}, "the folder")
-    if found:
+    elif changes := differences(read_settings(folder), {name: settings[name] for name in IDENTITY}, "the folder"):
         raise ValueError(
-            f"{folder} holds texts of another configuration. {'; '.join(found)}. Choose another output_dir, or the "
+            f"{folder} holds texts of another configuration. {'; '.join(changes)}. Choose another output_dir, or the "
             "settings that those were written with."
         )
 
@@ -52,9 +50,7 @@ def save_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_settings(folder: str | Path) -> dict[str, Any]:
-    """Raises:
-    ValueError: no folder of generated texts, or one of a newer version.
-    """
+    """Raises ValueError: no folder of generated texts, or one of a newer version."""
     path = Path(folder, SETTINGS_FILE)
     try:
         settings = json.loads(path.read_text())
@@ -73,8 +69,10 @@ class Journal:
         self._file = (folder / f"journal-{uuid.uuid4().hex}.jsonl").open("ab")
         self._synced = time.monotonic()
 
-    def append(self, answer: Answer, **said: Any) -> dict[str, Any]:
-        """With the system when it returns: a kill does not undo it, nor a power cut a second later. The entry."""
+    def append(self, answer: Answer, **provenance: Any) -> dict[str, Any]:
+        """Writes an answer and where it comes from, and returns both as an entry. A kill does not undo it, nor does a
+        power cut a second later.
+        """
         prompt = answer.prompt
         entry = {
             "prompt_id": prompt.id,
@@ -84,7 +82,7 @@ class Journal:
             "completions": [completion._asdict() for completion in answer.completions],
             "refused": answer.refused,
             "cost": answer.cost,
-            **said,
+            **provenance,
         }
         text = json.dumps(entry, ensure_ascii=False, default=str).encode()
         self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
@@ -102,29 +100,23 @@ class Journal:
         self._synced = time.monotonic()
 
 
-class Entries:
-    """The answers of a folder, by prompt: where they lie, and not what they say."""
+class JournalEntries:
+    """The answers of a folder by prompt: where they lie, and not what they say. A folder that is not there has none."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: str | Path) -> None:
         """Raises ValueError if a line was changed after it was written."""
         self._places: dict[str, tuple[Path, int]] = {}
-        self.cost, self.tokens, self.num_completions = 0.0, 0, 0
-        for path in sorted(folder.glob("journal-*.jsonl")):
+        self.cost, self.tokens = 0.0, 0
+        for path in sorted(Path(folder).glob("journal-*.jsonl")):
             place = 0
             with path.open("rb") as file:
                 for line in file:
-                    entry = _parsed(line, path, place)
+                    entry = _parse_line(line, path, place)
                     if entry is not None and entry["prompt_id"] not in self._places:
                         self._places[entry["prompt_id"]] = (path, place)
                         self.cost += entry["cost"]
-                        self.tokens += sum(each["tokens"] for each in entry["completions"])
-                        self.num_completions += len(entry["completions"])
+                        self.tokens += sum(completion["tokens"] for completion in entry["completions"])
                     place += len(line)
-
-    @classmethod
-    def cost_in(cls, folder: str | Path) -> float:
-        """What the answers of a folder have cost; nothing if there is none."""
-        return cls(Path(folder)).cost
 
     def __len__(self) -> int:
         return len(self._places)
@@ -134,24 +126,21 @@ class Entries:
 
     def read(self, prompt_ids: Iterable[str]) -> Iterator[dict[str, Any]]:
         """Those of these prompts that are there, in the order asked for."""
-        files: dict[Path, Any] = {}
-        try:
+        files: dict[Path, BinaryIO] = {}
+        with ExitStack() as opened:
             for prompt_id in prompt_ids:
                 if prompt_id in self._places:
                     path, place = self._places[prompt_id]
                     if path not in files:
-                        files[path] = path.open("rb")
+                        files[path] = opened.enter_context(path.open("rb"))
                     files[path].seek(place)
-                    entry = _parsed(files[path].readline(), path, place)
+                    entry = _parse_line(files[path].readline(), path, place)
                     assert entry is not None, "it was whole a moment ago"
-                    entry["completions"] = [Completion(**each) for each in entry["completions"]]
+                    entry["completions"] = [Completion(**fields) for fields in entry["completions"]]
                     yield entry
-        finally:
-            for file in files.values():
-                file.close()
 
 
-def _parsed(line: bytes, path: Path, place: int) -> dict[str, Any] | None:
+def _parse_line(line: bytes, path: Path, place: int) -> dict[str, Any] | None:
     """None for the line that a kill has torn: the last one, without its end."""
     if not line.endswith(b"\n"):
         return None

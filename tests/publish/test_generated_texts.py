@@ -16,7 +16,7 @@ from llm_distill.teachers import LiveTeacher
 SAMPLING = Sampling(num_completions=2, max_new_tokens=4)
 PUSH = """
 import sys
-from llm_distill.publish.texts import push_generated
+from llm_distill.publish.datasets import push_generated
 
 home, repo = sys.argv[1:]
 try:
@@ -33,7 +33,7 @@ def run(home: Path, saved: Path) -> Path:
     teacher._description |= {"model": TEACHER, "revision": REVISION}
     prompts: list[Prompt] = list(prompts_of({"prompt": f"x = {n}", "secret": f"row {n}"} for n in range(6)))
     filters: Any = make_filters({"length": {}, "majority": {"min_share": 1.0}})
-    generate(TransformersEngine(teacher, SAMPLING), prompts, home / "run", SAMPLING, filters=filters)
+    generate(TransformersEngine(teacher, SAMPLING), prompts, home / "run", filters=filters)
     return home / "run"
 
 
@@ -55,16 +55,16 @@ def test_what_was_kept_is_pushed_with_a_card(hub: Hub, home: Path, run: Path) ->
 
 def test_other_peoples_repositories_are_left_alone(hub: Hub, home: Path, run: Path) -> None:
     hub.files[REPO] = {".gitattributes": b"", "model.safetensors": b"weights"}
-    (said,) = python(hub, home, PUSH)
-    assert "has other things in it, such as model.safetensors" in said
+    (printed,) = python(hub, home, PUSH)
+    assert "has other things in it, such as model.safetensors" in printed
     settings = json.loads((run / "generation.json").read_text())
     settings["sampling"]["seed"] = 7
     hub.files[REPO] = {".gitattributes": b"", "generation.json": json.dumps(settings).encode()}
-    (said,) = python(hub, home, PUSH)
-    assert "holds other texts. sampling.seed: the repository has 7, asked for is 0" in said
+    (printed,) = python(hub, home, PUSH)
+    assert "holds another set of generated texts: sampling.seed: the repository has 7, asked for is 0" in printed
     assert not hub.commits
 
 
 def test_a_missing_right_is_said(hub: Hub, home: Path, run: Path) -> None:
-    (said,) = python(hub, home, PUSH.replace('home + "/run", repo', 'home + "/run", "others/texts"'))
-    assert said.startswith("ValueError: the Hub does not let you write to others/texts")
+    (printed,) = python(hub, home, PUSH.replace('home + "/run", repo', 'home + "/run", "others/texts"'))
+    assert printed.startswith("ValueError: the Hub does not let you write to others/texts")

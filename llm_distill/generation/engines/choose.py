@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from llm_distill.generation.config import GenerateConfig
-from llm_distill.generation.endpoint import EndpointEngine
-from llm_distill.generation.engines import Engine, LocalEngine, TransformersEngine
-from llm_distill.generation.store import Entries
-from llm_distill.generation.vllm import VLLMEngine
-from llm_distill.models import describe_checkpoint
+from llm_distill.generation.engines.base import Engine
+from llm_distill.generation.engines.endpoint import EndpointEngine
+from llm_distill.generation.engines.transformers import TransformersEngine
+from llm_distill.generation.engines.vllm import VLLMEngine
+from llm_distill.generation.journal import JournalEntries
+from llm_distill.models import LanguageModel, describe_checkpoint
 from llm_distill.ranks import ranks
-from llm_distill.teachers.live import LiveTeacher
 
 
 def make_engine(config: GenerateConfig) -> Engine:
     """Raises ValueError if its teacher cannot be had, or what it needs is not installed."""
-    name, sampling = config.teacher_model_name_or_path, config.sampling()
-    assert isinstance(config.teacher_model_init_kwargs, dict), "GenerateConfig has parsed it"
-    assert isinstance(config.vllm_kwargs, dict), "likewise"
+    name, revision, sampling = config.teacher_model_name_or_path, config.teacher_model_revision, config.sampling()
     if not name:
         raise ValueError(
             "--teacher_model_name_or_path is missing: who writes, a Hub id, a folder or an endpoint's model."
@@ -31,20 +29,25 @@ def make_engine(config: GenerateConfig) -> Engine:
             sampling,
             concurrency=config.concurrency,
             prices=config.prices(),
-            spent=Entries.cost_in(config.output_dir),
+            spent=JournalEntries(config.output_dir).cost,
             timeout=config.request_timeout,
             max_retries=config.max_retries,
             log_probs=config.log_probs,
         )
     if config.engine == "vllm":
-        revision = config.teacher_model_revision
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
-        description = describe_checkpoint(name, revision=revision)
-        options = {"revision": revision, **config.vllm_kwargs}
-        return VLLMEngine(name, tokenizer, sampling, description=description, score=config.log_probs, **options)
-    teacher = LiveTeacher.load(
+        assert isinstance(config.vllm_kwargs, dict), "GenerateConfig has parsed it"
+        return VLLMEngine(
+            name,
+            AutoTokenizer.from_pretrained(name, revision=revision),
+            sampling,
+            description=describe_checkpoint(name, revision=revision),
+            score=config.log_probs,
+            **{"revision": revision, **config.vllm_kwargs},
+        )
+    assert isinstance(config.teacher_model_init_kwargs, dict), "GenerateConfig has parsed it"
+    teacher = LanguageModel.load(
         name,
-        revision=config.teacher_model_revision,
+        revision=revision,
         load_in_4bit=config.teacher_load_in_4bit,
         load_in_8bit=config.teacher_load_in_8bit,
         **config.teacher_model_init_kwargs,
@@ -58,8 +61,3 @@ def make_engine(config: GenerateConfig) -> Engine:
         score=config.log_probs,
         continuous=config.continuous_batching,
     )
-
-
-def tokenizer_of(engine: Engine) -> PreTrainedTokenizerBase | None:
-    """The teacher's, where it is known."""
-    return engine.tokenizer if isinstance(engine, LocalEngine) else None
