@@ -57,8 +57,8 @@ from demo import Corpus, Recipe, make_config, make_model, prepare_corpus, traine
 from llm_distill import CachedTeacher, DistillationTrainer, LiveTeacher, LMHead, Teacher, TeacherCache
 from llm_distill.cache import Hidden, Hybrid, Sampled, TopK, manifest, store
 from llm_distill.cache.codec import decode, encode
-from llm_distill.cache.methods import Kept, Method, SparseMethod, describe_method, make_method
-from llm_distill.cache.record import encoded, keep
+from llm_distill.cache.methods import Entries, Method, SelectedTokens, SparseMethod, describe_method, make_method
+from llm_distill.cache.select import encode_examples, select
 from llm_distill.cache.store import ShardWriter
 from llm_distill.capture import run as capturing
 from llm_distill.capture.fidelity import Fidelity, Sample, fidelity, plot
@@ -98,7 +98,9 @@ class Rival(SparseMethod):
 
     num_levels, max_entries, step = 2**16, 128, 1 / 4096
 
-    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def select(
+        self, scores: Tensor, log_total: Tensor, uniform: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         ids, log_weights, log_tail = self.stored(scores.float() - log_total[:, None])
         row = torch.arange(len(ids)).repeat_interleave(ids.shape[1])
         return (
@@ -137,7 +139,7 @@ class RSKD(Sampled):
 
     bits: int = 24
 
-    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def select(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> Entries:
         drawn = (scores - log_total[:, None]).exp().multinomial(self.draws, replacement=True).sort(-1).values
         row = torch.arange(len(drawn))[:, None].expand_as(drawn)
         (row, ids), counts = torch.stack([row, drawn]).flatten(1).unique_consecutive(dim=1, return_counts=True)
@@ -169,10 +171,10 @@ class DistillKit(Rival):
         rank = torch.arange(self.k - self.exact_k, dtype=torch.float64)
         basis = torch.stack([rank**term for term in self.terms])
         coefficients = (values[:, self.exact_k :].double() @ torch.linalg.pinv(basis)).float()
-        found = torch.cat([values[:, : self.exact_k].bfloat16().double(), coefficients.double() @ basis], -1)
+        log_p = torch.cat([values[:, : self.exact_k].bfloat16().double(), coefficients.double() @ basis], -1)
         if self.tail:
-            return ids, found, (1 - found.exp().sum(-1)).clamp(min=0).log()
-        return ids, found.log_softmax(-1), None
+            return ids, log_p, (1 - log_p.exp().sum(-1)).clamp(min=0).log()
+        return ids, log_p.log_softmax(-1), None
 
     def size(self, entries: float, vocab: int) -> float:
         return math.ceil(self.k * math.ceil(math.log2(vocab)) / 8) + 2 * self.exact_k + 4 * len(self.terms)
@@ -181,14 +183,14 @@ class DistillKit(Rival):
 def size_of(rival: Any, sample: Sequence[Sample]) -> float:
     """Bytes a token."""
     torch.manual_seed(0)
-    counts = torch.cat([keep(rival, part.teacher, part.examples, 1.0, 0).counts for part in sample])
+    counts = torch.cat([select(rival, part.teacher, part.examples, 1.0, 0).counts for part in sample])
     return rival.size(float(counts.float().mean()), sample[0].teacher.vocab_size)
 
 
 def rs_kd_of(bits: int, sample: Sequence[Sample]) -> RSKD:
     """With as many draws as take its paper's bytes, or just more."""
-    each = (RSKD(draws, bits) for draws in itertools.count(RS_KD_BYTES * 8 // bits))
-    return next(method for method in each if size_of(method, sample) >= RS_KD_BYTES)
+    methods = (RSKD(draws, bits) for draws in itertools.count(RS_KD_BYTES * 8 // bits))
+    return next(method for method in methods if size_of(method, sample) >= RS_KD_BYTES)
 
 
 def measure_fidelity(recipe: Recipe, corpus: Corpus, teacher: LiveTeacher, folder: Path) -> dict[str, Table]:
@@ -199,15 +201,15 @@ def measure_fidelity(recipe: Recipe, corpus: Corpus, teacher: LiveTeacher, folde
     distillkit = [DistillKit(**pick, tail=tail) for pick in ({}, budget_pick) for tail in (False, True)]
     rivals = [*map(PlainTopK, (4, 6, 8, 16, 32, 64, 128)), *map(RSKD, (6, 12, 50, 127)), *rs_kd, *distillkit]
     ours = {method: fidelity(method, sample, 1.0, 0) for method in OURS}
-    theirs = {r: fidelity(r, sample, 1.0, 0)._replace(bytes_per_token=size_of(r, sample)) for r in rivals}
-    fair = {method: found for method, found in ours.items() if isinstance(method, Hybrid | Sampled)}
-    sparse = {method: found for method, found in ours.items() if isinstance(method, SparseMethod)}
+    of_rivals = {r: fidelity(r, sample, 1.0, 0)._replace(bytes_per_token=size_of(r, sample)) for r in rivals}
+    fair = {method: value for method, value in ours.items() if isinstance(method, Hybrid | Sampled)}
+    sparse = {method: value for method, value in ours.items() if isinstance(method, SparseMethod)}
     goals = {
-        **{f"{RS_KD_BYTES} bytes: {r}": goal(sparse, theirs[r], RS_KD_BYTES) for r in rs_kd},
-        **{f"{RS_KD_BYTES} bytes, unbiased: {r}": goal(fair, theirs[r], RS_KD_BYTES) for r in rs_kd},
-        **{f"half the bytes: {r}": goal(sparse, theirs[r], theirs[r].bytes_per_token / 2) for r in distillkit},
+        **{f"{RS_KD_BYTES} bytes: {r}": goal(sparse, of_rivals[r], RS_KD_BYTES) for r in rs_kd},
+        **{f"{RS_KD_BYTES} bytes, unbiased: {r}": goal(fair, of_rivals[r], RS_KD_BYTES) for r in rs_kd},
+        **{f"half the bytes: {r}": goal(sparse, of_rivals[r], of_rivals[r].bytes_per_token / 2) for r in distillkit},
     }
-    return {"Our methods": as_rows(ours), "Rivals": as_rows(theirs), "As true as": goals}
+    return {"Our methods": as_rows(ours), "Rivals": as_rows(of_rivals), "As true as": goals}
 
 
 def goal(ours: dict[Any, Fidelity], other: Fidelity, limit: float) -> dict[str, Any]:
@@ -227,8 +229,8 @@ def goal(ours: dict[Any, Fidelity], other: Fidelity, limit: float) -> dict[str, 
     }
 
 
-def as_rows(found: dict[Any, Fidelity]) -> Table:
-    return {str(method): each._asdict() for method, each in found.items()}
+def as_rows(measured: dict[Any, Fidelity]) -> Table:
+    return {str(method): value._asdict() for method, value in measured.items()}
 
 
 def heldout_sample(recipe: Recipe, corpus: Corpus, teacher: LiveTeacher, folder: Path) -> list[Sample]:
@@ -256,8 +258,8 @@ class Stored(Teacher):
 
     def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
         examples, live = list(examples_of(view)), self.live.score(view)
-        kept = keep(self.method, live, examples, 1.0, 0)
-        rows = decode(self.method, [columns for _, columns in encoded(self.method, kept, examples)])
+        selected = select(self.method, live, examples, 1.0, 0)
+        rows = decode(self.method, [columns for _, columns in encode_examples(self.method, selected, examples)])
         return SparseSignal(rows.ids, rows.log_weights, rows.log_tail, live.vocab_size, 1.0, rows.entropy)
 
     def describe(self) -> dict[str, Any]:
@@ -279,15 +281,15 @@ def measure_training(recipe: Recipe, corpus: Corpus, live: LiveTeacher, folder: 
         cache = capturing.capture(live, trainer_of(live, 0).data, folder / str(method), method)
         teachers[f"cache, {method}: {cache.num_bytes / cache.num_rows:.1f} bytes"] = CachedTeacher(cache)
     teachers |= {f"top-{k} without tail: {6 * k} bytes": Stored(live, PlainTopK(k)) for k in (32, 8)}
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in teachers}
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in teachers}
     for seed, name in itertools.product(range(1, seeds + 1), teachers):
         trainer = trainer_of(teachers[name], seed)
         trainer.train()
-        found[name].append(trainer_of(live, seed, trainer.model).evaluate())
-        print(f"seed {seed}, {name}: KL {found[name][-1]['eval_kl']:.4f}", flush=True)
+        results[name].append(trainer_of(live, seed, trainer.model).evaluate())
+        print(f"seed {seed}, {name}: KL {results[name][-1]['eval_kl']:.4f}", flush=True)
     rows: Table = {name: {} for name in teachers}
-    for figure, (name, runs) in itertools.product(("ce", "kl"), found.items()):
-        values, lives = ([run[f"eval_{figure}"] for run in those] for those in (runs, found["live teacher"]))
+    for figure, (name, runs) in itertools.product(("ce", "kl"), results.items()):
+        values, lives = ([run[f"eval_{figure}"] for run in those] for those in (runs, results["live teacher"]))
         spread, gap = max(lives) - min(lives), statistics.fmean(values) - statistics.fmean(lives)
         rows[name] |= {figure: statistics.fmean(values), f"{figure} by seed": values, f"{figure} over live": gap}
         rows[name][f"{figure} within live's spread"] = f"{abs(gap) <= spread} ({spread:.4f})"
@@ -388,12 +390,12 @@ def measure_start(folder: Path, shards: int, texts: int, tokens: int, hollow: bo
 def write_shards(folder: Path, shards: int, texts: int, tokens: int, hollow: bool) -> None:
     """Of random tokens; every shard has the same under other keys."""
     method, shape = TopK(32), (tokens, 32)
-    said = {"teacher": {}, "tokenizer": {}, "vocab_size": 32_000, "temperature": 1.0, "seed": None, "data": {}}
-    manifest.write_manifest(folder, {**said, "method": describe_method(method)})
+    fields = {"teacher": {}, "tokenizer": {}, "vocab_size": 32_000, "temperature": 1.0, "seed": None, "data": {}}
+    manifest.write_manifest(folder, {**fields, "method": describe_method(method)})
     counts, tail, packed = torch.full((tokens,), 32), torch.zeros(tokens), []
     for _ in range(texts):
         ids, levels = torch.randint(32_000, shape), torch.rand(shape).mul(method.num_levels - 1).int()
-        packed.append(encode(method, Kept(counts, ids.flatten(), levels.flatten(), tail, tail)))
+        packed.append(encode(method, SelectedTokens(counts, ids.flatten(), levels.flatten(), tail, tail)))
     identity = TeacherCache(folder).identity
     for _ in tqdm(range(shards), desc="Making shards"):
         writer = ShardWriter(folder, method, identity)
@@ -468,10 +470,10 @@ def main() -> None:
     if args.task:
         with tempfile.TemporaryDirectory(prefix="cache_") as folder:
             is_open = "open" in args.task
-            found = (
+            result = (
                 open_cache(args.task["open"], args.task["hollow"]) if is_open else seconds_a_batch(args.task, folder)
             )
-        print(json.dumps(found))
+        print(json.dumps(result))
         return
     if args.short:
         args.seeds, args.steps, args.rounds = 1, 1, 1
@@ -489,15 +491,15 @@ def write(whole: dict[str, Any], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(whole, indent=1) + "\n")
     lines = ["# The teacher's cache"]
-    for part, found in whole.items():
-        about = found["machine"]
+    for part, result in whole.items():
+        about = result["machine"]
         where = f"{about['date']}, {about['device']}, {about['threads']} threads. `{about['command']}`"
         lines += [f"## {part}", where]
-        lines += [f"{title}:\n\n{as_markdown(table)}" for title, table in found["tables"].items()]
+        lines += [f"{title}:\n\n{as_markdown(table)}" for title, table in result["tables"].items()]
     target.with_suffix(".md").write_text("\n\n".join(lines) + "\n")
     if "fidelity" in whole:
         both = [whole["fidelity"]["tables"][title] for title in ("Our methods", "Rivals")]
-        plot(target.with_suffix(".png"), {name: Fidelity(**each) for table in both for name, each in table.items()})
+        plot(target.with_suffix(".png"), {name: Fidelity(**row) for table in both for name, row in table.items()})
 
 
 if __name__ == "__main__":

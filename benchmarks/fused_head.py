@@ -179,7 +179,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
         first = seconds(run, device)
     mandatory = 0 if task.get("no_grad") else sum(leaf.numel() * leaf.element_size() for leaf in leaves) / MIB
     floors = [Floor(problem, task, chunk) for chunk in task["floor_chunks"]]
-    floor = min(floors, key=lambda each: seconds(each, device))
+    floor = min(floors, key=lambda floor: seconds(floor, device))
     times = [(seconds(floor, device), seconds(run, device)) for _ in range(task["repeats"])]
     return {
         "seconds": [case for _, case in times],
@@ -320,21 +320,21 @@ def run_cases(
         for name in names:
             task = {**common, **known[name]}
             print(f"  round {number + 1}/{rounds}: {name}", end="\r", flush=True)
-            found = in_fresh_process(__file__, task)
-            if "error" in found:
-                cases[name] = found
+            result = in_fresh_process(__file__, task)
+            if "error" in result:
+                cases[name] = result
                 continue
             if name not in cases:
-                cases[name] = found
+                cases[name] = result
                 if not set(task) & {"signal", "frozen", "no_grad", "temperature", "ce_weight"} and task.get(
                     "divergence", "forward_kl"
                 ) in ("forward_kl", "jsd"):
                     cases[name] |= in_fresh_process(__file__, {**task, "check": True})
             elif "error" not in cases[name]:
                 for key in ("seconds", "floor_seconds"):
-                    cases[name][key] += found[key]
+                    cases[name][key] += result[key]
                 for key in ("extra_mib", "first_call_seconds"):
-                    cases[name][key] = min(cases[name][key], found[key])
+                    cases[name][key] = min(cases[name][key], result[key])
     for case in cases.values():
         if "error" not in case:
             case["median_seconds"] = statistics.median(case["seconds"])

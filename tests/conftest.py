@@ -37,7 +37,7 @@ if "CXX" not in os.environ:
     os.environ["CXX"] = shlex.join([sys.executable, "-SE", cxx.__file__, libraries])
 
 FUSED = ("cpp_backend", "head_loss", "task", "logits", "products", "sparse", "torch_backend")  # Triton reads its own
-CACHE = ("methods", "record")
+CACHE = ("methods", "select")
 install_import_hook(
     [
         "llm_distill.divergences",

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llm_distill.cache.methods import ENTROPY_STEP, Hidden, Kept, SparseMethod
+from llm_distill.cache.methods import ENTROPY_STEP, Hidden, SelectedTokens, SparseMethod
 
 ZSTD_LEVEL = 9
 """3 to 5 % smaller than at its lowest, for 1 to 3 µs a row in the thread that packs; 12: 1 % more, in thrice that."""
@@ -58,12 +58,12 @@ def check_widths(method: SparseMethod | Hidden, vocab_size: int) -> None:
         )
 
 
-def encode(method: SparseMethod, kept: Kept) -> dict[str, bytes]:
+def encode(method: SparseMethod, tokens: SelectedTokens) -> dict[str, bytes]:
     """The tokens of one sequence's rows."""
-    counts = kept.counts.cpu().numpy()
+    counts = tokens.counts.cpu().numpy()
     assert len(counts) <= 2 ** (64 - ID_BITS - LEVEL_BITS), "a text is shorter than four million tokens"
     row = np.repeat(np.arange(len(counts), dtype=np.uint64), counts)
-    ids, levels = (part.cpu().numpy().astype(np.uint64) for part in (kept.ids, kept.levels))
+    ids, levels = (part.cpu().numpy().astype(np.uint64) for part in (tokens.ids, tokens.levels))
     ordered = np.sort(row << np.uint64(ID_BITS + LEVEL_BITS) | levels << np.uint64(ID_BITS) | ids)
     ids = (ordered & np.uint64(2**ID_BITS - 1)).astype(np.int64)
     levels = (ordered >> np.uint64(ID_BITS) & np.uint64(2**LEVEL_BITS - 1)).astype(np.int64)
@@ -76,10 +76,10 @@ def encode(method: SparseMethod, kept: Kept) -> dict[str, bytes]:
         "levels": steps.astype(_dtype(method.num_levels)).tobytes(),
         "ids": leading,
         "id_bits": bits,
-        "entropy": kept.entropy.cpu().numpy().astype(np.uint8).tobytes(),
+        "entropy": tokens.entropy.cpu().numpy().astype(np.uint8).tobytes(),
     }
-    if kept.tail is not None:
-        result["tail"] = kept.tail.cpu().numpy().astype(_dtype(method.num_tail_levels)).tobytes()
+    if tokens.tail is not None:
+        result["tail"] = tokens.tail.cpu().numpy().astype(_dtype(method.num_tail_levels)).tobytes()
     return result
 
 
@@ -170,9 +170,9 @@ def _split(numbers: np.ndarray) -> tuple[bytes, bytes]:
     exponent = np.frexp(numbers.astype(np.float64))[1] - 1
     width = np.where(numbers < EXACT, 0, exponent - 3)
     leading = np.where(numbers < EXACT, numbers, EXACT + (exponent - 4) * 8 + ((numbers >> width) & 7))
-    each = np.repeat(numbers, width)
-    place = np.arange(len(each)) - np.repeat(np.cumsum(width) - width, width)
-    return leading.astype(np.uint8).tobytes(), np.packbits((each >> place) & 1, bitorder="little").tobytes()
+    repeated = np.repeat(numbers, width)  # once for each of its bits
+    place = np.arange(len(repeated)) - np.repeat(np.cumsum(width) - width, width)
+    return leading.astype(np.uint8).tobytes(), np.packbits((repeated >> place) & 1, bitorder="little").tobytes()
 
 
 def _merge(leading: bytes, bits: bytes) -> np.ndarray:
@@ -182,8 +182,8 @@ def _merge(leading: bytes, bits: bytes) -> np.ndarray:
     offset = np.cumsum(width) - width
     if len(bits) * 8 < width.sum():
         raise ValueError(f"{len(bits)} bytes were stored for {width.sum()} bits.")
-    buffer = bits + bytes(8)
-    words = np.ndarray(len(buffer) - 3, "<u4", buffer, strides=(1,))  # from every byte on
+    part = np.frombuffer(bits + bytes(8), np.uint8).astype(np.uint32)
+    words = part[:-3] | part[1:-2] << 8 | part[2:-1] << 16 | part[3:] << 24  # of four bytes, from each byte on
     low = (words[offset >> 3] >> (offset & 7)) & ((1 << width) - 1)
     return np.where(first < EXACT, first, ((8 + top) << width) + low)
 

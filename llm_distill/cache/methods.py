@@ -1,21 +1,22 @@
-"""What of a teacher's distribution is kept: a few tokens of each row, or the hidden state that all of it is made of.
+"""What of a teacher's distribution is stored: a few tokens of each row, or the hidden state that all of it is made of.
 
-| method | keeps, per row | serves |
+| method | stores, per row | serves |
 |---|---|---|
 | `TopK(k, mass, …)` | the likeliest tokens, the mass of all others | every divergence, of k + 1 cells (a lower bound) |
 | `Hybrid(threshold)` | every token above the threshold, a fair draw of those below | forward KL, without bias |
 | `Sampled(draws)` | a fair draw of all tokens | forward KL, without bias |
 | `Hidden(dtype)` | the teacher's last hidden state; its head once | every divergence and temperature |
 
-Tokens are kept with a level, a whole number that stands for a probability: of `TopK` and `Hybrid` in equal steps of √p,
-which for a given number of steps cost the least KL (to second order it is 2 Σ (Δ√p)²). Unlikely tokens have few levels,
-hence many equal ones, and those take the fewest bytes; how levels are packed is `codec`'s.
+A token is stored with a level, a whole number that stands for a probability: of `TopK` and `Hybrid` in equal steps of
+√p, which for a given number of steps cost the least KL (to second order it is 2 Σ (Δ√p)²). Unlikely tokens have few
+levels, hence many equal ones, and those take the fewest bytes; how levels are packed is `codec`'s.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -30,7 +31,7 @@ ENTROPY_STEP = 1 / 16
 """Nats; the mean over many rows is much closer than that."""
 
 
-class Kept(NamedTuple):
+class SelectedTokens(NamedTuple):
     """Tokens of N rows, ragged: those of the first row, then those of the second, …"""
 
     counts: Int[Tensor, " rows"]
@@ -41,6 +42,22 @@ class Kept(NamedTuple):
     entropy: Int[Tensor, " rows"]
     """The teacher's, in ENTROPY_STEPs."""
 
+    def cpu(self) -> SelectedTokens:
+        """The same in main memory."""
+        return SelectedTokens(*(None if column is None else column.cpu() for column in self))  # type: ignore[arg-type]
+
+    def split(self, rows: list[int]) -> Iterator[SelectedTokens]:
+        """Those of the first so many rows, then those of the next."""
+        counts = self.counts.split(rows)
+        entries = [int(part.sum()) for part in counts]
+        tails = [None] * len(rows) if self.tail is None else self.tail.split(rows)
+        columns = (counts, self.ids.split(entries), self.levels.split(entries), tails, self.entropy.split(rows))
+        return map(SelectedTokens, *columns)
+
+
+Entries = tuple[Int[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " entries"], Int[Tensor, " rows"] | None]
+"""Row, id and level of each selected token, and for each row the level of the mass outside if it is stored."""
+
 
 class SparseMethod(ABC):
     """Chooses tokens and gives each a level."""
@@ -48,9 +65,9 @@ class SparseMethod(ABC):
     name: ClassVar[str]
     has_tail: ClassVar[bool] = False
     choice: TokenChoice | None = None
-    """The tokens that are all it looks at; None: it looks at all."""
+    """The tokens that it selects from; None: all of the vocabulary."""
     step: float
-    """Of √p, from one level to the next, at most."""
+    """The distance from one level to the next in √p, at most."""
     lowest: float = 0.0
     """√p of the last level."""
 
@@ -66,7 +83,7 @@ class SparseMethod(ABC):
 
     @property
     def num_tail_levels(self) -> int:
-        """Those of the mass outside; the last is for none."""
+        """How many levels the mass outside has; the last is for none."""
         return 2 * self.num_levels - 1
 
     @property
@@ -75,16 +92,11 @@ class SparseMethod(ABC):
         """How many tokens a row can have."""
 
     @abstractmethod
-    def keep(
-        self, scores: Any, log_total: Float[Tensor, " rows"], uniform: Float[Tensor, "rows 2"]
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """Chooses, with two uniform numbers per row.
+    def select(self, scores: Any, log_total: Float[Tensor, " rows"], uniform: Float[Tensor, "rows 2"]) -> Entries:
+        """Selects tokens of each row, with the help of two uniform numbers.
 
         Args:
             scores: log p = scores − log_total: [rows, vocab], or those of its `choice`.
-
-        Returns:
-            Row, id and level of each entry (`[entries]`), and the level of the tail (`[rows]`) if there is one.
         """
 
     def log_weights(self, levels: Int[Tensor, " entries"]) -> Float[Tensor, " entries"]:
@@ -101,14 +113,14 @@ class SparseMethod(ABC):
         uniform: Float[Tensor, "rows 2"],
         log_total: Float[Tensor, " rows"] | None = None,
         entropy: Float[Tensor, " rows"] | None = None,
-    ) -> Kept:
-        """What is kept of each row; without `log_total` the scores are log-probabilities."""
+    ) -> SelectedTokens:
+        """What is stored of each row; without `log_total` the scores are log-probabilities."""
         if log_total is None or entropy is None:
             assert isinstance(scores, Tensor)
             log_total = scores.new_zeros(len(scores))
             entropy = -(scores.exp() * scores.clamp(min=-1e4)).sum(-1)
-        row, ids, levels, tail = self.keep(scores, log_total, uniform)
-        return Kept(
+        row, ids, levels, tail = self.select(scores, log_total, uniform)
+        return SelectedTokens(
             counts=torch.bincount(row, minlength=len(log_total)),
             ids=ids,
             levels=levels,
@@ -158,22 +170,21 @@ class TopK(SparseMethod):
     def choice(self) -> TokenChoice:  # type: ignore[override]
         return TokenChoice(self.k)
 
-    def keep(
-        self, scores: Tensor | TopTokens, log_total: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def select(self, scores: Tensor | TopTokens, log_total: Tensor, uniform: Tensor) -> Entries:
         values, ids, vocab_size = top_tokens(scores, self.k) if isinstance(scores, Tensor) else scores
         p = (values.double() - log_total[:, None]).exp()
         last = self.num_levels - 1
         steps = (p.sqrt() / self.spacing).round().clamp(max=last)
         steps[:, 0].clamp_(min=1)
-        kept = (steps > 0) & (p >= self.threshold)
+        is_selected = (steps > 0) & (p >= self.threshold)
         if self.mass < 1:
-            kept &= p.cumsum(-1) - p < self.mass
-        kept[:, 0] = True
-        rest = (1 - (p * kept).sum(-1)).clamp(min=0)
+            is_selected &= p.cumsum(-1) - p < self.mass
+        is_selected[:, 0] = True
+        rest = (1 - (p * is_selected).sum(-1)).clamp(min=0)
         tail = (2 * rest.sqrt().sqrt() / self.spacing).round().clamp(1, 2 * last)
-        tail[kept.sum(-1) == vocab_size] = 0
-        return kept.nonzero()[:, 0], ids[kept], last - steps[kept].int(), 2 * last - tail.int()
+        tail[is_selected.sum(-1) == vocab_size] = 0
+        row, levels = is_selected.nonzero()[:, 0], last - steps[is_selected].int()
+        return row, ids[is_selected], levels, 2 * last - tail.int()
 
 
 @dataclass(frozen=True)
@@ -210,9 +221,7 @@ class Hybrid(SparseMethod):
     def choice(self) -> TokenChoice:  # type: ignore[override]
         return TokenChoice(self.max_entries, self.threshold)
 
-    def keep(
-        self, scores: Tensor | TopTokens, log_total: Tensor, uniform: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def select(self, scores: Tensor | TopTokens, log_total: Tensor, uniform: Tensor) -> Entries:
         if isinstance(scores, Tensor):
             share = (scores - (log_total + math.log(self.threshold))[:, None]).clamp_(max=0).exp_()
             row, ids, _ = _systematic(share, uniform[:, 0], self.max_entries)
@@ -226,8 +235,8 @@ class Hybrid(SparseMethod):
         upper = lower + self.spacing
         # root² = w · lower² + (1 − w) · upper² has the weight w of the lower level.
         weight = (upper - root) * (upper + root) / (self.spacing * (upper + lower))
-        spread = (uniform[row, 1] + ids.double() * 0.6180339887498949) % 1  # other numbers for other tokens
-        return row, ids, (self.num_levels - 1 - steps - (spread >= weight).int()).clamp(min=0).int(), None
+        draw = (uniform[row, 1] + ids.double() * 0.6180339887498949) % 1  # other numbers for other tokens
+        return row, ids, (self.num_levels - 1 - steps - (draw >= weight).int()).clamp(min=0).int(), None
 
 
 @dataclass(frozen=True)
@@ -251,7 +260,7 @@ class Sampled(SparseMethod):
     def max_entries(self) -> int:
         return self.draws
 
-    def keep(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def select(self, scores: Tensor, log_total: Tensor, uniform: Tensor) -> Entries:
         p = (scores - log_total[:, None]).exp_()
         row, ids, counts = _systematic(p.mul_(self.draws / p.sum(-1, keepdim=True)), uniform[:, 0], self.draws)
         return row, ids, self.draws - counts.int(), None

@@ -199,11 +199,11 @@ class TeacherCache:
         Raises:
             DamagedShardError: it is there and cannot be read.
         """
-        found = self.index.find(key)
-        if found is None:
+        number = self.index.find(key)
+        if number is None:
             return None
-        shard = int(np.searchsorted(self._first, found, side="right")) - 1
-        place = found - int(self._first[shard])
+        shard = int(np.searchsorted(self._first, number, side="right")) - 1
+        place = number - int(self._first[shard])
         starts = self.shards[shard].group_starts
         group = int(np.searchsorted(starts, place, side="right")) - 1
         row = self._group(shard, group).slice(place - int(starts[group]), 1).to_pylist()
@@ -272,9 +272,9 @@ class TeacherCache:
         try:
             with self._file(name) as file:
                 footer = file.metadata
-                said = footer.metadata or {}
-                keys = np.frombuffer(base64.b64decode(said[KEYS], validate=True), np.uint8).reshape(-1, KEY_BYTES)
-                rows, identity = int(said[ROWS]), said[OF].decode()
+                own = footer.metadata or {}
+                keys = np.frombuffer(base64.b64decode(own[KEYS], validate=True), np.uint8).reshape(-1, KEY_BYTES)
+                rows, identity = int(own[ROWS]), own[OF].decode()
                 if not file.schema_arrow.equals(_schema(self.method)):
                     raise ValueError("its columns are not those of the method")
                 sizes = [footer.row_group(group).num_rows for group in range(footer.num_row_groups)]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from llm_distill.cache.codec import SparseRows, decode, decode_hidden
 from llm_distill.cache.methods import Hidden, Hybrid, Method, TopK
-from llm_distill.cache.record import encoded, keep, log_probabilities, packed_size
+from llm_distill.cache.select import encode_examples, log_probabilities, packed_size, select
 from llm_distill.rows import Example
 from llm_distill.signals import HiddenSignal, MixtureSignal
 from llm_distill.tables import Table
@@ -54,19 +54,19 @@ class Fidelity(NamedTuple):
     bias: float
     """‖Σ (ĝ − g)‖ / ‖Σ g‖, the sums over rows: what does not cancel out."""
     coverage: float
-    """The teacher's mass of the tokens that are kept."""
+    """The teacher's mass of the tokens that are stored."""
 
 
 @torch.no_grad()
 def fidelity(method: Method, sample: Iterable[Sample], temperature: float, seed: int) -> Fidelity:
-    """Of what `method` keeps of the rows of a sample, which are packed and read as in a cache."""
+    """How true what `method` stores of the rows of a sample is; they are packed and read as in a cache."""
     totals: dict[str, Any] = dict.fromkeys(("rows", "kl", "error", "exact", "seen", "dot", "coverage"), 0.0)
     bias: Tensor | float = 0.0
     gradient: Tensor | float = 0.0
     columns: list[dict[str, bytes]] = []
     for part in sample:
-        kept = keep(method, part.teacher, part.examples, temperature, seed)
-        packed = [columns for _, columns in encoded(method, kept, part.examples)]
+        selected = select(method, part.teacher, part.examples, temperature, seed)
+        packed = [columns for _, columns in encode_examples(method, selected, part.examples)]
         columns += packed
         for p, q, target, covered in _targets(method, packed, part, temperature):
             exact, seen = q - p, q * target.sum(-1, keepdim=True) - target
@@ -104,7 +104,7 @@ def effective_target(rows: SparseRows, q: Float[Tensor, "rows vocab"]) -> Float[
 def _targets(
     method: Method, packed: list[dict[str, bytes]], sample: Sample, temperature: float
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """p, q, p̂ and which tokens are kept, a chunk of rows at a time: each [chunk, vocab]."""
+    """p, q, p̂ and which tokens are stored, a chunk of rows at a time: each [chunk, vocab]."""
     teachers, students = (log_probabilities(s, temperature) for s in (sample.teacher, sample.student))
     if isinstance(method, Hidden):
         assert isinstance(sample.teacher, HiddenSignal)
@@ -119,8 +119,8 @@ def _targets(
         parts: Any = (x if x is None else x[start : start + len(log_p)].to(log_p.device) for x in rows)
         chunk = SparseRows(*parts)
         target = effective_target(chunk, log_q.exp())
-        kept = torch.zeros_like(target).scatter_add_(1, chunk.ids, chunk.log_weights.exp()) > 0
-        yield log_p.exp(), log_q.exp(), target, kept
+        is_stored = torch.zeros_like(target).scatter_add_(1, chunk.ids, chunk.log_weights.exp()) > 0
+        yield log_p.exp(), log_q.exp(), target, is_stored
 
 
 def as_table(measured: dict[str, Fidelity]) -> Table:
@@ -151,11 +151,12 @@ def plot(path: Path, measured: dict[str, Fidelity], chosen: str | None = None) -
 
     figure, axes = plt.subplots(figsize=(7, 4.2), constrained_layout=True)
     colours = iter(("#c2410c", "#1d4ed8", "#7a7a7a", "#15803d", "#a21caf", "#0e7490"))
+    points = {name: (measure.bytes_per_token, measure.gradient_error) for name, measure in measured.items()}
     for family in dict.fromkeys(name.split("(")[0] for name in measured):
-        points = sorted(found[:3:2] for name, found in measured.items() if name.split("(")[0] == family)
-        axes.plot(*zip(*points, strict=True), "o-", color=next(colours, "black"), label=family, markersize=4)
+        line = sorted(point for name, point in points.items() if name.split("(")[0] == family)
+        axes.plot(*zip(*line, strict=True), "o-", color=next(colours, "black"), label=family, markersize=4)
     if chosen is not None:
-        axes.plot(*measured[chosen][:3:2], "*", color="black", markersize=14, label=chosen)
+        axes.plot(*points[chosen], "*", color="black", markersize=14, label=chosen)
     axes.set(
         xlabel="bytes a token",
         ylabel="gradient error ‖ĝ − g‖ / ‖g‖",

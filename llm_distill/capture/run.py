@@ -30,7 +30,7 @@ from llm_distill import __version__
 from llm_distill.cache import manifest as manifests
 from llm_distill.cache.codec import check_widths
 from llm_distill.cache.methods import Hidden, Hybrid, Method, Sampled, describe_method
-from llm_distill.cache.record import encoded, keep, packed_size, require_enough
+from llm_distill.cache.select import encode_examples, packed_size, require_enough, select
 from llm_distill.cache.store import AT_WORK, SHARD_NAME, ShardWriter, TeacherCache, cache_of, is_intact
 from llm_distill.data.prepare import PREPARATION, PreparedData, iterate_windows, spread_rows
 from llm_distill.files import LOCK_FILE, differences, locked, write_atomically
@@ -283,9 +283,10 @@ class _Encoder:
 
     def add(self, planned: PlannedBatch, signal: Signal) -> None:
         manifest = self._cache.manifest
-        kept = keep(self._cache.method, signal, planned.examples, manifest["temperature"], manifest["seed"] or 0)
+        seed = manifest["seed"] or 0
+        selected = select(self._cache.method, signal, planned.examples, manifest["temperature"], seed)
         self._rows += len(signal)
-        self._submit(self._write, kept, planned)
+        self._submit(self._write, selected, planned)
 
     def end_shard(self) -> None:
         self._submit(self._close)
@@ -298,11 +299,11 @@ class _Encoder:
         while len(self._waiting) > BATCHES_AHEAD or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()  # or it raises what went wrong there
 
-    def _write(self, kept: Any, planned: PlannedBatch) -> None:
+    def _write(self, selected: Any, planned: PlannedBatch) -> None:
         if self._writer is None:
             self._writer = ShardWriter(Path(self._cache.path), self._cache.method, self._cache.identity)
         wanted = set(planned.wanted)
-        for example, columns in encoded(self._cache.method, kept, planned.examples):
+        for example, columns in encode_examples(self._cache.method, selected, planned.examples):
             if example.key in wanted:
                 wanted.remove(example.key)
                 self._writer.add(example.key, example.rows, columns)
@@ -341,8 +342,8 @@ def _estimate(run: Run) -> None:
         began = time.perf_counter()
         examples = list(examples_of(View.of(batch)))
         signal = score_batch(run.teacher, data, batch)
-        kept = keep(cache.method, signal, examples, manifest["temperature"], manifest["seed"] or 0)
-        columns = [column for _, column in encoded(cache.method, kept, examples)]
+        selected = select(cache.method, signal, examples, manifest["temperature"], manifest["seed"] or 0)
+        columns = [column for _, column in encode_examples(cache.method, selected, examples)]
         if number == 0:
             seconds = rows = size = texts = 0  # the first warms up
         seconds += time.perf_counter() - began

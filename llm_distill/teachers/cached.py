@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill.cache.codec import decode, decode_hidden
 from llm_distill.cache.manifest import HEAD_FILE
 from llm_distill.cache.methods import Hidden
-from llm_distill.cache.record import encoded, keep, require_enough
+from llm_distill.cache.select import encode_examples, require_enough, select
 from llm_distill.cache.store import AT_WORK, ShardWriter, TeacherCache
 from llm_distill.divergences import Divergence
 from llm_distill.files import differences, locked
@@ -190,9 +190,10 @@ class CachedTeacher(Teacher):
     def _score_live(self, view: View) -> Signal:
         assert self.live is not None, "otherwise a missing text is an error, or masked"
         examples, manifest = list(examples_of(view)), self.cache.manifest
-        kept = keep(self.cache.method, self.live.score(view), examples, manifest["temperature"], manifest["seed"] or 0)
+        signal, method, seed = self.live.score(view), self.cache.method, manifest["seed"] or 0
+        selected = select(method, signal, examples, manifest["temperature"], seed)
         columns = []
-        for example, parts in encoded(self.cache.method, kept, examples):
+        for example, parts in encode_examples(method, selected, examples):
             columns.append(parts)
             if example.key not in self._written and example.key not in self.cache:
                 self._add(example, parts)

@@ -112,18 +112,18 @@ def test_hybrid_noise_comes_from_the_tail_alone() -> None:
     above = p >= threshold
     assert ((seen[:, above].sqrt() - p[above].sqrt()).abs() <= method.step + 1e-5).all()
     assert set((seen[:, ~above] / threshold).round(decimals=3).unique().tolist()) == {0.0, 1.0}
-    kept = (seen > 0).sum(-1).float()
-    assert kept.max() - kept.min() <= 1  # Σ min(1, p/τ), to the next whole number
-    assert kept.mean().item() == pytest.approx((p / threshold).clamp(max=1).sum().item(), abs=0.05)
+    num_stored = (seen > 0).sum(-1).float()
+    assert num_stored.max() - num_stored.min() <= 1  # Σ min(1, p/τ), to the next whole number
+    assert num_stored.mean().item() == pytest.approx((p / threshold).clamp(max=1).sum().item(), abs=0.05)
 
 
 def test_sampling_has_less_noise_than_independent_draws() -> None:
     torch.manual_seed(0)
     log_p = (torch.randn(1, 500) * 2).log_softmax(-1)
     p = log_p.exp()[0]
-    ours = dense(stored(Sampled(50), log_p.expand(2000, -1)), 500)
+    systematic = dense(stored(Sampled(50), log_p.expand(2000, -1)), 500)
     independent = torch.distributions.Multinomial(50, p).sample((2000,)) / 50
-    assert ((ours - p) ** 2).sum(-1).mean() < 0.8 * ((independent - p) ** 2).sum(-1).mean()
+    assert ((systematic - p) ** 2).sum(-1).mean() < 0.8 * ((independent - p) ** 2).sum(-1).mean()
 
 
 def test_the_entropy_is_kept() -> None:
@@ -135,8 +135,8 @@ def test_the_entropy_is_kept() -> None:
 
 def test_sequences_are_decoded_together_as_alone() -> None:
     method = TopK(8, mass=0.9)
-    each = [method((torch.randn(n, 100) * 4).log_softmax(-1), torch.rand(n, 2)) for n in (3, 1, 5)]
-    parts = [encode(method, kept) for kept in each]
+    texts = [method((torch.randn(n, 100) * 4).log_softmax(-1), torch.rand(n, 2)) for n in (3, 1, 5)]
+    parts = [encode(method, tokens) for tokens in texts]
     together, alone = decode(method, parts), [decode(method, [part]) for part in parts]
     assert torch.allclose(together.log_tail, torch.cat([rows.log_tail for rows in alone]))
     for start, rows in zip((0, 3, 4), alone, strict=True):

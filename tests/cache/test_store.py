@@ -173,7 +173,7 @@ def test_a_flipped_byte_in_a_shard_is_found(folder: Path, seed: int) -> None:
         except ValueError as error:
             assert "belong to another cache" in str(error)  # noqa: PT017
         else:  # what is read is right, or it is not found
-            assert all(found in (None, clean[key]) for key, found in read.items()), at
+            assert all(columns in (None, clean[key]) for key, columns in read.items()), at
 
 
 @pytest.mark.parametrize("seed", range(3))

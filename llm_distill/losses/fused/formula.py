@@ -32,7 +32,7 @@ class Symbol:
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Symbol:
-        symbol = next(each for each in args if isinstance(each, Symbol))
+        symbol = next(argument for argument in args if isinstance(argument, Symbol))
         name = getattr(function, "__name__", str(function))
         if kwargs or name not in symbol.language.functions:
             raise UntranslatableError(f"torch.{name}")

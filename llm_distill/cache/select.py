@@ -13,22 +13,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_distill.cache.codec import ZSTD_LEVEL, encode, encode_hidden
-from llm_distill.cache.methods import Hidden, Kept, Method, SparseMethod, TopK, in_entropy_steps
+from llm_distill.cache.methods import Hidden, Method, SelectedTokens, TopK, in_entropy_steps
 from llm_distill.losses.fused.logits import logits_in_chunks
 from llm_distill.rows import Example
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
 
 CHUNK_BYTES = 2**26
 """Of float32 log-probabilities at a time."""
+Selected = SelectedTokens | Float[Tensor, "rows width"]
+"""What is stored of some rows: tokens, or hidden states."""
 
 
-def keep(
-    method: Method, signal: Signal, examples: Sequence[Example], temperature: float, seed: int
-) -> Kept | Float[Tensor, "rows width"]:
-    """What the method keeps of all rows, in main memory. Draws depend on example and seed alone, not on the batch.
+def select(method: Method, signal: Signal, examples: Sequence[Example], temperature: float, seed: int) -> Selected:
+    """What the method stores of all rows, in main memory. Draws depend on example and seed alone, not on the batch.
 
     Raises:
-        ValueError: the signal has not what the method keeps.
+        ValueError: the signal has not what the method stores.
     """
     if isinstance(method, Hidden):
         if not isinstance(signal, HiddenSignal):
@@ -39,22 +39,20 @@ def keep(
         _require_finite(hidden.sum(-1), slice(0, len(hidden)), examples)
         return hidden
     if isinstance(signal, SparseSignal):
-        return _keep_top(method, signal, examples)
+        return _select_top(method, signal, examples)
     uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
-    chunks: list[list[Any]] = []
+    chunks: list[SelectedTokens] = []
     if isinstance(signal, HiddenSignal):
         for logits in logits_in_chunks(signal.hidden, signal.head, temperature, method.choice, uniform[:, 0]):
             _require_finite(logits.log_total, logits.rows, examples)
             draws = uniform[logits.rows].to(logits.log_total.device)
-            kept = method(logits.scores, draws, logits.log_total, logits.entropy)
-            chunks.append([None if part is None else part.cpu() for part in kept])
+            chunks.append(method(logits.scores, draws, logits.log_total, logits.entropy).cpu())
     else:
         for start, log_p in log_probabilities(signal, temperature):
             _require_finite(log_p.amax(-1), slice(start, start + len(log_p)), examples)
-            kept = method(log_p, uniform[start : start + len(log_p)].to(log_p.device))
-            chunks.append([None if part is None else part.cpu() for part in kept])
-    parts: Any = (None if part[0] is None else torch.cat(part) for part in zip(*chunks, strict=True))
-    return Kept(*parts)
+            chunks.append(method(log_p, uniform[start : start + len(log_p)].to(log_p.device)).cpu())
+    columns: Any = (None if parts[0] is None else torch.cat(parts) for parts in zip(*chunks, strict=True))
+    return SelectedTokens(*columns)
 
 
 def require_enough(method: Method, k: int | None) -> None:
@@ -66,8 +64,8 @@ def require_enough(method: Method, k: int | None) -> None:
         )
 
 
-def _keep_top(method: Method, signal: SparseSignal, examples: Sequence[Example]) -> Kept:
-    """Of the top k of a teacher. The entropy that is kept is that of its k + 1 cells, a lower bound."""
+def _select_top(method: Method, signal: SparseSignal, examples: Sequence[Example]) -> SelectedTokens:
+    """Of the top k of a teacher. The entropy that is stored is that of its k + 1 cells, a lower bound."""
     if signal.log_tail is None:
         raise ValueError("sampled tokens are not full distributions nor their top k, of which a cache is made.")
     require_enough(method, signal.ids.shape[1])
@@ -76,32 +74,21 @@ def _keep_top(method: Method, signal: SparseSignal, examples: Sequence[Example])
     cells = torch.cat([signal.log_probs, signal.log_tail[:, None]], -1).double()
     entropy = -(cells.exp() * cells.clamp(min=-1e4)).sum(-1)
     scores = signal.log_probs
-    if scores.shape[1] < signal.vocab_size:  # one column that is never kept, as there are others outside
+    if scores.shape[1] < signal.vocab_size:  # one column that is never selected, as there are others outside
         scores = torch.nn.functional.pad(scores, (0, 1), value=-torch.inf)
-    row, column, levels, tail = method.keep(scores, scores.new_zeros(len(scores)), scores.new_zeros(len(scores), 2))
+    row, column, levels, tail = method.select(scores, scores.new_zeros(len(scores)), scores.new_zeros(len(scores), 2))
     counts = torch.bincount(row, minlength=len(scores))
-    kept = Kept(counts, signal.ids[row, column], levels, tail, in_entropy_steps(entropy))
-    return Kept(*(None if part is None else part.cpu() for part in kept))  # type: ignore[arg-type]
+    return SelectedTokens(counts, signal.ids[row, column], levels, tail, in_entropy_steps(entropy)).cpu()
 
 
-def encoded(
-    method: Method, kept: Kept | Tensor, examples: Sequence[Example]
+def encode_examples(
+    method: Method, selected: Selected, examples: Sequence[Example]
 ) -> Iterator[tuple[Example, dict[str, bytes]]]:
     """Each example's columns."""
-    rows = [example.rows for example in examples]
-    if isinstance(kept, Tensor):
-        assert isinstance(method, Hidden)
-        for example, hidden in zip(examples, kept.split(rows), strict=True):
-            yield example, encode_hidden(method, hidden)
-        return
-    assert isinstance(method, SparseMethod)
-    counts = kept.counts.split(rows)
-    entries = [int(part.sum()) for part in counts]
-    entropy = kept.entropy.split(rows)
-    tails = [None] * len(rows) if kept.tail is None else kept.tail.split(rows)
-    each = zip(counts, kept.ids.split(entries), kept.levels.split(entries), tails, entropy, strict=True)
-    for example, columns in zip(examples, each, strict=True):
-        yield example, encode(method, Kept(*columns))
+    encode_rows: Any = encode_hidden if isinstance(method, Hidden) else encode
+    parts = selected.split([example.rows for example in examples])
+    for example, part in zip(examples, parts, strict=True):
+        yield example, encode_rows(method, part)
 
 
 def _require_finite(values: Float[Tensor, " rows"], rows: slice, examples: Sequence[Example]) -> None:
@@ -118,7 +105,7 @@ def _require_finite(values: Float[Tensor, " rows"], rows: slice, examples: Seque
 
 def packed_size(columns: list[dict[str, bytes]]) -> int:
     """The bytes that the columns of some examples take on disk, about."""
-    planes = [b"".join(each[name] for each in columns) for name in columns[0]] if columns else []
+    planes = [b"".join(example[name] for example in columns) for name in columns[0]] if columns else []
     zstd = pa.Codec("zstd", ZSTD_LEVEL)
     return sum(len(zstd.compress(plane, asbytes=True)) for plane in planes)
 
@@ -128,19 +115,19 @@ def log_probabilities(
     signal: HiddenSignal | MixtureSignal, temperature: float
 ) -> Iterator[tuple[int, Float[Tensor, "chunk vocab"]]]:
     """The teacher's, a chunk of rows at a time, and where the chunk starts."""
-    members, weights = ((signal,), (1.0,)) if isinstance(signal, HiddenSignal) else (signal.signals, signal.weights)
     size = max(1, CHUNK_BYTES // (4 * signal.vocab_size))
     with ExitStack() as opened:
-        heads = [opened.enter_context(member.head.weights()) for member in members]
+        heads = [opened.enter_context(member.head.weights()) for member in signal.members]
         for start in range(0, len(signal), size):
-            each = []
-            for member, (weight, bias) in zip(members, heads, strict=True):
+            log_ps = []
+            for member, (weight, bias) in zip(signal.members, heads, strict=True):
                 hidden = member.hidden[start : start + size].to(weight.dtype)
                 logits = member.head.post_process(torch.nn.functional.linear(hidden, weight, bias).float())
-                each.append((logits / temperature).log_softmax(-1))
-            log_p = each[0]
-            if len(each) > 1:
-                log_p = torch.stack([part + np.log(w) for part, w in zip(each, weights, strict=True)]).logsumexp(0)
+                log_ps.append((logits / temperature).log_softmax(-1))
+            log_p = log_ps[0]
+            if len(log_ps) > 1:
+                weighted = [part + np.log(weight) for part, weight in zip(log_ps, signal.weights, strict=True)]
+                log_p = torch.stack(weighted).logsumexp(0)
             yield start, log_p
 
 
