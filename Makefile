@@ -4,7 +4,7 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint con
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check docs notebooks format test test-slow test-served bench clean
+.PHONY: help setup demo check docs notebooks format test test-slow test-served bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -61,6 +61,9 @@ test-served: setup .venv-vllm/ready ## teachers behind a real vLLM and `transfor
 bench: .venv/bench ## the loss and the training step against their floors and their rivals: under five minutes
 	$(RUN)/python benchmarks/fused_head.py --short --output runs/bench/fused_head
 	$(RUN)/python benchmarks/train_step.py --short --output runs/bench/train_step
+
+gpu: ## on a machine with a GPU, whose own python3 has torch: kernels, device-only paths, speed; under eight minutes
+	$(PYTHON) benchmarks/gpu.py $(if $(wildcard runs/wheels),--wheels runs/wheels)
 
 clean: ## remove the .venv and everything that was made
 	rm -rf .venv .venv-vllm runs build *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -62,8 +62,8 @@ from llm_distill.cache.record import encoded, keep
 from llm_distill.cache.store import ShardWriter
 from llm_distill.capture import run as capturing
 from llm_distill.capture.fidelity import Fidelity, Sample, fidelity, plot
-from llm_distill.models import hidden_of_counted_rows
-from llm_distill.rows import KEY_BYTES, Batch, examples_of
+from llm_distill.models import HEAD, Needs, kept_of
+from llm_distill.rows import KEY_BYTES, View, examples_of
 from llm_distill.signals import HiddenSignal, SparseSignal
 
 Table = dict[str, dict[str, Any]]
@@ -241,8 +241,9 @@ def heldout_sample(recipe: Recipe, corpus: Corpus, teacher: LiveTeacher, folder:
         columns = corpus.heldout[start : start + recipe.batch]
         batch = {name: torch.tensor(columns[name]) for name in ("input_ids", "labels")}
         with torch.no_grad():
-            place = HiddenSignal(hidden_of_counted_rows(student, head, batch), head)
-        sample.append(Sample(list(examples_of(batch)), teacher.score(batch), place))
+            view = View.of(batch)
+            place = HiddenSignal(*kept_of(student, head, view))
+        sample.append(Sample(list(examples_of(view)), teacher.score(view), place))
     return sample
 
 
@@ -253,8 +254,8 @@ class Stored(Teacher):
         self.live, self.method = live, method
         self.fit_to, self.prepare = live.fit_to, live.prepare
 
-    def score(self, batch: Batch) -> SparseSignal:
-        examples, live = list(examples_of(batch)), self.live.score(batch)
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
+        examples, live = list(examples_of(view)), self.live.score(view)
         kept = keep(self.method, live, examples, 1.0, 0)
         rows = decode(self.method, [columns for _, columns in encoded(self.method, kept, examples)])
         return SparseSignal(rows.ids, rows.log_weights, rows.log_tail, live.vocab_size, 1.0, rows.entropy)
@@ -275,7 +276,7 @@ def measure_training(recipe: Recipe, corpus: Corpus, live: LiveTeacher, folder: 
 
     teachers: dict[str, Teacher] = {"live teacher": live}
     for method in CACHED:
-        cache = capturing.capture(trainer_of(live, 0), folder / str(method), method)
+        cache = capturing.capture(live, trainer_of(live, 0).data, folder / str(method), method)
         teachers[f"cache, {method}: {cache.num_bytes / cache.num_rows:.1f} bytes"] = CachedTeacher(cache)
     teachers |= {f"top-{k} without tail: {6 * k} bytes": Stored(live, PlainTopK(k)) for k in (32, 8)}
     found: dict[str, list[dict[str, float]]] = {name: [] for name in teachers}
@@ -311,16 +312,16 @@ def seconds_a_batch(task: dict[str, Any], folder: str) -> list[float]:
             return [(time.perf_counter() - began) / batches]
     live = LiveTeacher(teacher, train_step.tokenizer_of(train_step.SIZES[task["size"]]["vocab"]))
     trainer = our_trainer(task, live, folder)
-    starts, ask = [], capturing.ask
+    starts, score = [], capturing.score_batch
 
     def clocked(*of: Any) -> Any:
         starts.append(time.perf_counter())
-        return ask(*of)
+        return score(*of)
 
     # No estimate, which takes three batches however many there are.
-    with mock.patch.object(capturing, "_estimate"), mock.patch.object(capturing, "ask", clocked):
+    with mock.patch.object(capturing, "_estimate"), mock.patch.object(capturing, "score_batch", clocked):
         began = time.perf_counter()
-        cache = capturing.capture(trainer, f"{folder}/cache", make_method(method))
+        cache = capturing.capture(trainer.teacher, trainer.data, f"{folder}/cache", make_method(method))
         ended, counted = time.perf_counter(), starts[train_step.LEFT_OUT]  # to the end, with all that is written last
     if case == "capture":
         seconds = (ended - counted) / task["steps"]

@@ -14,7 +14,6 @@ import argparse
 import json
 import statistics
 from pathlib import Path
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -23,7 +22,9 @@ from train_step import SIZES, build, tokenizer_of, tokens
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_distill import LiveTeacher
+from llm_distill.evaluation.compare import HeldOutTexts
 from llm_distill.evaluation.domains import measure_domain
+from llm_distill.tables import Table
 
 
 def main() -> None:
@@ -52,35 +53,29 @@ def main() -> None:
                 _ = model(**inputs, use_cache=False).logits
 
     def report() -> None:
-        options: dict[str, Any] = {"collate": collate, "tokenizer": tokenizer, "batch_size": size["batch"]}
-        measure_domain({"student": student}, live, dataset, **options)
+        measure_domain({"student": student}, live, HeldOutTexts(dataset, collate, tokenizer, size["batch"]))
 
     report()  # compiles
     forwards()
-    found: dict[str, list[float]] = {"forwards": [], "report": []}
+    times: dict[str, list[float]] = {"forwards": [], "report": []}
     memory: dict[str, float] = {}
     for _ in range(args.rounds):
         for name, function in (("forwards", forwards), ("report", report)):
             with peak_memory(args.device) as peak:
-                found[name].append(seconds(function, args.device))
+                times[name].append(seconds(function, args.device))
             memory[name] = max(peak["mib"], memory.get(name, 0))
-    ratios = [report / forwards for forwards, report in zip(found["forwards"], found["report"], strict=True)]
+    ratios = [report / forwards for forwards, report in zip(times["forwards"], times["report"], strict=True)]
     rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-    table = "\n".join(
-        (
-            "| | seconds | peak memory, MiB |",
-            "|---|---:|---:|",
-            f"| two forwards with logits | {statistics.median(found['forwards']):.2f} | {memory['forwards']:,.0f} |",
-            f"| every figure of a domain | {statistics.median(found['report']):.2f} | {memory['report']:,.0f} |",
-            "",
-            f"{statistics.median(ratios):.2f} × (by round: {rounds}). {args.texts} texts of {size['length']:,} tokens, "
-            f"V = {size['vocab']:,}.",
-        )
+    labels = {"two forwards with logits": "forwards", "every figure of a domain": "report"}
+    rows = [(label, f"{statistics.median(times[n]):.2f}", f"{memory[n]:,.0f}") for label, n in labels.items()]
+    table = Table(("", "seconds", "peak memory, MiB"), rows).markdown() + (
+        f"\n\n{statistics.median(ratios):.2f} × (by round: {rounds}). {args.texts} texts of {size['length']:,} tokens, "
+        f"V = {size['vocab']:,}."
     )
     print(table)
     if args.output:
         about = machine(args.device)
-        content = {"machine": about, "seconds": found, "ratios": ratios, "peak_mib": memory, "texts": args.texts}
+        content = {"machine": about, "seconds": times, "ratios": ratios, "peak_mib": memory, "texts": args.texts}
         args.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
         where = f"{about['date']}, {about['device']}, {about['cores']} cores. `{about['command']}`"
         args.output.with_suffix(".md").write_text(f"# The gap report's scores\n\n{where}\n\n{table}\n")

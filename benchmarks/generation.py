@@ -70,8 +70,8 @@ def measure(rounds: int, count: int, new_tokens: int, batch: int) -> dict[str, A
             for start in range(0, len(ids), batch):
                 part = ids[start : start + batch]
                 longest = max(map(len, part))
-                inputs = torch.tensor([[0] * (longest - len(each)) + each for each in part])
-                mask = torch.tensor([[0] * (longest - len(each)) + [1] * len(each) for each in part])
+                inputs = torch.tensor([[0] * (longest - len(prompt)) + prompt for prompt in part])
+                mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in part])
                 output = model.generate(inputs, attention_mask=mask, generation_config=config)
                 written += output[:, longest:].tolist()
         return written
@@ -80,7 +80,7 @@ def measure(rounds: int, count: int, new_tokens: int, batch: int) -> dict[str, A
         engine = TransformersEngine(teacher, sampling, batch_size=batch)
         with tempfile.TemporaryDirectory() as folder:
             filters = make_filters({"length": {}, "repetition": {"max_share": 1.0}, "exact_duplicates": {}})
-            report = generate(engine, prompts, Path(folder, "generated"), sampling, filters=filters)
+            report = generate(engine, prompts, Path(folder, "generated"), filters=filters)
             assert report.tokens == len(prompts) * new_tokens
 
     def one_by_one() -> None:
@@ -115,9 +115,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="writes NAME.json and NAME.md")
     args = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
-    found = measure(args.rounds, args.prompts, args.new_tokens, args.batch)
+    result = measure(args.rounds, args.prompts, args.new_tokens, args.batch)
     lines = ["| | median | by round |", "|---|---:|---:|"]
-    for name, row in found["rows"].items():
+    for name, row in result["rows"].items():
         unit = "" if "/" in name else " s"
         lines.append(f"| {name} | {row['median']:.2f}{unit} | {', '.join(f'{v:.2f}' for v in row['by round'])} |")
     table = "\n".join(lines)
@@ -125,9 +125,9 @@ def main() -> None:
     if args.output:
         about = machine("cpu")
         args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".json").write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
+        args.output.with_suffix(".json").write_text(json.dumps({"machine": about, **result}, indent=1) + "\n")
         where = f"{about['date']}, {about['device']}, {about['threads']} threads. `{about['command']}`"
-        size = f"{found['prompts']} prompts, {found['new tokens']} new tokens each, batches of {found['batch']}."
+        size = f"{result['prompts']} prompts, {result['new tokens']} new tokens each, batches of {result['batch']}."
         args.output.with_suffix(".md").write_text(f"# Generation\n\n{where}\n\n{size}\n\n{table}\n")
 
 

@@ -97,7 +97,7 @@ def train(
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        activation_checkpointing=False,
+        bf16=False,
         dataloader_pin_memory=False,
         **weights,
     )
@@ -124,7 +124,7 @@ def measure(seeds: int, folder: Path) -> dict[str, Any]:
     texts, reports = {"gold": data["gold"]}, {}
     for name, filters in (("sequence-level", {}), ("filtered", {"verifier": {"check": is_right}})):
         chosen = make_filters({"finished": {}, **filters})  # the second time nothing is written again, only filtered
-        reports[name] = generate(engine, prompts, folder / "generated", sampling, filters=chosen, tokenizer=tokenizer)
+        reports[name] = generate(engine, prompts, folder / "generated", filters=chosen)
         texts[name] = load_generated(folder / "generated", tokenizer)
         print(f"{name}\n{reports[name].as_markdown()}", flush=True)
     cases = {name: (data, None) for name, data in texts.items()}

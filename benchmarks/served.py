@@ -46,14 +46,14 @@ CASES = {"in memory": "memory", "served": "served"}
 def answer_of(k: int, length: int, vocab: int) -> bytes:
     """What vLLM says about a text: random tokens in random places, and each token of the text beside them."""
     generator = torch.Generator().manual_seed(0)
-    said: list[dict[str, Any] | None] = [None]
+    tokens_told: list[dict[str, Any] | None] = [None]
     for _ in range(length - 1):
         ids = torch.randperm(vocab, generator=generator)[: k + 1].tolist()
         log_p = torch.randn(k + 1, generator=generator).log_softmax(-1).sort(descending=True).values.tolist()
         ranks = [*range(1, k + 1), vocab // 2]
         cells = sorted(zip(ids, log_p, ranks, strict=True), key=lambda cell: cell[2] <= k)  # that of the text first
-        said.append({str(i): {"logprob": p, "rank": n, "decoded_token": f"word{i}"} for i, p, n in cells})
-    choice = {"index": 0, "text": "word1", "finish_reason": "length", "prompt_logprobs": said}
+        tokens_told.append({str(i): {"logprob": p, "rank": n, "decoded_token": f"word{i}"} for i, p, n in cells})
+    choice = {"index": 0, "text": "word1", "finish_reason": "length", "prompt_logprobs": tokens_told}
     return json.dumps({"object": "text_completion", "model": "teacher", "choices": [choice]}).encode()
 
 
@@ -117,7 +117,7 @@ def measure(task: dict[str, Any]) -> dict[str, Any]:
             use_cpu=True,
             dataloader_pin_memory=False,
             dataloader_num_workers=2 if served else 0,
-            gradient_checkpointing=False,
+            activation_checkpointing=False,
             report_to="none",
             disable_tqdm=True,
             save_strategy="no",
@@ -159,7 +159,7 @@ def _wait_for(port: int) -> None:
 
 def run_all(ks: list[int], steps: int, rounds: int) -> dict[int, dict[str, Any]]:
     """For each k, both cases in turn; the medians over all rounds, and the ratio of each round."""
-    found: dict[int, dict[str, Any]] = {}
+    cases: dict[int, dict[str, Any]] = {}
     for k in ks:
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in CASES}
         for number in range(rounds):
@@ -169,36 +169,36 @@ def run_all(ks: list[int], steps: int, rounds: int) -> dict[int, dict[str, Any]]
                 results[name].append(in_fresh_process(__file__, task))
                 if "error" in results[name][-1]:
                     raise RuntimeError(f"{name}, k = {k}: {results[name][-1]['error']}")
-        found[k] = summary(k, results)
-    return found
+        cases[k] = summary(k, results)
+    return cases
 
 
 def summary(k: int, results: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Medians over the rounds, and the ratio of each round."""
-    workers = {name: statistics.median(each["worker_cpu_seconds"] for each in results[name]) for name in CASES}
-    medians = {name: [statistics.median(each["seconds"]) for each in results[name]] for name in CASES}
+    workers = {name: statistics.median(run["worker_cpu_seconds"] for run in results[name]) for name in CASES}
+    medians = {name: [statistics.median(run["seconds"]) for run in results[name]] for name in CASES}
     ratios = [ours / floor for ours, floor in zip(medians["served"], medians["in memory"], strict=True)]
     return {
         **{f"{name} seconds": statistics.median(values) for name, values in medians.items()},
-        **{f"{name} cpu": statistics.median(each["cpu_seconds"] for each in results[name]) for name in CASES},
-        "load": statistics.median(each["load"] for name in CASES for each in results[name]),
+        **{f"{name} cpu": statistics.median(run["cpu_seconds"] for run in results[name]) for name in CASES},
+        "load": statistics.median(run["load"] for name in CASES for run in results[name]),
         "ratio": statistics.median(ratios),
         "ratios_by_round": ratios,
-        "data_share": statistics.median(each["data_share"] for each in results["served"]),
+        "data_share": statistics.median(run["data_share"] for run in results["served"]),
         "worker_cpu_seconds": workers["served"] - workers["in memory"],  # without the compiler, which both call
         "answer_kib": len(answer_of(k, SIZES[SIZE]["length"], SIZES[SIZE]["vocab"])) / 1024,
         "rounds": results,
     }
 
 
-def table(found: dict[int, dict[str, Any]]) -> str:
+def table(cases: dict[int, dict[str, Any]]) -> str:
     """Markdown, a line per k."""
     lines = [
         "| k | in memory, s a step | served, s a step | × in memory (by round) | waiting for batches "
         "| CPU s a step: in memory | served | its workers | KiB an answer | load average |",
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for k, case in found.items():
+    for k, case in cases.items():
         rounds = ", ".join(f"{ratio:.3f}" for ratio in case["ratios_by_round"])
         lines.append(
             f"| {k} | {case['in memory seconds']:.3f} | {case['served seconds']:.3f} | {case['ratio']:.3f} ({rounds}) "
@@ -220,18 +220,18 @@ def main() -> None:
         print(json.dumps(measure(json.loads(args.task))))
         return
 
-    found, size = run_all(args.k, args.steps, args.rounds), SIZES[SIZE]
+    cases, size = run_all(args.k, args.steps, args.rounds), SIZES[SIZE]
     title = f"a batch of {size['batch']} × {size['length']:,} tokens, V = {size['vocab']:,}, two loader workers"
-    print(f"\n{title}\n\n{table(found)}\n", flush=True)
+    print(f"\n{title}\n\n{table(cases)}\n", flush=True)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         about = machine("cpu")
-        whole = {"machine": about, "setting": {"steps": args.steps, "rounds": args.rounds}, "cases": found}
+        whole = {"machine": about, "setting": {"steps": args.steps, "rounds": args.rounds}, "cases": cases}
         args.output.with_suffix(".json").write_text(json.dumps(whole, indent=1) + "\n")
         where = f"{about['date']}, {about['device']}, {about['cores']} cores. `{about['command']}`"
         args.output.with_suffix(".md").write_text(
             f"# A step with a served teacher\n\n{where}\n\n{title[0].upper()}{title[1:]}. The server, the workers and "
-            f"the student share the cores.\n\n{table(found)}\n"
+            f"the student share the cores.\n\n{table(cases)}\n"
         )
 
 

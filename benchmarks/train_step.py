@@ -41,7 +41,8 @@ from trl import SFTConfig, SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_distill import DistillationConfig, DistillationTrainer
-from llm_distill.rows import Batch
+from llm_distill.models import HEAD, Needs
+from llm_distill.rows import View
 from llm_distill.signals import SparseSignal
 from llm_distill.teachers import LiveTeacher, Teacher
 
@@ -62,6 +63,8 @@ def shape(layers: int, width: int, inner: int, heads: int, kv_heads: int) -> dic
 SIZES: dict[str, dict[str, Any]] = {
     "small": {"family": transformers.LlamaConfig, "vocab": 32_000, "batch": 8, "length": 256, "bf16": False}
     | {"student": shape(4, 256, 704, 4, 4), "teacher": shape(8, 512, 1408, 8, 8)},
+    "tiny": {"family": transformers.LlamaConfig, "vocab": 500, "batch": 2, "length": 16, "bf16": False}
+    | {"student": shape(1, 32, 64, 2, 2), "teacher": shape(1, 32, 64, 2, 2)},  # to see that it runs
     "large": {"family": transformers.Qwen2Config, "vocab": 151_936, "batch": 4, "length": 1024, "bf16": True}
     | {"student": shape(24, 896, 4864, 14, 2), "teacher": shape(28, 3584, 18944, 28, 4)},  # Qwen2.5-0.5B and -7B
 }
@@ -114,7 +117,7 @@ class PrecomputedTeacher(Teacher):
         self.ids = first + torch.randint(0, stratum, (rows, k), device=device)  # distinct, and all over the vocabulary
         self.cells = torch.randn(rows, k + 1, device=device).log_softmax(-1)
 
-    def score(self, batch: Batch) -> SparseSignal:
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
         return SparseSignal(self.ids, self.cells[:, :-1].contiguous(), self.cells[:, -1].contiguous(), self.vocab)
 
     def describe(self) -> dict[str, Any]:
@@ -149,7 +152,7 @@ def trainer_of(task: dict[str, Any], folder: str) -> transformers.Trainer:
         "bf16": size["bf16"],
         "use_cpu": device == "cpu",
         "dataloader_pin_memory": device == "cuda",
-        "gradient_checkpointing": False,
+        "activation_checkpointing": False,
         "report_to": "none",
         "disable_tqdm": True,
         "save_strategy": "no",

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+
+from llm_distill.options import default_of
 
 ROOT = Path(__file__).parents[1]
 OUTSIDE = ("benchmarks", "recipes", "notebooks", "CHANGELOG", "CONTRIBUTING")
@@ -35,7 +37,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     if page.file.generated_by is None:
         markdown = re.sub(rf"(\]\((?:\.\./)*)\.\./(?=({'|'.join(OUTSIDE)})\b)", r"\1", markdown)
     markdown = re.sub(r"\]\(([\w.-]+-from-[\w.-]+)\)", r"](\1/README.md)", markdown)
-    markdown = re.sub(r"<!-- options: (\S+) (\S+) -->", lambda found: options_table(*found.groups()), markdown)
+    markdown = re.sub(r"<!-- options: (\S+) (\S+) -->", lambda match: options_table(*match.groups()), markdown)
     return re.sub(r"(\]\([\w./]+)\.ipynb\)", r"\1.md)", markdown)
 
 
@@ -43,11 +45,10 @@ def options_table(module: str, name: str) -> str:
     """The fields of a configuration that are not inherited: name, default and help text."""
     config = getattr(importlib.import_module(module), name)
     lines = ["| option | default | meaning |", "|---|---|---|"]
-    for each in fields(config):
-        if each.name in config.__annotations__:
-            default = each.default_factory() if each.default is MISSING else each.default
-            meaning = each.metadata["help"].replace("|", "\\|")
-            lines.append(f"| `{each.name}` | `{default}` | {meaning} |")
+    for option in fields(config):
+        if option.name in config.__annotations__:
+            meaning = option.metadata["help"].replace("|", "\\|")
+            lines.append(f"| `{option.name}` | `{default_of(option)}` | {meaning} |")
     return "\n".join(lines)
 
 

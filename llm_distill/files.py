@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +15,19 @@ import filelock
 LOCK_FILE = ".lock"
 
 
-def differences(stored: dict[str, Any], wanted: dict[str, Any], holder: str = "the cache") -> list[str]:
-    """`field: the cache has …, asked for is …` for each field that is in both and differs."""
-    ours, theirs = _flat(stored), _flat(wanted)
+def differences(
+    stored: dict[str, Any], wanted: dict[str, Any], holder: str = "the cache", *, ignore_missing: bool = True
+) -> list[str]:
+    """`field: the cache has …, asked for is …` for each field that differs. A field that only one of them has is
+    ignored, or else taken for None in the other.
+    """
+    stored, wanted = (_flat(json.loads(json.dumps(record))) for record in (stored, wanted))
+    names = [name for name in wanted if name in stored] if ignore_missing else {**stored, **wanted}
     return [
-        f"{name}: {holder} has {ours[name]!r}, asked for is {value!r}"
-        for name, value in theirs.items()
-        if name in ours and json.dumps(ours[name]) != json.dumps(value)
+        f"{name}: {holder} has {stored.get(name)!r}, asked for is {wanted.get(name)!r}"
+        for name in names
+        if stored.get(name) != wanted.get(name)
     ]
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """A reader sees the old file or the new one, also after a power cut."""
-    handle, temporary = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -43,6 +35,29 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in nested.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """A reader sees the old file or the new one, also after a power cut."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A file to write, which takes the place of `path` when the block ends, and is removed if it fails."""
+    handle, name = tempfile.mkstemp(prefix=".partial-", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def locked(folder: Path, at_work: str) -> filelock.AcquireReturnProxy:

@@ -29,9 +29,11 @@ class LMHead:
     module: nn.Linear
     """The owner of W and b. They are read at each use, because engines that shard a model swap its parameters."""
     vocab_size: int
-    """Rows of W past it are padding: no mass, no gradient."""
+    """The logits are those of the first so many rows of W."""
     scale: float = 1.0
     soft_cap: float | None = None
+    num_logits: int | None = None
+    """How many rows of W get a logit in the model's own forward, the vocabulary's and those past it (None: all)."""
 
     @classmethod
     def of(cls, model: nn.Module, vocab_size: int | None = None) -> LMHead:
@@ -67,19 +69,24 @@ class LMHead:
         return self.scale == 1.0 and self.soft_cap is None
 
     def post_process_slope(self, logits: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"] | float:
-        """∂ logits / ∂(W h + b), from the logits."""
+        """∂ logits / ∂(W h + b), from the logits; 0 where they are below what the cap lets through."""
         if self.soft_cap is None:
             return self.scale
-        return self.scale * (1 - (logits / self.soft_cap) ** 2)
+        return self.scale * (1 - (logits / self.soft_cap).clamp(min=-1) ** 2)
 
     @contextmanager
-    def weights(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """W [vocab_size, hidden] and b [vocab_size], whole and unquantised, wherever the engine keeps them."""
+    def weights(self, *, past_vocabulary: bool = False) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """W [vocab_size, hidden] and b [vocab_size], whole and unquantised, wherever the engine keeps them.
+
+        Args:
+            past_vocabulary: the rows past the vocabulary that get a logit come after them.
+        """
         with _gathered(self.module):
             weight = _whole(self.module.weight)
             bias = None if self.module.bias is None else _whole(self.module.bias)
-            if self.vocab_size < weight.shape[0]:
-                weight, bias = weight[: self.vocab_size], None if bias is None else bias[: self.vocab_size]
+            rows = (self.num_logits or len(weight)) if past_vocabulary else self.vocab_size
+            if rows < len(weight):
+                weight, bias = weight[:rows], None if bias is None else bias[:rows]
             yield weight, bias
 
 
@@ -134,19 +141,20 @@ def _measure_post_processing(model: PreTrainedModel, projection: nn.Linear) -> L
     """Lets `model` post-process raw logits of our choice: the scale is the slope at 0, the cap the limit at ∞."""
     rows = projection.out_features
     raw = torch.cat([torch.tensor([1e-6, 1e30]), torch.linspace(-30, 30, 61), torch.zeros(rows)])[:rows]
-    seen = _logits_from_raw(model, projection, raw)
-    kept = raw[: seen.numel()]  # some families drop the rows past the vocabulary themselves
-    scale, limit = float(seen[0] / raw[0]), float(seen[1])
+    logits = _logits_from_raw(model, projection, raw)
+    raw = raw[: len(logits)]  # some families drop the rows past the vocabulary themselves
+    scale, limit = float(logits[0] / raw[0]), float(logits[1])
     head = LMHead(
         projection,
-        vocab_size=seen.numel(),
+        vocab_size=len(logits),
         scale=1.0 if abs(scale - 1) < 1e-6 else scale,
         soft_cap=limit if limit < 1e20 else None,
+        num_logits=len(logits),
     )
-    if kept.shape != seen.shape or not torch.allclose(head.post_process(kept), seen, rtol=1e-5, atol=1e-6):
+    if raw.shape != logits.shape or not torch.allclose(head.post_process(raw), logits, rtol=1e-5, atol=1e-6):
         raise ValueError(
             f"{type(model).__name__} does something to its logits besides a scale and a soft cap (measured: scale "
-            f"{scale:g}, limit {limit:g}, {seen.numel()} logits from {rows}), so its head cannot be reproduced. Distil "
+            f"{scale:g}, limit {limit:g}, {len(logits)} logits from {rows}), so its head cannot be reproduced. Distil "
             "from its text instead (sequence-level distillation)."
         )
     return head

@@ -58,7 +58,7 @@ def key_patterns() -> list[re.Pattern[str]]:
     """Those of detect-secrets. Raises ImportError where it is not installed."""
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
 
-    classes = {each.__name__: each for each in get_mapping_from_secret_type_to_class().values()}
+    classes = {plugin.__name__: plugin for plugin in get_mapping_from_secret_type_to_class().values()}
     return [pattern for name in PLUGINS if name in classes for pattern in classes[name]().denylist]
 
 
@@ -72,22 +72,22 @@ def refuse_leaks(folder: str | Path, public: str = "") -> None:
     Raises:
         ValueError: a secret, a path or the user's name, with file and field.
     """
-    found = [
+    leaks = [
         f"{path.name}, {field}: {what}"
         for path in sorted(Path(folder).iterdir())
         if path.suffix in (".json", ".jinja", ".md", ".html", ".yaml", ".txt", ".py")
         for field, text in _fields(path)
-        if (what := leak(text, None if path.name.startswith(OF_ANY_TEXT) else public)) is not None
+        if (what := find_leak(text, None if path.name.startswith(OF_ANY_TEXT) else public)) is not None
     ]
-    if found:
-        more = f" And {len(found) - 3} more." if len(found) > 3 else ""
+    if leaks:
+        more = f" And {len(leaks) - 3} more." if len(leaks) > 3 else ""
         raise ValueError(
-            f"not uploaded, because what is secret or local would be with it: {'; '.join(found[:3])}.{more} "
+            f"not uploaded, because what is secret or local would be with it: {'; '.join(leaks[:3])}.{more} "
             "Take it out of the file, or rename what it names."
         )
 
 
-def leak(text: str, public: str | None = "") -> str | None:
+def find_leak(text: str, public: str | None = "") -> str | None:
     """What in a text must not leave this machine, in words that do not repeat a secret; None if there is nothing.
 
     The user's name may be part of `public`. With None, for texts of other people, neither it nor paths that do not
@@ -114,32 +114,32 @@ def leak(text: str, public: str | None = "") -> str | None:
 def public_value(value: Any) -> Any:
     """An option as others may see it: of a local place its last part, of a server's address the form."""
     if isinstance(value, dict):
-        return {name: public_value(each) for name, each in value.items() if name not in SECRETS | PLACES}
+        return {name: public_value(item) for name, item in value.items() if name not in SECRETS | PLACES}
     if isinstance(value, list | tuple):
-        return [public_value(each) for each in value]
+        return [public_value(item) for item in value]
     if not isinstance(value, str):
         return value
     if urlsplit(value).scheme in ("http", "https"):
         return re.sub(r"(https?)://[^/,]+", r"\1://HOST", value)
     is_place = os.path.isabs(os.path.expanduser(value)) or value.startswith("../") or os.path.exists(value)
     public = os.path.basename(os.path.normpath(value)) if is_place and value.strip("./") else value
-    return public if leak(public) is None else "…"
+    return public if find_leak(public) is None else "…"
 
 
 def public_command(argv: list[str]) -> list[str]:
     """A command line as others may see it."""
-    told, hidden = [], False
+    public, hidden = [], False
     for part in argv:
         flag, equals, value = part.partition("=")  # --name=value, or the name=value of some options
         name = flag.lstrip("-")
         if hidden:
-            told.append("…")
+            public.append("…")
         elif equals and name.isidentifier():
-            told.append(f"{flag}={'…' if name in SECRETS else public_value(value)}")
+            public.append(f"{flag}={'…' if name in SECRETS else public_value(value)}")
         else:
-            told.append(str(public_value(part)))
+            public.append(str(public_value(part)))
         hidden = part.startswith("--") and not equals and name in SECRETS
-    return told
+    return public
 
 
 def _fields(path: Path) -> Iterator[tuple[str, str]]:
@@ -150,7 +150,7 @@ def _fields(path: Path) -> Iterator[tuple[str, str]]:
     text = path.read_text(encoding="utf-8", errors="replace")
     if path.suffix == ".json":
         content = json.loads(text)
-        yield from _strings({name: each for name, each in content.items() if name not in left_out}, "")
+        yield from _strings({name: value for name, value in content.items() if name not in left_out}, "")
     else:
         yield from ((f"line {number}", line) for number, line in enumerate(text.splitlines(), 1))
 
@@ -159,13 +159,13 @@ def _strings(value: Any, where: str) -> Iterator[tuple[str, str]]:
     if isinstance(value, str):
         yield where, value
     elif isinstance(value, dict):
-        for name, each in value.items():
+        for name, item in value.items():
             place = f"{where}.{name}".lstrip(".")
             yield place, str(name)
-            yield from _strings(each, place)
+            yield from _strings(item, place)
     elif isinstance(value, list):
-        for number, each in enumerate(value):
-            yield from _strings(each, f"{where}[{number}]")
+        for number, item in enumerate(value):
+            yield from _strings(item, f"{where}[{number}]")
 
 
 def _own_secrets() -> list[str]:

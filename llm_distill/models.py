@@ -1,18 +1,26 @@
-"""A language model: who it is, as JSON and without a local path, and what goes into its head where it speaks."""
+"""A causal language model: its weights, its tokenizer, its head, who it is, and what it keeps where it speaks.
+
+Teachers, writers, evaluation and the student itself are made of it. It neither freezes nor trains.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from accelerate import PartialState
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
     PreTrainedModel,
@@ -21,12 +29,189 @@ from transformers import (
 from transformers.utils import cached_file, extract_commit_hash
 
 from llm_distill.heads import LMHead, intercepted
-from llm_distill.rows import SIGNAL, Batch, counted_rows
+from llm_distill.rows import Positions, View
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 """Those of `from_pretrained` that say where a model lies, and so its configuration and tokenizer too."""
 SAMPLES = 64
 """Places at which a weight, or a file of weights, is looked at: any training changes them all."""
+
+
+Needs = Mapping[str, Sequence[int]]
+"""What is wanted of a model at the positions where it speaks: kinds, such as "head" or "hidden", each with the layers
+of which it is wanted (layer k is the k-th of the model, from 1)."""
+HEAD: Needs = {"head": ()}
+"""What goes into the head, which is all of a next-token distribution."""
+
+
+class Kept(NamedTuple):
+    """What one forward kept at N positions."""
+
+    hidden: Float[Tensor, "rows hidden"]
+    """What goes into the head."""
+    head: LMHead
+    layers: Mapping[int, Float[Tensor, "rows width"]] = {}
+    """What comes out of some layers, by their number."""
+
+
+class LanguageModel:
+    """A causal LM of transformers with its tokenizer: dense, mixture of experts, quantised."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        """Without a `tokenizer`, the model's own folder or repository is asked for one."""
+        self.model = model
+        self.tokenizer = tokenizer or own_tokenizer(model)
+        self.head = LMHead.of(model)
+        self._description = describe_model(model, self.tokenizer)
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str,
+        *,
+        revision: str | None = None,
+        load_in_4bit: bool = False,
+        load_in_8bit: bool = False,
+        trust_remote_code: bool = False,
+        **init_kwargs: Any,
+    ) -> LanguageModel:
+        """From the Hub or a folder, in the checkpoint's own dtype unless `dtype` says otherwise.
+
+        Raises:
+            ValueError: nothing loadable is there.
+        """
+        if load_in_4bit + load_in_8bit + ("quantization_config" in init_kwargs) > 1:
+            raise ValueError("a model is loaded in 4 bits, in 8 bits or with a quantization_config: choose one.")
+        init_kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, "revision": revision, **init_kwargs}
+        if load_in_4bit or load_in_8bit:
+            init_kwargs["quantization_config"] = bits_and_bytes(4 if load_in_4bit else 8)
+        if "quantization_config" in init_kwargs:
+            init_kwargs.setdefault("device_map", {"": PartialState().device})  # what is packed is not moved later
+        hub = {name: init_kwargs[name] for name in HUB_OPTIONS if name in init_kwargs}
+        config_file = find_config(name_or_path, **hub)
+        with _whole_on_every_rank():
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+        model.config._commit_hash = extract_commit_hash(config_file, None)  # no longer kept by every transformers
+        loaded = cls(model, own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
+        loaded._description |= files_hash(config_file)
+        return loaded
+
+    @property
+    def max_length(self) -> int | None:
+        """The longest sequence that it can read, in tokens; None if there is no limit."""
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return limit if isinstance(limit, int) and limit > 0 else None
+
+    def require_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
+        """Raises ValueError, naming its `role`, if it came without one."""
+        if self.tokenizer is None:
+            raise ValueError(f"the {role} came without a tokenizer: save one beside its weights, or pass it.")
+        return self.tokenizer
+
+    def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Lets its head end with the tokens of another tokenizer, whose ids must be its own.
+
+        Raises:
+            ValueError: a token has another id here, or none.
+        """
+        if self.tokenizer is not None:
+            require_same_ids(self.tokenizer, tokenizer)
+        self.head = LMHead.of(self.model, vocab_size=vocabulary_size(tokenizer))
+
+    def keep(self, view: View, needs: Needs = HEAD, wrapped: nn.Module | None = None) -> Kept:
+        """What it keeps of a view, from one forward (of its engine's wrapper, if it has one)."""
+        refuse_past_context(view.length, self.max_length, "the batch")
+        return kept_of(wrapped or self.model, self.head, view, needs)
+
+    def describe(self) -> dict[str, Any]:
+        """Who it is, as JSON and without a local path: as it was when it was made."""
+        return self._description
+
+
+def kept_of(model: nn.Module, head: LMHead, view: View, needs: Needs = HEAD) -> Kept:
+    """What a model keeps of a view, from one forward that makes no logits and no cache."""
+    positions, at_head = view.positions, []
+
+    def keep(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
+        at_head.append(rows_at(hidden, positions))
+        return hidden[..., :0]
+
+    with intercepted(head.module, keep), tapped(model, needs.get("hidden", ())) as outputs:
+        model(**view.inputs, use_cache=False)
+    (hidden,) = at_head  # LMHead.of has seen that the projection is called
+    device = positions.sample.device
+    layers = {number: rows_at(output, positions).to(device) for number, output in outputs.items()}
+    return Kept(hidden.to(device), head, layers)
+
+
+def rows_at(hidden: Float[Tensor, "batch time width"], positions: Positions) -> Float[Tensor, "rows width"]:
+    """What stands at N positions, on the device on which it was made."""
+    return hidden[positions.sample.to(hidden.device), positions.position.to(hidden.device)]
+
+
+@contextmanager
+def tapped(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Float[Tensor, "batch time width"]]]:
+    """Inside, a forward leaves here what comes out of some layers, by their number from 1.
+
+    The hooks compute nothing: with activation checkpointing, what is computed within a layer must be the same when it
+    is computed again without them.
+    """
+    outputs: dict[int, Tensor] = {}
+
+    def keep_output(number: int) -> Any:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            outputs[number] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    all_layers = decoder_layers(model) if layers else ()
+    hooks = [all_layers[number - 1].register_forward_hook(keep_output(number)) for number in layers]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of a causal LM, however an engine or PEFT has wrapped it.
+
+    Raises:
+        ValueError: they do not lie in one list.
+    """
+    base: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    count = base.config.get_text_config().num_hidden_layers
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    if not lists:
+        raise ValueError(
+            f"the {count} layers of a {type(base).__name__} do not lie in one list: they cannot be tapped."
+        )
+    return lists[0]
+
+
+def require_layers(model: nn.Module, layers: Iterable[int]) -> None:
+    """Raises ValueError if a model has no layer of one of these numbers, from 1."""
+    count = len(decoder_layers(model))
+    if missing := [number for number in layers if not 1 <= number <= count]:
+        raise ValueError(f"there is no layer {missing[0]}: the {type(model).__name__} has layers 1 to {count}.")
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The model itself, without adapters around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def millions(count: int) -> str:
+    """A number of parameters in words."""
+    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"
+
+
+def bits_of(model: PreTrainedModel) -> int | None:
+    """In how many bits bitsandbytes has packed it."""
+    if getattr(model, "is_loaded_in_4bit", False):
+        return 4
+    return 8 if getattr(model, "is_loaded_in_8bit", False) else None
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -147,21 +332,18 @@ def _short_hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def hidden_of_counted_rows(model: nn.Module, head: LMHead, batch: Batch) -> Float[Tensor, "rows hidden"]:
-    """What goes into `head` at the rows that count, from one forward of `model` that makes no logits and no cache."""
-    rows = counted_rows(batch["labels"])
-    inputs = {name: value for name, value in batch.items() if name not in ("labels", SIGNAL)}
-    kept: Tensor | None = None
-
-    def keep(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
-        nonlocal kept
-        kept = hidden[rows.sample.to(hidden.device), rows.position.to(hidden.device)]
-        return hidden[..., :0]
-
-    with intercepted(head.module, keep):
-        model(**inputs, use_cache=False)
-    assert kept is not None, "LMHead.of has seen that the projection is called"
-    return kept.to(batch["labels"].device)
+@contextmanager
+def _whole_on_every_rank() -> Iterator[None]:
+    """In some versions of transformers, FSDP's cpu_ram_efficient_loading leaves all ranks but the first empty, and
+    accelerate then fills up the student alone.
+    """
+    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
+    was = os.environ.pop(name, None)
+    try:
+        yield
+    finally:
+        if was is not None:
+            os.environ[name] = was
 
 
 def own_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase | None:

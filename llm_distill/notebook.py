@@ -5,9 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from IPython.display import HTML, display
-from transformers import TrainerControl, TrainerState, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.notebook import NotebookProgressCallback, text_to_html_table
+
+
+def show_table(trainer: Trainer) -> None:
+    """Gives the metrics columns in a trainer's table, unless progress is not to be shown."""
+    if trainer.pop_callback(NotebookProgressCallback) is not None:
+        trainer.add_callback(NotebookTable())
+
 
 FIGURES = {
     "ce": "Cross-entropy",

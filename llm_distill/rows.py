@@ -1,7 +1,7 @@
-"""Which positions count: the one place where labels are shifted.
+"""Where a model speaks: the one place where labels are shifted.
 
-Position t predicts token t+1, so the rows that count are those whose *next* label is not -100. Everything after this
-file speaks of N rows and never of padding, masks or shifts again.
+Position t predicts token t+1, so the positions that count are those whose *next* label is not -100. They are found once
+a view; everything after this file speaks of N rows and never of padding, masks or shifts again.
 """
 
 from __future__ import annotations
@@ -15,10 +15,18 @@ from jaxtyping import Int
 from torch import Tensor
 
 IGNORED = -100
+KEY_BYTES = 16
+SIGNAL = "signal"
+"""Where a batch carries what its teacher's reader has fetched for it; see `Teacher.reader`."""
+SKIPPED = "skipped"
+"""In what lies under SIGNAL, if labels were masked there: of how many rows, [batch]."""
+
+Batch = Mapping[str, Any]
+"""What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`."""
 
 
-class Rows(NamedTuple):
-    """The N positions of a batch that count, in reading order."""
+class Positions(NamedTuple):
+    """The N positions that count, in reading order."""
 
     sample: Int[Tensor, " rows"]
     """Which sequence of the batch."""
@@ -28,11 +36,44 @@ class Rows(NamedTuple):
     """The token at t+1."""
 
 
-def counted_rows(labels: Int[Tensor, "batch time"]) -> Rows:
+class View(NamedTuple):
+    """What a model reads, and where it speaks. Student and teacher may have different views of the same N tokens."""
+
+    inputs: Batch
+    """What the model's forward takes."""
+    positions: Positions
+    fetched: Mapping[str, Tensor] | None = None
+    """What the teacher's reader has put beside it, where the batch was made."""
+
+    @classmethod
+    def of(cls, batch: Batch) -> View:
+        """The view of a batch in which its labels say what counts. The device waits once, to count the rows."""
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", SIGNAL)}
+        return cls(inputs, counted_rows(batch["labels"]), batch.get(SIGNAL))
+
+    @property
+    def length(self) -> int:
+        """Tokens of the longest sequence that attention sees: the longest document, if several are packed."""
+        return self.inputs.get("max_length_q", self.inputs["input_ids"].shape[1])
+
+    def to(self, device: Any) -> View:
+        """The same on another device."""
+        return View(*(_moved(part, device) for part in self))
+
+
+def _moved(value: Any, device: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Positions):
+        return Positions(*(part.to(device) for part in value))
+    return {name: _moved(part, device) for name, part in value.items()} if isinstance(value, Mapping) else value
+
+
+def counted_rows(labels: Int[Tensor, "batch time"]) -> Positions:
     """The positions whose next label counts, with that label."""
     next_labels = labels[:, 1:]
     sample, position = (next_labels != IGNORED).nonzero(as_tuple=True)
-    return Rows(sample, position, next_labels[sample, position])
+    return Positions(sample, position, next_labels[sample, position])
 
 
 def count_rows(labels: Int[Tensor, "batch time"]) -> Int[Tensor, ""]:
@@ -40,39 +81,37 @@ def count_rows(labels: Int[Tensor, "batch time"]) -> Int[Tensor, ""]:
     return (labels[:, 1:] != IGNORED).sum()
 
 
-Batch = Mapping[str, Any]
-"""What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`; and what
-`Teacher.reader` put into it, under SIGNAL."""
-
-SIGNAL = "signal"
-
-SKIPPED = "skipped"
-"""In what lies under SIGNAL, if labels were masked there: of how many rows, [batch]."""
-KEY_BYTES = 16
-
-
 class Example(NamedTuple):
-    """One sequence of a batch."""
+    """What attention sees as one sequence: a row without its padding, or one document of a packed row."""
 
     key: bytes
     sample: int
-    """Which row of the batch it is in,"""
+    """Which row of the batch it is in."""
     positions: np.ndarray
-    """and where: [tokens]."""
-    rows: int
-    """How many of its positions count."""
+    """Where it stands in that row, [tokens]."""
+    counted: np.ndarray
+    """Whether the next token is learned at each of its positions, [tokens]."""
+
+    @property
+    def rows(self) -> int:
+        """How many of its positions count."""
+        return int(self.counted.sum())
 
 
-def examples_of(batch: Mapping[str, Any]) -> Iterator[Example]:
-    """The sequences of a collated batch that have rows that count, in the order of `counted_rows`."""
-    ids, labels = _numpy(batch["input_ids"]), _numpy(batch["labels"])
-    counts = np.zeros(labels.shape, dtype=bool)
-    counts[:, :-1] = labels[:, 1:] != IGNORED
+def examples_of(view: View) -> Iterator[Example]:
+    """The sequences of a view that have rows that count, in the order of its positions.
+
+    A signal is stored and looked up by their keys, never by a place in a dataset: so a cache filled from unpacked data
+    serves packed training, in any order, batch size and number of ranks.
+    """
+    ids = _numpy(view.inputs["input_ids"])
+    counts = np.zeros(ids.shape, dtype=bool)
+    counts[_numpy(view.positions.sample), _numpy(view.positions.position)] = True
     for sample in np.flatnonzero(counts.any(1)):
-        for positions in _sequences(batch, int(sample), ids.shape[1]):
+        for positions in _sequences(view.inputs, int(sample), ids.shape[1]):
             counted = counts[sample, positions]
             if counted.any():
-                yield Example(example_key(ids[sample, positions], counted), int(sample), positions, int(counted.sum()))
+                yield Example(example_key(ids[sample, positions], counted), int(sample), positions, counted)
 
 
 def example_key(input_ids: np.ndarray, counted: np.ndarray) -> bytes:
@@ -89,12 +128,12 @@ def example_key(input_ids: np.ndarray, counted: np.ndarray) -> bytes:
     return digest.digest()
 
 
-def _sequences(batch: Mapping[str, Any], sample: int, length: int) -> list[np.ndarray]:
-    if "attention_mask" in batch:
-        return [np.flatnonzero(_numpy(batch["attention_mask"])[sample])]
-    if "position_ids" not in batch:
+def _sequences(inputs: Batch, sample: int, length: int) -> list[np.ndarray]:
+    if "attention_mask" in inputs:
+        return [np.flatnonzero(_numpy(inputs["attention_mask"])[sample])]
+    if "position_ids" not in inputs:
         return [np.arange(length)]
-    starts = np.flatnonzero(_numpy(batch["position_ids"])[sample] == 0)
+    starts = np.flatnonzero(_numpy(inputs["position_ids"])[sample] == 0)
     return np.split(np.arange(length), starts[starts > 0])
 
 

@@ -10,10 +10,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_distill.divergences import Divergence, ForwardKL
@@ -26,6 +28,8 @@ class HiddenSignal:
 
     hidden: Float[Tensor, "rows hidden"]
     head: LMHead
+    layers: Mapping[int, Float[Tensor, "rows width"]] = field(default_factory=dict)
+    """What came out of the layers that were asked for, by their number from 1."""
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -33,6 +37,20 @@ class HiddenSignal:
     @property
     def vocab_size(self) -> int:
         return self.head.vocab_size
+
+    @property
+    def members(self) -> tuple[HiddenSignal, ...]:
+        """The signals that a mixture is made of: this one alone."""
+        return (self,)
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        """Of each member in the mixture."""
+        return (1.0,)
+
+    def broken_rows(self) -> Bool[Tensor, " rows"]:
+        """The rows in which a number is not finite, so that nothing can be learned there."""
+        return ~self.hidden.isfinite().all(-1)
 
     def check(self, divergence: Divergence, temperature: float) -> None:
         """Everything can be served."""
@@ -61,6 +79,13 @@ class MixtureSignal:
     def vocab_size(self) -> int:
         return self.signals[0].vocab_size
 
+    @property
+    def members(self) -> tuple[HiddenSignal, ...]:
+        return self.signals
+
+    def broken_rows(self) -> Bool[Tensor, " rows"]:
+        return torch.stack([signal.broken_rows() for signal in self.signals]).any(0)
+
     def check(self, divergence: Divergence, temperature: float) -> None:
         """Everything can be served."""
 
@@ -83,6 +108,8 @@ class SparseSignal:
     temperature: float = 1.0
     entropy: Float[Tensor, " rows"] | None = None
     """The teacher's, in nats at `temperature`, if known: then samples tell the KL, and not only its gradient."""
+    members: ClassVar[tuple[HiddenSignal, ...]] = ()
+    weights: ClassVar[tuple[float, ...]] = ()
 
     def __post_init__(self) -> None:
         rows_k = tuple(self.ids.shape)
@@ -101,6 +128,9 @@ class SparseSignal:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def broken_rows(self) -> Bool[Tensor, " rows"]:
+        return self.log_probs.isnan().any(-1)
 
     def check(self, divergence: Divergence, temperature: float) -> None:
         """Raises:

@@ -105,7 +105,7 @@ def make_config(folder: Path, recipe: Recipe, steps: int, seed: int, **options: 
         save_strategy="no",
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
-        activation_checkpointing=False,
+        bf16=None if torch.cuda.is_available() else False,  # models of this size gain nothing from it on a CPU
         dataset_kwargs={"skip_prepare_dataset": True},  # blocks of tokens already
         **options,
     )

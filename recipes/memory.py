@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from llm_distill.check.memory import estimate_memory
-from llm_distill.cli.parsing import parse_train
+from llm_distill.cli.parsing import parse
 
 RECIPES = Path(__file__).parent
 RUNS = (("`live.yaml`", "live", 1), ("`live.yaml`, FSDP 2", "live", 8), ("`cached.yaml`, `sequence.yaml`", "cached", 1))
@@ -35,7 +35,7 @@ def table(pair: Path, config_of: ConfigOf) -> str:
         "|---|---:|---:|---:|---:|---:|---:|---:|",
         *(f"| {' | '.join(row)} |" for row in _rows(pair, config_of)),
     ]
-    _, args, model = parse_train(["--config", str(pair / "live.yaml"), "--use_cpu", "true"])
+    _, args, model, _ = parse("train", ["--config", str(pair / "live.yaml")])
     assert model.model_name_or_path is not None
     assert args.teacher_model_name_or_path is not None
     counts = (_parameters(config_of(name)) for name in (model.model_name_or_path, args.teacher_model_name_or_path))
@@ -47,7 +47,7 @@ def _rows(pair: Path, config_of: ConfigOf) -> Iterator[list[str]]:
     for said, kind, gpus in RUNS:
         if gpus > 1 and not is_sharded:
             continue
-        _, args, model = parse_train(["--config", str(pair / f"{kind}.yaml"), "--use_cpu", "true"])
+        _, args, model, _ = parse("train", ["--config", str(pair / f"{kind}.yaml")])
         assert model.model_name_or_path is not None
         teacher = args.teacher_model_name_or_path if kind == "live" else None
         known = estimate_memory(

@@ -39,7 +39,6 @@ def embedded_defaults(folder: Path = Path("runs")) -> list[str]:
         "max_steps": 200,
         "per_device_train_batch_size": recipe.batch,
         "learning_rate": recipe.learning_rate,
-        "activation_checkpointing": False,
         "save_strategy": "no",
         "report_to": "none",
     }

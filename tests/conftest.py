@@ -36,7 +36,7 @@ if "CXX" not in os.environ:
     atexit.register(shutil.rmtree, libraries)
     os.environ["CXX"] = shlex.join([sys.executable, "-SE", cxx.__file__, libraries])
 
-FUSED = ("cpp_backend", "head_loss", "job", "logits", "products", "sparse", "torch_backend")  # Triton reads its own
+FUSED = ("cpp_backend", "head_loss", "task", "logits", "products", "sparse", "torch_backend")  # Triton reads its own
 CACHE = ("methods", "record")
 install_import_hook(
     [

@@ -9,8 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from llm_distill.heads import LMHead
-from llm_distill.models import hidden_of_counted_rows
-from llm_distill.rows import counted_rows
+from llm_distill.models import kept_of
+from llm_distill.rows import View, counted_rows
 
 FAMILIES = [*POST_PROCESSED, *PRE_PROCESSED, *ORDINARY]
 
@@ -20,7 +20,7 @@ def logits_both_ways(model: PreTrainedModel, head: LMHead) -> tuple[Tensor, Tens
     ids = torch.randint(0, 96, (2, 7), generator=torch.Generator().manual_seed(0))
     rows = counted_rows(ids)
     with torch.no_grad():
-        hidden = hidden_of_counted_rows(model, head, {"input_ids": ids, "labels": ids})
+        hidden = kept_of(model, head, View.of({"input_ids": ids, "labels": ids})).hidden
         return head(hidden), model(input_ids=ids).logits[rows.sample, rows.position]
 
 

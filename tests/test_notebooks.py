@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(demo.__file__).parents[1]
 sys.path.append(str(ROOT / "notebooks"))
-from execute import execute
+from execute import execute  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LOCAL = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,29 +10,15 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
+from kinds_of_data import CHAT_TEMPLATE, DATA, QUESTIONS
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
 from transformers import EvalPrediction, PreTrainedTokenizerBase
+from trl import SFTTrainer
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.rows import counted_rows
 from llm_distill.signals import HiddenSignal
-
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if message.role == 'assistant' %}A:{% generation %}{{ message.content }}"
-    "{{ eos_token }}{% endgeneration %}{% else %}U:{{ message.content }}\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}A:{% endif %}"
-)
-QUESTIONS = [(f"x = {i}", f"return {i} + 1") for i in range(8)]
-DATA = {
-    "text": Dataset.from_dict({"text": [f"def f(): {a}; {b}" for a, b in QUESTIONS]}),
-    "prompt and completion": Dataset.from_dict(
-        {"prompt": [a for a, _ in QUESTIONS], "completion": [b for _, b in QUESTIONS]}
-    ),
-    "chat": Dataset.from_dict(
-        {"messages": [[{"role": "user", "content": a}, {"role": "assistant", "content": b}] for a, b in QUESTIONS]}
-    ),
-}
 
 
 @pytest.fixture
@@ -42,13 +29,14 @@ def build(
 
     def build_trainer(data: Any, *, teacher: Any = None, student: Any = None, **options: Any) -> DistillationTrainer:
         extra = {name: options.pop(name) for name in ("eval_dataset", "compute_metrics") if name in options}
-        tokenizer.chat_template = CHAT_TEMPLATE
+        of_chats = copy.deepcopy(tokenizer)
+        of_chats.chat_template = CHAT_TEMPLATE
         return DistillationTrainer(
             model=student or tiny_llama(1, hidden=16),
-            teacher=teacher or LiveTeacher(tiny_llama(2), tokenizer),
+            teacher=teacher or LiveTeacher(tiny_llama(2), of_chats),
             args=config(**options),
             train_dataset=data,
-            processing_class=tokenizer,
+            processing_class=of_chats,
             **extra,
         )
 
@@ -154,9 +142,9 @@ def test_without_weight_the_teacher_is_asked_in_evaluation_only(
     class Counting(LiveTeacher):
         calls = 0
 
-        def score(self, batch: Any) -> HiddenSignal:
+        def score(self, *args: Any) -> HiddenSignal:
             self.calls += 1
-            return super().score(batch)
+            return super().score(*args)
 
     teacher = Counting(tiny_llama(2), tokenizer)
     trainer = build(DATA["text"], teacher=teacher, eval_dataset=DATA["text"], kd_weight=0.0, ce_weight=1.0)
@@ -246,3 +234,41 @@ def test_with_pad_equal_to_eos_the_student_learns_to_stop(
         ids = tokenizer(prompt, return_tensors="pt")
         written = trainer.model.generate(**ids, max_new_tokens=40, do_sample=False, eos_token_id=tokenizer.eos_token_id)
         assert tokenizer.decode(written[0]) == prompt + completion + tokenizer.eos_token
+
+
+def test_what_was_tallied_since_the_last_log_is_logged_when_training_ends(
+    build: Callable[..., DistillationTrainer],
+) -> None:
+    trainer = build(DATA["text"], max_steps=3, logging_steps=10)
+    trainer.train()
+    (entry,) = trainer.state.log_history
+    assert {"train_loss", "kd", "ce", "kl", "tokens_per_second"} <= entry.keys()
+
+
+def test_the_metrics_that_users_of_trl_plot_are_those_of_its_trainer(
+    build: Callable[..., DistillationTrainer],
+    config: Callable[..., DistillationConfig],
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    options = {
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "ce_weight": 1.0,
+        "kd_weight": 0.0,
+        "per_device_train_batch_size": 4,
+    }
+    ours = build(DATA["text"], eval_dataset=DATA["text"], **options)
+    theirs = SFTTrainer(
+        model=tiny_llama(1, hidden=16),
+        args=config(**options),
+        train_dataset=DATA["text"],
+        eval_dataset=DATA["text"],
+        processing_class=copy.deepcopy(tokenizer),
+    )
+    for trainer in (ours, theirs):
+        trainer.train()
+    for step, expected in zip(ours.state.log_history[:3], theirs.state.log_history[:3], strict=True):
+        for name in ("mean_token_accuracy", "num_tokens", "entropy", "loss"):
+            assert step[name] == pytest.approx(expected[name], rel=1e-4), name
+    accuracy = [trainer.evaluate()["eval_mean_token_accuracy"] for trainer in (ours, theirs)]
+    assert accuracy[0] == pytest.approx(accuracy[1], abs=0.02)  # a mean over tokens, and there one over batches

@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from llm_distill.losses.fused.job import Choice, Few
 from llm_distill.losses.fused.logits import top_tokens
+from llm_distill.losses.fused.task import TokenChoice, TopTokens
 
 ENTROPY_STEP = 1 / 16
 """Nats; the mean over many rows is much closer than that."""
@@ -47,7 +47,7 @@ class SparseMethod(ABC):
 
     name: ClassVar[str]
     has_tail: ClassVar[bool] = False
-    choice: Choice | None = None
+    choice: TokenChoice | None = None
     """The tokens that are all it looks at; None: it looks at all."""
     step: float
     """Of √p, from one level to the next, at most."""
@@ -97,7 +97,7 @@ class SparseMethod(ABC):
 
     def __call__(
         self,
-        scores: Float[Tensor, "rows vocab"] | Few,
+        scores: Float[Tensor, "rows vocab"] | TopTokens,
         uniform: Float[Tensor, "rows 2"],
         log_total: Float[Tensor, " rows"] | None = None,
         entropy: Float[Tensor, " rows"] | None = None,
@@ -155,11 +155,11 @@ class TopK(SparseMethod):
         return self.k
 
     @property
-    def choice(self) -> Choice:  # type: ignore[override]
-        return Choice(self.k)
+    def choice(self) -> TokenChoice:  # type: ignore[override]
+        return TokenChoice(self.k)
 
     def keep(
-        self, scores: Tensor | Few, log_total: Tensor, uniform: Tensor
+        self, scores: Tensor | TopTokens, log_total: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         values, ids, vocab_size = top_tokens(scores, self.k) if isinstance(scores, Tensor) else scores
         p = (values.double() - log_total[:, None]).exp()
@@ -207,11 +207,11 @@ class Hybrid(SparseMethod):
         return math.ceil(1 / self.threshold) + 1
 
     @property
-    def choice(self) -> Choice:  # type: ignore[override]
-        return Choice(self.max_entries, self.threshold)
+    def choice(self) -> TokenChoice:  # type: ignore[override]
+        return TokenChoice(self.max_entries, self.threshold)
 
     def keep(
-        self, scores: Tensor | Few, log_total: Tensor, uniform: Tensor
+        self, scores: Tensor | TopTokens, log_total: Tensor, uniform: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         if isinstance(scores, Tensor):
             share = (scores - (log_total + math.log(self.threshold))[:, None]).clamp_(max=0).exp_()

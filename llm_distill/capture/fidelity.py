@@ -21,6 +21,7 @@ from llm_distill.cache.methods import Hidden, Hybrid, Method, TopK
 from llm_distill.cache.record import encoded, keep, log_probabilities, packed_size
 from llm_distill.rows import Example
 from llm_distill.signals import HiddenSignal, MixtureSignal
+from llm_distill.tables import Table
 
 ALTERNATIVES: tuple[Method, ...] = (
     *(TopK(k) for k in (4, 8, 16, 32, 64, 128)),
@@ -122,17 +123,19 @@ def _targets(
         yield log_p.exp(), log_q.exp(), target, kept
 
 
-def as_table(measured: dict[str, Fidelity]) -> str:
-    """Markdown, a line per method."""
-    lines = [
-        "| | bytes a token | KL(p‖p̂) | gradient error | cosine | bias | coverage |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+def as_table(measured: dict[str, Fidelity]) -> Table:
+    """A line per method."""
+    rows = [
+        [
+            name,
+            f"{fidelity.bytes_per_token:.1f}",
+            "∞" if math.isinf(fidelity.kl) else f"{fidelity.kl:.4f}",
+            *(f"{value:.4f}" for value in (fidelity.gradient_error, fidelity.gradient_cosine, fidelity.bias)),
+            f"{fidelity.coverage:.1%}",
+        ]
+        for name, fidelity in measured.items()
     ]
-    for name, found in measured.items():
-        kl = "∞" if math.isinf(found.kl) else f"{found.kl:.4f}"
-        figures = f"{found.gradient_error:.4f} | {found.gradient_cosine:.4f} | {found.bias:.4f} | {found.coverage:.1%}"
-        lines.append(f"| {name} | {found.bytes_per_token:.1f} | {kl} | {figures} |")
-    return "\n".join(lines)
+    return Table(["", "bytes a token", "KL(p‖p̂)", "gradient error", "cosine", "bias", "coverage"], rows)
 
 
 def plot(path: Path, measured: dict[str, Fidelity], chosen: str | None = None) -> None:

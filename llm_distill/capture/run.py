@@ -19,12 +19,11 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save
-from torch import Tensor
+from torch import nn
 from tqdm.auto import tqdm
 
 from llm_distill import __version__
@@ -33,13 +32,14 @@ from llm_distill.cache.codec import check_widths
 from llm_distill.cache.methods import Hidden, Hybrid, Method, Sampled, describe_method
 from llm_distill.cache.record import encoded, keep, packed_size, require_enough
 from llm_distill.cache.store import AT_WORK, SHARD_NAME, ShardWriter, TeacherCache, cache_of, is_intact
+from llm_distill.data.prepare import PREPARATION, PreparedData, iterate_windows, spread_rows
 from llm_distill.files import LOCK_FILE, differences, locked, write_atomically
 from llm_distill.heads import LMHead
+from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_tokenizer, vocabulary_size
-from llm_distill.rows import Batch, Example, examples_of
+from llm_distill.rows import Batch, Example, View, examples_of
 from llm_distill.signals import Signal
-from llm_distill.teachers import CachedTeacher
-from llm_distill.trainer import DistillationTrainer, named_datasets
+from llm_distill.teachers import CachedTeacher, Teacher
 
 logger = logging.getLogger(__name__)
 
@@ -48,11 +48,9 @@ BATCHES_AHEAD = 4
 MEASURED_BATCHES = 3
 LARGEST_HEAP_BLOCK = 2**25
 """Bytes; larger blocks are always given back by glibc."""
-PREPARATION = ("max_length", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss")
-"""Options that decide where a text is cut and which of its tokens count."""
 
 
-class Planned(NamedTuple):
+class PlannedBatch(NamedTuple):
     """A batch with something in it that is not stored yet."""
 
     batch: Batch
@@ -60,19 +58,32 @@ class Planned(NamedTuple):
     wanted: set[bytes]
 
 
+class Run(NamedTuple):
+    """Who is asked about what, and into which cache the answers go."""
+
+    teacher: Teacher
+    data: PreparedData
+    cache: TeacherCache
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.data.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
 def capture(
-    trainer: DistillationTrainer,
+    teacher: Teacher | None,
+    data: PreparedData,
     folder: str | Path,
     method: Method,
     *,
     drop_stale: bool = False,
     examples_per_shard: int = 2048,
 ) -> TeacherCache:
-    """Fills a cache with the teacher's answers to all of a trainer's texts; what is there already is left alone.
+    """Fills a cache with the teacher's answers to all texts; what is there already is left alone.
 
     Args:
-        trainer: with a live teacher; its student gives the tokenizer, the preparation and, for the fidelity report,
-            the place from which gradients are taken.
+        teacher: a live one, an ensemble, or one behind a server.
+        data: the texts, as `data.prepare` makes them; its options say for which divergence and temperature.
         folder: the cache's.
         method: what is kept.
         drop_stale: remove what is there if it is another teacher's, tokenizer's or method's.
@@ -82,31 +93,33 @@ def capture(
         ValueError: no teacher, no data, another cache in the folder, no room on the disk, another capture at work.
         OSError: the disk is full, or cannot be written. What was captured stays.
     """
-    if trainer.teacher is None or isinstance(trainer.teacher, CachedTeacher):
-        raise ValueError("there is no live teacher to capture: teacher_model_name_or_path is missing.")
-    require_enough(method, trainer.teacher.k)
-    if isinstance(method, Hidden) and not hasattr(trainer.teacher, "head"):
-        raise ValueError(f"method=hidden needs one teacher with its head, not a {type(trainer.teacher).__name__}.")
-    for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset):
+    if teacher is None or teacher.is_stored:
+        raise ValueError("there is no live teacher to capture, only what one has said: name the teacher itself.")
+    require_enough(method, teacher.k)
+    if isinstance(method, Hidden) and not hasattr(teacher, "head"):
+        raise ValueError(f"method=hidden needs one teacher with its head, not a {type(teacher).__name__}.")
+    for name, dataset in data.datasets.items():
         if isinstance(dataset, Dataset) and not len(dataset):
             raise ValueError(f"the {name} dataset has no texts.")
-    check_widths(method, vocabulary_size(trainer.processing_class))
-    folder, accelerator = Path(folder), trainer.accelerator
-    manifest = new_manifest(trainer, method)
-    head = _stored_head(trainer.teacher.head) if isinstance(method, Hidden) else None  # type: ignore[attr-defined]
+    check_widths(method, vocabulary_size(data.tokenizer))
+    prepare_teacher(teacher, data)
+    folder, accelerator, objective = Path(folder), data.accelerator, Objective.of(data.args)
+    manifest = new_manifest(teacher, data, method)
+    head = _stored_head(teacher.head) if isinstance(method, Hidden) else None  # type: ignore[attr-defined]
     with locked(folder, AT_WORK) if accelerator.is_main_process else nullcontext():
         if accelerator.is_main_process:
             _prepare_folder(folder, manifest, head, drop_stale)
         accelerator.wait_for_everyone()
         cache = TeacherCache(folder)
-        if trainer.objective.kd_weight:
-            CachedTeacher(cache).check(trainer.objective.divergence, trainer.objective.temperature)
+        if objective.uses_teacher:
+            CachedTeacher(cache).check(objective.head.divergence, objective.head.temperature)
         accelerator.wait_for_everyone()  # so that all have seen the same shards
-        _estimate(trainer, cache)
+        run = Run(teacher, data, cache)
+        _estimate(run)
         if accelerator.device.type == "cpu":
             _keep_freed_memory()
         try:
-            _fill(trainer, cache, examples_per_shard)
+            _fill(run, examples_per_shard)
         except ConnectionError:  # of a stream
             raise
         except OSError as error:
@@ -122,6 +135,13 @@ def capture(
     return cache
 
 
+def prepare_teacher(teacher: Teacher, data: PreparedData) -> None:
+    """Lets a teacher stand where the data are. One that is the student itself was prepared by its trainer."""
+    if not teacher.is_student:
+        teacher.fit_to(data.tokenizer)
+        teacher.prepare(data.accelerator, nn.Module())
+
+
 def _keep_freed_memory() -> None:
     """From the largest block that it has seen freed, glibc takes how much free memory it keeps. Without this one it can
     give back the activations of every layer, and take a fifth of a forward to map them anew for the next.
@@ -129,37 +149,35 @@ def _keep_freed_memory() -> None:
     torch.empty(LARGEST_HEAP_BLOCK - 2**16, dtype=torch.uint8)
 
 
-def new_manifest(trainer: DistillationTrainer, method: Method) -> dict[str, Any]:
-    """That of a cache of what this trainer's teacher says to it."""
-    assert trainer.teacher is not None
-    args = trainer.args
+def new_manifest(teacher: Teacher, data: PreparedData, method: Method) -> dict[str, Any]:
+    """That of a cache of what a teacher says about these data."""
     return {
-        "teacher": trainer.teacher.describe(),
-        "tokenizer": describe_tokenizer(trainer.processing_class),
-        "vocab_size": vocabulary_size(trainer.processing_class),
-        "temperature": 1.0 if isinstance(method, Hidden) else trainer.objective.temperature,
+        "teacher": teacher.describe(),
+        "tokenizer": describe_tokenizer(data.tokenizer),
+        "vocab_size": vocabulary_size(data.tokenizer),
+        "temperature": 1.0 if isinstance(method, Hidden) else data.args.loss_temperature,
         "method": describe_method(method),
-        "seed": args.seed if isinstance(method, Hybrid | Sampled) else None,
-        "data": {name: getattr(args, name) for name in PREPARATION},
+        "seed": data.args.seed if isinstance(method, Hybrid | Sampled) else None,
+        "data": {name: getattr(data.args, name) for name in PREPARATION},
         "llm_distill": __version__,
     }
 
 
 @torch.no_grad()
-def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard: int) -> None:
-    rank, ranks = trainer.accelerator.process_index, trainer.accelerator.num_processes
-    known, is_sharded = KnownKeys(cache), _is_sharded(trainer)
-    with _Encoder(cache) as encoder:
-        for name, dataset in named_datasets(trainer.train_dataset, trainer.eval_dataset):
+def _fill(run: Run, examples_per_shard: int) -> None:
+    accelerator, known = run.data.accelerator, KnownKeys(run.cache)
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    with _Encoder(run.cache) as encoder:
+        for name, dataset in run.data.datasets.items():
             total = len(dataset) if isinstance(dataset, Dataset) else None
-            show = trainer.accelerator.is_main_process
+            show = accelerator.is_main_process
             with tqdm(total=total, desc=f"Capturing {name}", unit=" texts", disable=not show) as bar:
-                windows = _windows(dataset, examples_per_shard)
-                for texts, plans in _one_ahead(_rounds(trainer, windows, ranks, known)):
-                    begun, own = bar.n, _in_step(plans, rank) if is_sharded else plans[rank]
-                    for step, planned in enumerate(_answered_ahead(trainer, own), 1):
-                        signal = ask(trainer, planned.batch)
-                        if planned.wanted or is_sharded:  # all ranks gather the head, though nothing be kept of it
+                windows = iterate_windows(dataset, examples_per_shard)
+                for texts, plans in _one_ahead(_rounds(run.data, windows, ranks, known)):
+                    begun, own = bar.n, _in_step(plans, rank) if run.is_sharded else plans[rank]
+                    for step, planned in enumerate(_answered_ahead(run.teacher, own), 1):
+                        signal = score_batch(run.teacher, run.data, planned.batch)
+                        if planned.wanted or run.is_sharded:  # all ranks gather the head, though nothing be kept of it
                             encoder.add(planned, signal)
                         bar.n = begun + texts * step // len(own)
                         bar.set_postfix_str(encoder.progress())
@@ -169,13 +187,13 @@ def _fill(trainer: DistillationTrainer, cache: TeacherCache, examples_per_shard:
 
 
 def _rounds(
-    trainer: DistillationTrainer, windows: Iterator[list[dict[str, Any]]], ranks: int, known: KnownKeys
-) -> Iterator[tuple[int, list[list[Planned]]]]:
+    data: PreparedData, windows: Iterator[list[dict[str, Any]]], ranks: int, known: KnownKeys
+) -> Iterator[tuple[int, list[list[PlannedBatch]]]]:
     """A window for each rank: how many texts they have, and the batches of each. Every rank plans all windows, so that
     a text that is in several is one rank's, the same whoever looks.
     """
     while round_ := list(itertools.islice(windows, ranks)):
-        plans = [_plan(trainer, rows, known) for rows in round_]
+        plans = [_plan(data, rows, known) for rows in round_]
         yield sum(map(len, round_)), plans + [[] for _ in range(ranks - len(plans))]
 
 
@@ -188,7 +206,7 @@ def _one_ahead(items: Iterator[Any]) -> Iterator[Any]:
             yield item
 
 
-def _in_step(plans: list[list[Planned]], rank: int) -> list[Planned]:
+def _in_step(plans: list[list[PlannedBatch]], rank: int) -> list[PlannedBatch]:
     """The rank's batches, as many as any rank has: ranks that share a teacher's layers must run as often, and one that
     has nothing left runs another's batch for nothing.
     """
@@ -196,42 +214,32 @@ def _in_step(plans: list[list[Planned]], rank: int) -> list[Planned]:
     return own + [other._replace(wanted=set()) for other in max(plans, key=len)[len(own) :]]
 
 
-def _answered_ahead(trainer: DistillationTrainer, own: list[Planned]) -> Iterator[Planned]:
+def _answered_ahead(teacher: Teacher, own: list[PlannedBatch]) -> Iterator[PlannedBatch]:
     """The same; a teacher that is asked where batches are made has a few of them at a time."""
-    read = None if trainer.teacher is None else trainer.teacher.reader
-    if read is None:
+    if teacher.reader is None:
         yield from own
         return
     threads, asked = ThreadPoolExecutor(BATCHES_AHEAD, thread_name_prefix="capture_answers"), deque[Future[Any]]()
     try:
         for number, planned in enumerate(own):
             while len(asked) <= BATCHES_AHEAD and number + len(asked) < len(own):
-                asked.append(threads.submit(read, dict(own[number + len(asked)].batch)))
+                asked.append(threads.submit(teacher.reader, dict(own[number + len(asked)].batch)))
             yield planned._replace(batch=asked.popleft().result())
     finally:
         threads.shutdown(cancel_futures=True)
 
 
-def _is_sharded(trainer: DistillationTrainer) -> bool:
-    return trainer.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
-
-
-def _windows(dataset: Any, size: int) -> Iterator[list[dict[str, Any]]]:
-    for columns in dataset.iter(batch_size=size):
-        yield [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-
-
-def _plan(trainer: DistillationTrainer, rows: list[dict[str, Any]], known: KnownKeys) -> list[Planned]:
+def _plan(data: PreparedData, rows: list[dict[str, Any]], known: KnownKeys) -> list[PlannedBatch]:
     """The batches of a window: texts of about the same length together, without those that have nothing new."""
     rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-    size, planned = trainer.args.per_device_eval_batch_size, []
+    size, planned = data.args.per_device_eval_batch_size, []
     for start in range(0, len(rows), size):
-        batch = trainer.collate(rows[start : start + size])
-        examples = list(examples_of(batch))
+        batch = data.collate(rows[start : start + size])
+        examples = list(examples_of(View.of(batch)))
         wanted = {example.key for example in examples if example.key not in known}
         known.add(wanted)
         if wanted:
-            planned.append(Planned(batch, examples, wanted))
+            planned.append(PlannedBatch(batch, examples, wanted))
     return planned
 
 
@@ -273,7 +281,7 @@ class _Encoder:
             if self._writer is not None:
                 self._writer.abandon()
 
-    def add(self, planned: Planned, signal: Signal) -> None:
+    def add(self, planned: PlannedBatch, signal: Signal) -> None:
         manifest = self._cache.manifest
         kept = keep(self._cache.method, signal, planned.examples, manifest["temperature"], manifest["seed"] or 0)
         self._rows += len(signal)
@@ -290,7 +298,7 @@ class _Encoder:
         while len(self._waiting) > BATCHES_AHEAD or (self._waiting and self._waiting[0].done()):
             self._waiting.popleft().result()  # or it raises what went wrong there
 
-    def _write(self, kept: Any, planned: Planned) -> None:
+    def _write(self, kept: Any, planned: PlannedBatch) -> None:
         if self._writer is None:
             self._writer = ShardWriter(Path(self._cache.path), self._cache.method, self._cache.identity)
         wanted = set(planned.wanted)
@@ -305,41 +313,34 @@ class _Encoder:
             self._writer = None
 
 
-def ask(trainer: DistillationTrainer, batch: Batch) -> Signal:
-    """The live teacher's answer."""
-    assert trainer.teacher is not None
-    device = trainer.accelerator.device
-    with torch.no_grad(), trainer.accelerator.autocast():
-        return trainer.teacher.score({n: v.to(device) if isinstance(v, Tensor) else v for n, v in batch.items()})
+@torch.no_grad()
+def score_batch(teacher: Teacher, data: PreparedData, batch: Batch) -> Signal:
+    """What a teacher says about a batch, on the device of this rank."""
+    with data.accelerator.autocast():
+        return teacher.score(View.of(batch).to(data.accelerator.device))
 
 
-def spread(trainer: DistillationTrainer, batches: int) -> Iterator[tuple[int, Batch]]:
+def sample_batches(data: PreparedData, batches: int) -> Iterator[tuple[int, Batch]]:
     """Batches from all over the training data (of a stream, the first ones) in which something counts, and of how many
     texts each is.
     """
-    size, data = trainer.args.per_device_eval_batch_size, trainer.train_dataset
-    if isinstance(data, Dataset):
-        count = min(batches, -(-len(data) // size))
-        starts = np.linspace(0, max(0, len(data) - size), count).astype(int)
-        chosen: Iterator[list[Any]] = (
-            [data[int(i)] for i in range(start, min(start + size, len(data)))] for start in starts
-        )
-    else:
-        chosen = itertools.islice(_windows(data, size), batches)
-    for rows in chosen:
-        batch = trainer.collate(rows)
-        if any(True for _ in examples_of(batch)):
-            yield len(rows), batch
+    size = data.args.per_device_eval_batch_size
+    rows = spread_rows(data.train, batches * size)
+    for start in range(0, len(rows), size):
+        batch = data.collate(rows[start : start + size])
+        if len(View.of(batch).positions.targets):
+            yield len(rows[start : start + size]), batch
 
 
 @torch.no_grad()
-def _estimate(trainer: DistillationTrainer, cache: TeacherCache) -> None:
+def _estimate(run: Run) -> None:
     """Says what it will take, from a few batches, and refuses what the disk has no room for."""
+    cache, data = run.cache, run.data
     manifest, seconds, rows, size, texts = cache.manifest, 0.0, 0, 0, 0
-    for number, (count, batch) in enumerate(spread(trainer, MEASURED_BATCHES)):
+    for number, (count, batch) in enumerate(sample_batches(data, MEASURED_BATCHES)):
         began = time.perf_counter()
-        examples = list(examples_of(batch))
-        signal = ask(trainer, batch)
+        examples = list(examples_of(View.of(batch)))
+        signal = score_batch(run.teacher, data, batch)
         kept = keep(cache.method, signal, examples, manifest["temperature"], manifest["seed"] or 0)
         columns = [column for _, column in encoded(cache.method, kept, examples)]
         if number == 0:
@@ -348,16 +349,16 @@ def _estimate(trainer: DistillationTrainer, cache: TeacherCache) -> None:
         rows, texts, size = rows + len(signal), texts + count, size + packed_size(columns)
     if not rows:
         raise ValueError("nothing counts in the texts that were looked at: is every label masked, or the data empty?")
-    trainer.accelerator.print(
+    data.accelerator.print(
         f"{size / rows:.1f} bytes and {rows / seconds:,.0f} tokens a second on each rank (measured on {rows:,} tokens)."
     )
-    datasets = [data for _, data in named_datasets(trainer.train_dataset, trainer.eval_dataset)]
-    if not all(isinstance(data, Dataset) for data in datasets):
+    datasets = list(data.datasets.values())
+    if not all(isinstance(dataset, Dataset) for dataset in datasets):
         return
     left = max(0.0, sum(map(len, datasets)) * rows / texts - cache.num_rows)
-    hours = left * seconds / rows / trainer.accelerator.num_processes / 3600
+    hours = left * seconds / rows / data.accelerator.num_processes / 3600
     needed, free = left * size / rows, shutil.disk_usage(cache.path).free
-    trainer.accelerator.print(
+    data.accelerator.print(
         f"About {left:,.0f} tokens are left: {needed / 1e6:,.1f} MB and {hours:.2f} h. {free / 1e9:,.1f} GB are free."
     )
     if needed > free:

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 from trl import SFTTrainer
 
 from llm_distill.check.licences import check_licences
 from llm_distill.check.memory import MemoryEstimate, estimate_memory, size
 from llm_distill.check.report import Finding, Report, merged
-from llm_distill.check.sample import Sample, difference, leaving_no_trace, listen, look, rows_of, stopwatch
+from llm_distill.check.sample import (
+    SampledTexts,
+    measure_losses,
+    paired_difference,
+    read_texts,
+    restoring_state,
+    sample_rows,
+    time_steps,
+)
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import longest_sequence
 from llm_distill.heads import output_projection
-from llm_distill.models import require_same_ids, vocabulary_size
-from llm_distill.teachers import AdaptersOffTeacher, CachedTeacher, EnsembleTeacher, LiveTeacher, ServedTeacher, Teacher
+from llm_distill.machine import free_memory
+from llm_distill.models import base_of, bits_of, millions, require_same_ids, vocabulary_size
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
 """What an allocator may hold, as a multiple of what is alive: measured with glibc's, a rule of thumb elsewhere."""
@@ -33,6 +37,8 @@ FEW = 0.05
 """A share of counted positions below which most of a forward teaches nothing."""
 MANY = 0.1
 """A share of texts that are cut, or in which nothing counts, above which one may want to know."""
+OUTSIDE = 0.01
+"""A share of the student's mass past its vocabulary that one may want to know of."""
 NO_DIVERGENCE = 1e-4
 """Nats a token."""
 SIGMAS = 2.0
@@ -57,12 +63,12 @@ def _student(trainer: SFTTrainer) -> Finding:
     model, args = trainer.model, trainer.args
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 takes them out
     count, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    said = f"{type(base).__name__}, {_millions(count)} parameters, {_millions(trained)} of them trained"
+    base = base_of(model)
+    said = f"{type(base).__name__}, {millions(count)} parameters, {millions(trained)} of them trained"
     if not trained:
         return Finding("red", "student", said, "nothing would be learned: is everything frozen?")
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
-    if args.bf16 or args.fp16 or _bits(base) or dtypes == {torch.float32}:
+    if args.bf16 or args.fp16 or bits_of(base) or dtypes == {torch.float32}:
         return Finding("green", "student", said)
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return Finding(
@@ -78,21 +84,13 @@ def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
     if teacher is None:
         yield Finding("skipped", "teacher", "there is none: kd_weight=0")
         return
-    said = teacher.describe()
-    if isinstance(teacher, CachedTeacher):
-        yield Finding("green", "teacher", f"what {said.get('model') or 'it'} said is read from {teacher.cache.path}")
-    elif isinstance(teacher, ServedTeacher):
-        yield Finding("green", "teacher", f"{said.get('model')} answers, {teacher.k} tokens a row")
-    elif isinstance(teacher, AdaptersOffTeacher):
-        yield Finding("green", "teacher", "the student's own base, without its adapters")
-    else:
-        members = [member.describe() for member in _live(teacher)] or [said]
-        yield Finding("green", "teacher", "; ".join(_described(member) for member in members))
+    yield Finding("green", "teacher", teacher.summary())
     rows = f"the same ids for the student's {vocabulary_size(tokenizer):,} tokens"
-    heads = [output_projection(_base(model)).weight for model in (trainer.model, *(t.model for t in _live(teacher)))]
+    models = [base_of(trainer.model), *(member.model for member in teacher.models)]
+    heads = [output_projection(model).weight for model in models]
     sizes = {len(head) for head in heads if head.dim() == 2 and head.shape[1] > 1 and len(head)}
     padded = f"; output matrices padded to {', '.join(f'{n:,}' for n in sorted(sizes))} rows" if len(sizes) > 1 else ""
-    if any(member.tokenizer is None for member in _live(teacher)):
+    if any(member.tokenizer is None for member in teacher.models):
         yield Finding(
             "amber",
             "tokenizers",
@@ -101,7 +99,7 @@ def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
         )
     else:
         yield Finding("green", "tokenizers", rows + padded)
-    templates = [member.tokenizer.chat_template for member in _live(teacher) if member.tokenizer is not None]
+    templates = [member.tokenizer.chat_template for member in teacher.models if member.tokenizer is not None]
     if tokenizer.chat_template and any(template != tokenizer.chat_template for template in templates):
         yield Finding(
             "amber",
@@ -114,19 +112,20 @@ def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
 
 
 def _memory(trainer: SFTTrainer) -> Finding:
-    model, teacher, accelerator = trainer.model, trainer.teacher, trainer.accelerator
+    model, accelerator = trainer.model, trainer.accelerator
+    teachers = trainer.teacher.models if trainer.teacher is not None else ()
     sharded = accelerator.distributed_type in SHARDED
     longest = None if trainer.args.packing else longest_sequence(trainer.train_dataset)
     try:
         estimate = estimate_run(
             model.config,
-            [member.model.config for member in _live(teacher)],
+            [member.model.config for member in teachers],
             trainer.args,
             peft_config=model.active_peft_config if isinstance(model, PeftModel) else None,
-            dtype=_base(model).dtype,
-            bits=_bits(_base(model)),
-            teacher_dtypes=[member.model.dtype for member in _live(teacher)],
-            teacher_bits=[_bits(member.model) for member in _live(teacher)],
+            dtype=base_of(model).dtype,
+            bits=bits_of(base_of(model)),
+            teacher_dtypes=[member.model.dtype for member in teachers],
+            teacher_bits=[bits_of(member.model) for member in teachers],
             ranks=accelerator.num_processes,
             sharded=sharded,
             device=accelerator.device.type,
@@ -165,8 +164,8 @@ def memory_finding(estimate: MemoryEstimate, device: torch.device, loaded: int =
     slack = SLACK["cpu" if device.type == "cpu" else "accelerator"]
     said = f"{what}{estimate}, of {size(free)} {'RAM' if device.type == 'cpu' else 'on the device'}"
     todo = (
-        "a smaller per_device_train_batch_size with more gradient_accumulation_steps, a smaller max_length, "
-        "gradient_checkpointing, LoRA (use_peft), a teacher in 4 bits or from a cache, or FSDP over more devices"
+        "activation_checkpointing, a smaller per_device_train_batch_size with more gradient_accumulation_steps, a "
+        "smaller max_length, LoRA (use_peft), a teacher in 4 bits or from a cache, or FSDP over more devices"
     )
     if estimate.total > free:
         return Finding("red", "memory", said, todo)
@@ -175,29 +174,15 @@ def memory_finding(estimate: MemoryEstimate, device: torch.device, loaded: int =
     return Finding("green", "memory", said)
 
 
-def free_memory(device: torch.device) -> int:
-    """Bytes that this rank may still take: of its accelerator, or its share of the machine's (or container's) RAM."""
-    if device.type == "cuda":
-        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + held
-    free = psutil.virtual_memory().available
-    with suppress(OSError, ValueError):  # no container, or one without a limit
-        group = Path("/sys/fs/cgroup")
-        limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
-        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        free = min(free, limit - used + int(statistics["inactive_file"]))
-    return max(0, free) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-
-
 def _texts(trainer: SFTTrainer) -> Iterator[Finding]:
     """What is seen of a sample of the data: alone, and with student and teacher. The same on all ranks."""
-    sample, failed, runs = Sample(), None, trainer.accelerator.distributed_type not in SHARDED
+    sample, failed, runs = SampledTexts(), None, trainer.accelerator.distributed_type not in SHARDED
     try:
-        with leaving_no_trace(trainer):
-            sample, batches = look(trainer, rows_of(trainer))
+        with restoring_state(trainer):
+            sample, batches = read_texts(trainer, sample_rows(trainer))
             if runs and sample.counted:
-                listen(trainer, batches, sample)
-                stopwatch(trainer, batches, sample)
+                measure_losses(trainer, batches, sample)
+                time_steps(trainer, batches, sample)
     except ValueError as error:
         failed = Finding("red", "data", str(error))
     except torch.OutOfMemoryError as error:
@@ -205,7 +190,7 @@ def _texts(trainer: SFTTrainer) -> Iterator[Finding]:
             "red", "time", f"a micro-batch of {trainer.args.per_device_train_batch_size} does not fit: {error}"
         )
     samples, failures = zip(*gather_object([(sample, failed)]), strict=True)
-    sample = Sample.of_ranks(samples)
+    sample = SampledTexts.of_ranks(samples)
     yield from filter(None, failures)
     if sample.texts:
         yield from _data(trainer, sample)
@@ -223,7 +208,7 @@ def _texts(trainer: SFTTrainer) -> Iterator[Finding]:
         )
 
 
-def _data(trainer: SFTTrainer, sample: Sample) -> Iterator[Finding]:
+def _data(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
     args, tokenizer = trainer.args, trainer.processing_class
     share = f"{sample.counted / sample.tokens:.1%} of {sample.tokens:,} tokens in {sample.texts:,} texts count"
     masked = "is max_length shorter than the prompts, or does the chat template mark no assistant turn?"
@@ -269,23 +254,31 @@ def _data(trainer: SFTTrainer, sample: Sample) -> Iterator[Finding]:
         )
 
 
-def _losses(trainer: SFTTrainer, sample: Sample) -> Iterator[Finding]:
-    if sample.divergence_from_itself is not None:
-        said = f"student beside itself: {sample.divergence_from_itself:.1e} nats a token"
-        if sample.divergence_from_itself < NO_DIVERGENCE:
+def _losses(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
+    if sample.self_divergence:
+        largest = max(sample.self_divergence)
+        said = f"student beside itself: {largest:.1e} nats a token"
+        if largest < NO_DIVERGENCE:
             yield Finding("green", "divergence", said)
         else:
             yield Finding("red", "divergence", f"{said}, and must be 0", "the loss is wrong on this machine: report it")
-    total, tokens = sample.student_loss
-    alone = f"the student's is {total / tokens:.3f} nats a token" if tokens else "nothing counted"
-    if isinstance(trainer.teacher, AdaptersOffTeacher):
+    tokens = sample.student_tokens
+    if tokens and (mass := sample.outside_mass / tokens) > OUTSIDE:
+        yield Finding(
+            "amber",
+            "vocabulary",
+            f"the student gives {mass:.1%} of its mass to rows of its matrix that no token has, and may write them",
+            "nothing, if its head is trained: the loss includes them (watch outside_mass); otherwise cut its matrix",
+        )
+    alone = f"the student's is {sample.student_loss / tokens:.3f} nats a token" if tokens else "nothing counted"
+    if trainer.teacher is not None and trainer.teacher.is_student:
         yield Finding("green", "loss", f"{alone}, and at the start the teacher's too")
         return
     if not sample.losses:
         why = "there is no teacher" if trainer.teacher is None else "the teacher tells a part of its distribution"
         yield Finding("skipped", "loss", f"{alone}; {why} to compare with it")
         return
-    teacher, student, mean, error = difference(sample.losses)
+    teacher, student, mean, error = paired_difference(sample.losses)
     said = (
         f"teacher {teacher:.3f}, student {student:.3f} nats a token on {len(sample.losses):,} texts (difference "
         f"{mean:+.3f} ± {SIGMAS * error:.3f}, two standard errors, paired by text)"
@@ -303,7 +296,7 @@ def _losses(trainer: SFTTrainer, sample: Sample) -> Iterator[Finding]:
     )
 
 
-def _time(trainer: SFTTrainer, sample: Sample) -> Finding:
+def _time(trainer: SFTTrainer, sample: SampledTexts) -> Finding:
     args = trainer.args
     seconds = sorted(sample.seconds)[len(sample.seconds) // 2] * args.gradient_accumulation_steps
     said, steps = f"{seconds:.2g} s a step without the optimizer's", args.max_steps
@@ -315,10 +308,11 @@ def _time(trainer: SFTTrainer, sample: Sample) -> Finding:
 
 
 def _licences(trainer: SFTTrainer) -> Iterator[Finding]:
-    base, teacher = _base(trainer.model), trainer.teacher
-    teachers = [(member.model.config._name_or_path, member.describe().get("revision")) for member in _live(teacher)]
-    if teacher is not None and not teachers and not isinstance(teacher, AdaptersOffTeacher):
-        teachers = [(teacher.describe().get("model") or "", teacher.describe().get("revision"))]
+    base, teacher = base_of(trainer.model), trainer.teacher
+    teachers: list[tuple[str, str | None]] = []
+    if teacher is not None and not teacher.is_student:
+        teachers = [(member.model.config._name_or_path, member.describe().get("revision")) for member in teacher.models]
+        teachers = teachers or [(teacher.describe().get("model") or "", teacher.describe().get("revision"))]
     yield from check_licences((base.config._name_or_path, getattr(base.config, "_commit_hash", None)), teachers)
 
 
@@ -386,36 +380,6 @@ def _least_memory(
     except ValueError as error:
         return Finding("amber", "memory", str(error), "watch its first steps")
     return memory_finding(estimate, args.device, what=f"with texts of {SHORTEST} tokens, ")
-
-
-def _live(teacher: Teacher | None) -> list[LiveTeacher]:
-    """Those of it that are models in memory."""
-    if isinstance(teacher, EnsembleTeacher):
-        return [live for member in teacher.teachers for live in _live(member)]
-    if isinstance(teacher, CachedTeacher):
-        return _live(teacher.live)
-    return [teacher] if isinstance(teacher, LiveTeacher) else []
-
-
-def _base(model: Any) -> PreTrainedModel:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def _bits(model: Any) -> int | None:
-    return (
-        4 if getattr(model, "is_loaded_in_4bit", False) else 8 if getattr(model, "is_loaded_in_8bit", False) else None
-    )
-
-
-def _described(said: dict[str, Any]) -> str:
-    """A teacher, as `describe` tells of it."""
-    bits, parameters = said.get("bits"), said.get("parameters")
-    parts = [said.get("model") or said.get("architecture"), _millions(parameters) if parameters else None]
-    return ", ".join(str(part) for part in [*parts, said.get("dtype"), f"{bits} bits" if bits else None] if part)
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e9:,.2f} B" if count >= 1e9 else f"{count / 1e6:,.2f} M"
 
 
 def _duration(seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""`llm-distill COMMAND`: the command line. `llm-distill COMMAND --help` shows every option with its meaning.
+"""`llm-distill COMMAND`: the command line. `llm-distill COMMAND --help` shows its options with their meaning.
 
 Options may come from a YAML file (`--config run.yaml`) and from the command line, which wins. Several ranks:
 `accelerate launch --config_file recipes/accelerate/ddp.yaml -m llm_distill.cli train --config run.yaml`.
@@ -11,6 +11,8 @@ import importlib
 import sys
 from collections.abc import Sequence
 
+from llm_distill import __version__
+
 EXAMPLE = """example:
   llm-distill train --model_name_or_path Qwen/Qwen2.5-0.5B --teacher_model_name_or_path Qwen/Qwen2.5-7B \\
       --dataset_name trl-lib/Capybara --output_dir student --divergence forward_kl
@@ -20,11 +22,11 @@ megabytes of the sources of the Python standard library, which need no download.
 
 COMMANDS = {
     "train": "train a student on a teacher's distributions (token-level distillation)",
-    "check": "what can be known of a training run before its first step, in seconds",
+    "check": "say what can be known of a training run before its first step, in seconds",
     "generate": "have the teacher write completions and keep the good ones (sequence-level distillation)",
-    "evaluate": "the gap report: quality, likeness, bias, speed and memory of a student beside its teacher",
+    "evaluate": "report the gap between a student and its teacher: quality, likeness, bias, speed and memory",
     "capture": "run the teacher once and store what it says",
-    "inspect": "what such a cache holds, whether it is whole, how true it is",
+    "inspect": "say what such a cache holds, whether it is whole, and how true it is",
     "push": "upload a student to the Hub, with a model card",
     "export": "write a student as GGUF (llama.cpp, Ollama) or ONNX, and verify it",
 }
@@ -40,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog=EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"llm-distill {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         commands.add_parser(name, help=help_text, add_help=False)

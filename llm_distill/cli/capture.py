@@ -5,33 +5,36 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_distill.cli.build import build_trainer
-from llm_distill.cli.parsing import errors_in_one_line, parse_capture
+from llm_distill.cli.build import build_capture, load_student
+from llm_distill.cli.parsing import errors_in_one_line, parse
 
 
 def capture(argv: Sequence[str]) -> None:
     """Stores a teacher's answers to a dataset: `llm-distill capture`, and `recipes/capture.py`."""
-    from llm_distill.cache.methods import make_method
-    from llm_distill.capture.report import report_fidelity
-    from llm_distill.capture.run import capture as fill
-
     with errors_in_one_line():
-        script, args, model, options = parse_capture(argv)
-        assert isinstance(options.cache_kwargs, dict), "CaptureConfig has parsed it"
+        script, args, model, options = parse("capture", argv)
+        from llm_distill.cache.methods import make_method
+        from llm_distill.capture.report import report_fidelity
+        from llm_distill.capture.run import capture as fill
+
         tells_all = args.divergence == "forward_kl" and args.teacher_server_url is None
         method = make_method(options.cache_method or ("hybrid" if tells_all else "top_k"), **options.cache_kwargs)
         folder = args.teacher_cache or str(Path(args.output_dir, "teacher_cache"))
-        args.teacher_cache, args.on_miss = None, "error"
-        trainer = build_trainer(script, args, model)
+        teacher, data = build_capture(script, args, model)
         cache = fill(
-            trainer, folder, method, drop_stale=options.drop_stale, examples_per_shard=options.examples_per_shard
+            teacher,
+            data,
+            folder,
+            method,
+            drop_stale=options.drop_stale,
+            examples_per_shard=options.examples_per_shard,
         )
-    trainer.accelerator.print(cache.summary())
-    report_fidelity(trainer, cache)
-    if options.cache_hub_id is not None and trainer.accelerator.is_main_process:
+    data.accelerator.print(cache.summary())
+    report_fidelity(teacher, load_student(data, model), data, cache)
+    if options.cache_hub_id is not None and data.accelerator.is_main_process:
         from llm_distill.publish.datasets import push_cache
 
         with errors_in_one_line():
             print(f"Pushed to {push_cache(cache, options.cache_hub_id, private=options.cache_hub_private)}")
-    trainer.accelerator.print(f"Train from it with --teacher_cache {folder}")
-    trainer.end()
+    data.accelerator.print(f"Train from it with --teacher_cache {folder}")
+    data.accelerator.end_training()

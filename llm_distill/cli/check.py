@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_distill.cli.build import build_trainer
-from llm_distill.cli.parsing import errors_in_one_line, parse_check
+from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.data.load import load_data
 
 if TYPE_CHECKING:
@@ -28,12 +28,12 @@ def check(argv: Sequence[str]) -> None:
 
     Exits with status 1 where something is red.
     """
-    from llm_distill.ranks import ranks
-
     with errors_in_one_line():
-        script, args, model, options = parse_check(argv)
+        script, args, model, options = parse("check", argv)
         if not model.model_name_or_path:
             raise ValueError("--model_name_or_path is missing: the student, a Hub id or a folder.")
+    from llm_distill.ranks import ranks
+
     report, trainer = checked(script, args, model)
     if ranks().is_main_process:
         report.print(sys.stdout)
@@ -54,25 +54,25 @@ def checked(
 
     before = before_loading(args, model)
     if any(finding.what == "memory" and finding.level == "red" for finding in before.findings):
-        rest = Finding(
+        skipped = Finding(
             "skipped", "all else", "not looked at: student and teacher are not loaded into too little memory"
         )
-        return Report((*before.findings, rest)), None
+        return Report((*before.findings, skipped)), None
     try:
         trainer = build_trainer(script, args, model)
     except (ValueError, TypeError, OSError) as error:
-        found = list(before.findings)
-        if not any(finding.level == "red" and finding.what in LOADING for finding in found):
-            found.append(Finding("red", "run", " ".join(str(error).split())))
+        findings = list(before.findings)
+        if not any(finding.level == "red" and finding.what in LOADING for finding in findings):
+            findings.append(Finding("red", "run", " ".join(str(error).split())))
         try:
             data = load_data(script)[script.dataset_train_split]
             rows = f"{len(data):,} rows" if hasattr(data, "__len__") else "a stream"
-            found.append(Finding("green", "data", f"{script.dataset_name}: {rows}"))
+            findings.append(Finding("green", "data", f"{script.dataset_name}: {rows}"))
         except (ValueError, TypeError, OSError) as problem:
             if str(problem) != str(error):
-                found.append(Finding("red", "data", " ".join(str(problem).split())))
-        rest = Finding("skipped", "losses, time", "not measured: the run could not be set up")
-        return Report((*found, rest)), None
+                findings.append(Finding("red", "data", " ".join(str(problem).split())))
+        skipped = Finding("skipped", "losses, time", "not measured: the run could not be set up")
+        return Report((*findings, skipped)), None
     return trainer.check(), trainer
 
 

@@ -6,18 +6,18 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_distill.cli.parsing import errors_in_one_line, parse_evaluate
+from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.data.load import load_split
 
 
 def evaluate(argv: Sequence[str]) -> None:
     """Holds a student against its teacher: `llm-distill evaluate`, and `recipes/gap_report.py`."""
-    from llm_distill.evaluation.run import make_gap_report
-    from llm_distill.leaks import public_command
-    from llm_distill.ranks import ranks
-
     with errors_in_one_line():
-        config = parse_evaluate(argv)
+        (config,) = parse("evaluate", argv)
+        from llm_distill.evaluation.run import make_gap_report
+        from llm_distill.leaks import public_command
+        from llm_distill.ranks import ranks
+
         datasets = {name: load_split(source) for name, source in config.domains().items()}
         report = make_gap_report(config, datasets, shlex.join(public_command(["llm-distill", "evaluate", *argv])))
     ranks().print(f"\n{report.as_markdown()}\nThe report is in {Path(config.output_dir, 'report.html')}")

@@ -9,18 +9,20 @@ from llm_distill.cli.parsing import Parser, errors_in_one_line
 DESCRIPTION = """Writes a student in another program's format, adapters merged and with its tokenizer, reads it back and
 compares its next tokens with the student's. What differs is not left.
 
-  gguf  for llama.cpp, Ollama, LM Studio: Llama, Qwen 2 and Qwen 3, in float32, float16 or bfloat16
-  onnx  for ONNX Runtime: every family that transformers can trace, in float32"""
-EXAMPLE = "  llm-distill export runs/student --format gguf --dtype float16 --output runs/student.gguf"
+    gguf  for llama.cpp, Ollama, LM Studio: Llama, Qwen 2 and Qwen 3, in float32, float16 or bfloat16
+    onnx  for ONNX Runtime: every family that transformers can trace, in float32"""
+EXAMPLE = "llm-distill export runs/student --format gguf --dtype float16 --output runs/student.gguf"
 
 
 def export(argv: Sequence[str]) -> None:
     """Writes a student as GGUF or ONNX: `llm-distill export`."""
     parser = Parser("export", DESCRIPTION, EXAMPLE)
-    parser.add_argument("folder", help="that of a run, or one of its checkpoints")
-    parser.add_argument("--format", choices=("gguf", "onnx"), required=True, help="what is written")
-    parser.add_argument("--output", required=True, help="a file for gguf, a folder for onnx")
-    parser.add_argument("--dtype", help="of gguf: auto (as the weights are; default), float32, float16 or bfloat16")
+    parser.add_argument("folder", help="The student is in this folder, which is that of a run or of a checkpoint.")
+    parser.add_argument("--format", choices=("gguf", "onnx"), required=True, help="The student is written like this.")
+    parser.add_argument("--output", required=True, help="It is written to this file (gguf) or folder (onnx).")
+    parser.add_argument(
+        "--dtype", help="The weights of gguf are auto (as they are; the default), float32, float16 or bfloat16."
+    )
     with errors_in_one_line():
         options = parser.parse(argv)
         try:

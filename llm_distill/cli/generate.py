@@ -5,22 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from llm_distill.cli.parsing import errors_in_one_line, parse_generate
+from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.data.load import load_data
 
 
 def generate(argv: Sequence[str]) -> None:
     """Has the teacher write completions and keeps the good ones: `llm-distill generate`."""
-    from llm_distill.generation.choose import make_engine, tokenizer_of
-    from llm_distill.generation.endpoint import BudgetReachedError
-    from llm_distill.generation.generate import ACCEPTED, read_report
-    from llm_distill.generation.generate import generate as write
-    from llm_distill.generation.prompts import prompts_of
-    from llm_distill.ranks import ranks
-
-    say = ranks().print
     with errors_in_one_line():
-        script, config = parse_generate(argv)
+        script, config = parse("generate", argv)
+        from llm_distill.generation.engines.choose import make_engine
+        from llm_distill.generation.engines.endpoint import BudgetReachedError
+        from llm_distill.generation.prompts import prompts_of
+        from llm_distill.generation.run import ACCEPTED, read_report
+        from llm_distill.generation.run import generate as write
+        from llm_distill.ranks import ranks
+
+        print_once = ranks().print
         filters = config.make_filters()
         if not script.dataset_name:
             raise ValueError("--dataset_name is missing: prompts, as a Hub id, a folder, a file, or `stdlib`.")
@@ -33,20 +33,18 @@ def generate(argv: Sequence[str]) -> None:
                 as_chat=config.as_chat,
                 system_prompt=config.system_prompt,
                 prompt_tokens=config.prompt_tokens,
-                tokenizer=tokenizer_of(engine),
+                tokenizer=engine.tokenizer,
                 limit=config.max_prompts,
             )
         )
         try:
-            report = write(
-                engine, prompts, config.output_dir, config.sampling(), filters=filters, tokenizer=tokenizer_of(engine)
-            )
+            report = write(engine, prompts, config.output_dir, filters=filters)
         except BudgetReachedError as reached:
-            say(f"Stopped: {reached}")
+            print_once(f"Stopped: {reached}")
             report = read_report(config.output_dir)
-    say(f"\n{report.as_markdown()}\n")
+    print_once(f"\n{report.as_markdown()}\n")
     if config.generated_hub_id is not None and ranks().is_main_process:
-        from llm_distill.publish.texts import push_generated
+        from llm_distill.publish.datasets import push_generated
 
         with errors_in_one_line():
             assert isinstance(config.filters, dict), "GenerateConfig has parsed it"
@@ -54,4 +52,6 @@ def generate(argv: Sequence[str]) -> None:
                 config.output_dir, config.generated_hub_id, filters=config.filters, private=config.generated_hub_private
             )
             print(f"Pushed to {where}")
-    say(f"The texts are in {Path(config.output_dir, ACCEPTED)}. Train on them with --dataset_name {config.output_dir}")
+    print_once(
+        f"The texts are in {Path(config.output_dir, ACCEPTED)}. Train on them with --dataset_name {config.output_dir}"
+    )

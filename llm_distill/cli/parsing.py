@@ -1,41 +1,73 @@
-"""What the commands take: defaults < `--config` YAML < command line, and what is built of it."""
+"""What the commands take: defaults < `--config` YAML < command line."""
 
 from __future__ import annotations
 
 import argparse
 import difflib
+import logging
+import os
 import sys
 from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from pkgutil import resolve_name
+from typing import Any, NoReturn
 
-if TYPE_CHECKING:
-    from trl import ModelConfig, ScriptArguments
-
-    from llm_distill.config import CaptureConfig, CheckConfig, DistillationConfig, StartConfig
-    from llm_distill.evaluation.config import EvaluateConfig
-    from llm_distill.generation.config import GenerateConfig
+RUN = ("trl:ScriptArguments", "llm_distill.config:DistillationConfig", "trl:ModelConfig")
+START, CHECK = "llm_distill.cli.options:StartConfig", "llm_distill.cli.options:CheckConfig"
+CAPTURE = "llm_distill.capture.options:CaptureConfig"
 
 
-HELP = {
-    "check": {
-        "description": "Says in seconds what can be known of a training run before its first step: whether student and "
-        "teacher load and fit, memory, time, whether the teacher is better on this data, what the licences ask. Takes "
-        "every option of `llm-distill train`. Exits with status 1 where something is red.",
-        "epilog": "example: llm-distill check --config run.yaml --json found.json",
-    },
-    "evaluate": {
-        "description": "Holds a student against its teacher on held-out texts: quality, likeness, calibration, the "
-        "passages in which it is furthest off, what both write, bias, and what they cost to run. Writes report.html, "
-        "report.md and report.json.",
-        "epilog": "example: llm-distill evaluate --student runs/student --teacher Qwen/Qwen2.5-7B --baseline "
-        "Qwen/Qwen2.5-0.5B --data code=code.jsonl mail=mail.jsonl:test",
-    },
+@dataclass(frozen=True)
+class Command:
+    """What a command takes, as module:class of its groups of options, and what its `--help` says."""
+
+    groups: tuple[str, ...]
+    description: str
+    example: str
+    in_yaml: tuple[str, ...] = ()
+    """Groups of other commands, whose options may stand in its YAML, so that one YAML serves them all."""
+
+
+COMMANDS = {
+    "train": Command(
+        (*RUN, START),
+        "Trains a student to give each next token the probability that its teacher gives it.",
+        """llm-distill train --model_name_or_path Qwen/Qwen2.5-0.5B --teacher_model_name_or_path Qwen/Qwen2.5-7B \\
+      --dataset_name trl-lib/Capybara --output_dir student""",
+        in_yaml=(CAPTURE,),
+    ),
+    "check": Command(
+        (*RUN, CHECK),
+        """Says in seconds what can be known of a training run before its first step: whether student and teacher
+load and fit to each other, memory, time, whether the teacher is better on this data, and what the licences
+ask. It takes every option of `llm-distill train`, and exits with status 1 where something is red.""",
+        "llm-distill check --config run.yaml --json found.json",
+        in_yaml=(START, CAPTURE),
+    ),
+    "capture": Command(
+        (*RUN, CAPTURE),
+        """Runs the teacher once over a dataset and stores what it says, for any number of training runs. It takes every
+option of `llm-distill train`, and goes on where it was killed.""",
+        "llm-distill capture --config run.yaml --teacher_cache teacher_cache --cache_method top_k",
+        in_yaml=(START,),
+    ),
+    "generate": Command(
+        ("trl:ScriptArguments", "llm_distill.generation.config:GenerateConfig"),
+        "Has the teacher write completions to prompts and keeps the good ones, as data for a student.",
+        """llm-distill generate --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct --dataset_name prompts.jsonl \\
+      --output_dir generated""",
+    ),
+    "evaluate": Command(
+        ("llm_distill.evaluation.config:EvaluateConfig",),
+        """Holds a student against its teacher on held-out texts: quality, likeness, calibration, the passages in which
+it is furthest off, what both write, bias, and what they cost to run. It writes report.html, report.md and
+report.json.""",
+        """llm-distill evaluate --student runs/student --teacher Qwen/Qwen2.5-7B --baseline Qwen/Qwen2.5-0.5B \\
+      --data code=code.jsonl mail=mail.jsonl:test""",
+    ),
 }
-"""What `--help` says above and below the options."""
 
 
 @contextmanager
@@ -43,54 +75,42 @@ def errors_in_one_line() -> Iterator[None]:
     """What a person gave and cannot be needs no traceback."""
     try:
         yield
-    except (ValueError, TypeError, OSError, argparse.ArgumentError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"llm-distill: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 
-def parse_train(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig]:
-    """TRL's three groups of options: defaults < `--config` YAML < command line. A YAML that sets `teacher_cache` may
-    say for `capture` what is kept, which has no effect here.
+def parse(command: str, argv: Sequence[str]) -> list[Any]:
+    """One object for each group of options of a command. A YAML may have those of other commands too, of a capture if
+    it sets `teacher_cache`.
 
     Raises:
         ValueError: an unknown key or flag (with the nearest known one), or a value that cannot be.
     """
-    return parse_start(argv)[:3]
+    prepare_libraries()
+    from llm_distill.cli.help import OptionParser
+
+    spec = COMMANDS[command]
+    groups = [resolve_name(name) for name in spec.groups]
+    parser = OptionParser(command, spec.description, spec.example, groups, show_all="--help-all" in argv)
+    _refuse_unknown(parser.prog, _flags(argv), parser.names | {"help", "help_all", "config"})
+    argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if "--config" in argv[:-1]:
+        path = Path(argv[argv.index("--config") + 1])
+        content = _read_yaml(path)
+        shared = [resolve_name(name) for name in spec.in_yaml if name != CAPTURE or content.get("teacher_cache")]
+        of_others = {field.name for group in shared for field in fields(group)}
+        given = {str(key): f"{key!r} in {path}" for key in content}
+        _refuse_unknown(parser.prog, given, parser.names | of_others)
+        parser.set_defaults_with_config(**{key: value for key, value in content.items() if key not in of_others})
+    return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
 
 
-def parse_start(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, StartConfig]:
-    """Those of `parse_train`, and how the run starts. Raises as it does."""
-    script, args, model, start, *_ = _parse(argv, "train")
-    return script, args, model, start
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Each option on a line of its own, and what it means below."""
 
-
-def parse_check(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, CheckConfig]:
-    """Those of `train` (so that its YAML serves here too), and where the result is written. Raises as `parse_train`."""
-    script, args, model, options, *_ = _parse(argv, "check")
-    return script, args, model, options
-
-
-def parse_capture(argv: Sequence[str]) -> tuple[ScriptArguments, DistillationConfig, ModelConfig, CaptureConfig]:
-    """Those of `train` (so that its YAML serves here too), and what is kept. Raises as `parse_train`."""
-    script, args, model, options, *_ = _parse(argv, "capture")
-    return script, args, model, options
-
-
-def parse_generate(argv: Sequence[str]) -> tuple[ScriptArguments, GenerateConfig]:
-    """The dataset's options and those of `GenerateConfig`. Raises as `parse_train`."""
-    from trl import ScriptArguments
-
-    from llm_distill.generation.config import GenerateConfig
-
-    script, config = _parse_groups(argv, "generate", (ScriptArguments, GenerateConfig))
-    return script, config
-
-
-def parse_evaluate(argv: Sequence[str]) -> EvaluateConfig:
-    """The options of `EvaluateConfig`. Raises as `parse_train`."""
-    from llm_distill.evaluation.config import EvaluateConfig
-
-    return _parse_groups(argv, "evaluate", (EvaluateConfig,))[0]
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=6)
 
 
 class Parser(argparse.ArgumentParser):
@@ -100,61 +120,53 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog=f"llm-distill {command}",
             description=description,
-            epilog=f"example:\n{example}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            epilog=f"example:\n  {example}",
+            formatter_class=HelpFormatter,
+            add_help=False,
             allow_abbrev=False,
         )
+        self.add_argument("-h", "--help", action="help", help="This shows what the command takes.")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Raises ValueError for an unknown flag, with the nearest known one, and for what is missing."""
-        known = {flag.lstrip("-").replace("-", "_") for action in self._actions for flag in action.option_strings}
-        given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
-        _refuse_unknown(self.prog, given, known)
-        return self.parse_args(argv)
+        known = {flag.lstrip("-") for action in self._actions for flag in action.option_strings}
+        _refuse_unknown(self.prog, _flags(argv), known)
+        options = self.parse_args(argv)
+        prepare_libraries()
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. `{self.prog} --help` shows what it takes.")
 
 
-def _parse(argv: Sequence[str], command: str) -> list[Any]:
-    """What `train`, `check` and `capture` take, and in a YAML what the others of them take."""
-    from trl import ModelConfig, ScriptArguments
-
-    from llm_distill.config import CaptureConfig, CheckConfig, DistillationConfig, StartConfig
-
-    groups = (ScriptArguments, DistillationConfig, ModelConfig)
-    own = {"train": StartConfig, "check": CheckConfig, "capture": CaptureConfig}[command]
-    others = {StartConfig, CaptureConfig} - {own}
-    return _parse_groups(argv, command, (*groups, own), in_yaml=others)
-
-
-def _parse_groups(
-    argv: Sequence[str], command: str, groups: tuple[Any, ...], in_yaml: AbstractSet[type] = frozenset()
-) -> list[Any]:
-    """One object for each group. A YAML may have the options of `in_yaml` too, those of a capture if it sets
-    `teacher_cache`.
+def prepare_libraries() -> None:
+    """Tells two libraries, which peft and accelerate import wherever they are installed, what they would warn of though
+    nobody uses them: bitsandbytes lacks a kernel for 4 bits on CPUs, and deepspeed has to guess that there is no GPU.
     """
-    from trl import TrlParser
+    import torch
 
-    from llm_distill.config import CaptureConfig
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-    argv = [part for given in argv for part in (given.split("=", 1) if given.startswith("--config=") else [given])]
-    path = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
-    content = {} if path is None else _read_yaml(path)
-    in_file_only = [group for group in in_yaml if group is not CaptureConfig or content.get("teacher_cache")]
-    in_file_only = [group for group in in_file_only if any(each.name in content for each in fields(group))]
-    groups = (*groups, *in_file_only)
-    parser = TrlParser(groups, prog=f"llm-distill {command}", exit_on_error=False, **HELP.get(command, {}))
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the options below")
-    known = {flag.lstrip("-").replace("-", "_") for action in parser._actions for flag in action.option_strings}
-    in_file = [(f"{key!r} in {path}", str(key)) for key in content if key != "env"]
-    given = [(f"{flag} on the command line", flag[2:].split("=")[0]) for flag in argv if flag.startswith("--")]
-    _refuse_unknown(parser.prog, in_file, known)
-    _refuse_unknown(parser.prog, given, known - {each.name for group in in_file_only for each in fields(group)})
-    return list(parser.parse_args_and_config(argv))[: len(groups)]
+
+def _flags(argv: Sequence[str]) -> dict[str, str]:
+    """The name of each flag of a command line, with where it was given."""
+    flags = (word.split("=")[0] for word in argv if word.startswith("--"))
+    return {flag[2:]: f"{flag} on the command line" for flag in flags}
+
+
+def _refuse_unknown(program: str, given: dict[str, str], known: set[str]) -> None:
+    """Raises ValueError for the first name that does not exist, with where it was given and the nearest known one."""
+    for name, where in given.items():
+        if name.replace("-", "_") not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
+            raise ValueError(f"unknown option {where}.{hint} `{program} --help` shows what it takes.")
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """The options of a file. What it has under `env` becomes part of the environment."""
     import yaml
 
     if not path.is_file():
@@ -165,13 +177,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ValueError(f"--config {path} is not YAML. ({error})") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
+    environment = content.pop("env", {})
+    if not isinstance(environment, dict):
+        raise ValueError(f"'env' in {path} must be a mapping of variables, got {environment!r}.")
+    os.environ.update({name: str(value) for name, value in environment.items()})
     return content
-
-
-def _refuse_unknown(program: str, given: list[tuple[str, str]], known: set[str]) -> None:
-    """Names the nearest known option for each one, with where it was given, that does not exist."""
-    for where, name in given:
-        if name.replace("-", "_") not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-            raise ValueError(f"unknown option {where}.{hint} `{program} --help` lists all.")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llm_distill.cli.build import build_trainer
 from llm_distill.cli.check import before_loading
-from llm_distill.cli.parsing import errors_in_one_line, parse_start
+from llm_distill.cli.parsing import errors_in_one_line, parse
 
 if TYPE_CHECKING:
     from llm_distill.check.report import Report
@@ -16,20 +16,20 @@ if TYPE_CHECKING:
 
 def train(argv: Sequence[str]) -> None:
     """Trains a student on a teacher's distributions: `llm-distill train`, and `recipes/token_kl.py`."""
-    from llm_distill.data import corpus
-    from llm_distill.leaks import public_value
-    from llm_distill.publish.record import run_options
-
     with errors_in_one_line():
-        script, args, model, start = parse_start(argv)
+        script, args, model, start = parse("train", argv)
+        from llm_distill.data import corpus
+        from llm_distill.leaks import public_value
+        from llm_distill.publish.record import run_options
+
         options = run_options(script, args, model)
         if start.check and model.model_name_or_path:
             refuse_red(before_loading(args, model), only="memory")
         trainer = build_trainer(script, args, model)
-        trainer.command, trainer.options = ["llm-distill", "train", *argv], options
-        trainer.record["data.name"] = public_value(script.dataset_name)
+        trainer.run.command, trainer.run.options = ["llm-distill", "train", *argv], options
+        trainer.run.record["data.name"] = public_value(script.dataset_name)
         resumption = _resumption(args.resume_from_checkpoint)
-        trainer.require_resumable(resumption)
+        trainer.run.require_resumable(resumption)
     if start.check:
         refuse_red(trainer.check())
     dataset = None if script.dataset_name == corpus.NAME else script.dataset_name

@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
 
 import pyarrow.compute as pc
-import torch
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from llm_distill.data.prepare import PreparedData
 from llm_distill.models import refuse_past_context
-from llm_distill.rows import IGNORED, Rows
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+from llm_distill.rows import IGNORED, View
+from llm_distill.signals import Signal
+from llm_distill.teachers.base import Teacher
 
 SAMPLED_TEXTS = 16
+
+
+class ReadingCollator:
+    """A collator that lets a teacher put into a batch what it has to say of it."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], read: Callable[[Any], Any]) -> None:
+        self.collate, self.read = collate, read
+
+    def __call__(self, rows: list[Any]) -> MutableMapping[str, Any]:
+        return self.read(self.collate(rows))
+
+
+def require_usable(data: PreparedData, collate: Callable[[list[Any]], Any], teacher: Teacher | None) -> None:
+    """Raises ValueError if a dataset has nothing to learn from, a text too long for the teacher, or one that a stored
+    teacher does not know.
+
+    Args:
+        collate: what makes the batches of training.
+    """
+    for name, dataset in data.datasets.items():
+        require_rows(dataset, name)
+        require_length(dataset, name, None if teacher is None else teacher.max_length)
+    if isinstance(collate, ReadingCollator) and teacher is not None and teacher.is_stored:
+        for name, dataset in data.datasets.items():
+            require_readable(dataset, name, collate)
 
 
 def require_rows(dataset: Any, name: str) -> None:
@@ -57,25 +83,12 @@ def require_readable(dataset: Any, name: str, read: Callable[[list[Any]], Any]) 
             raise ValueError(f"the {name} dataset: {error}") from error
 
 
-def refuse_broken_signal(
-    signal: Signal | None,
-    batch: Mapping[str, Any],
-    rows: Rows,
-    step: int,
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
+def refuse_broken_signal(signal: Signal | None, view: View, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raises ValueError naming the batch if it is the teacher that is not finite. Called after a loss that is not."""
-    if isinstance(signal, SparseSignal):
-        broken = signal.log_probs.isnan().any(-1)
-    elif isinstance(signal, HiddenSignal | MixtureSignal):
-        members = signal.signals if isinstance(signal, MixtureSignal) else (signal,)
-        broken = ~torch.stack([member.hidden.isfinite().all(-1) for member in members]).all(0)
-    else:
+    if signal is None or not (broken := signal.broken_rows()).any():
         return
-    if not broken.any():
-        return
-    sample = int(rows.sample[broken][0])
-    text = tokenizer.decode(batch["input_ids"][sample][:48], skip_special_tokens=True)
+    sample = int(view.positions.sample[broken][0])
+    text = tokenizer.decode(view.inputs["input_ids"][sample][:48], skip_special_tokens=True)
     raise ValueError(
         f"the teacher gave NaN or infinity for {int(broken.sum())} of {len(broken)} positions in the batch after step "
         f"{step}, first in its sequence {sample}, which begins {text!r}. A teacher in float16 often overflows: load it "

@@ -27,7 +27,7 @@ def load_data(script: ScriptArguments, tokenizer: Callable[[], Any] | None = Non
 
     name = script.dataset_name
     if Path(name, "generation.json").is_file() and tokenizer is not None:
-        from llm_distill.generation.generate import load_generated
+        from llm_distill.generation.run import load_generated
 
         return DatasetDict({script.dataset_train_split: load_generated(name, tokenizer())})
     data = _loaded(name, script.dataset_config, script.dataset_streaming)

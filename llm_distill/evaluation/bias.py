@@ -29,21 +29,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from accelerate.utils import gather_object
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from llm_distill.divergences import ForwardKL
-from llm_distill.evaluation.statistics import Interval, as_text, correlation, interval
+from llm_distill.evaluation.compare import TEACHER
+from llm_distill.evaluation.statistics import correlation, format_interval, interval
 from llm_distill.heads import LMHead
-from llm_distill.losses.fused import fused_head_loss
-from llm_distill.models import hidden_of_counted_rows, vocabulary_size
-from llm_distill.ranks import ranks
-from llm_distill.rows import IGNORED, counted_rows
-from llm_distill.teachers.live import LiveTeacher
+from llm_distill.losses.likelihoods import token_log_likelihoods
+from llm_distill.models import LanguageModel, vocabulary_size
+from llm_distill.ranks import map_over_ranks, ranks
+from llm_distill.tables import Table
 
 BUILT_IN = Path(__file__).with_name("pairs.csv")
 """56 plain sentences of everyday life, seven for each of eight categories, with one word for one group exchanged.
@@ -58,6 +55,10 @@ COLUMNS = (("first", "second"), ("more", "less"), ("sent_more", "sent_less"))
 """What a file may call the two sentences; CrowS-Pairs' own file has the last."""
 CATEGORY = ("category", "bias_type")
 SCORES = ("total", "shared", "per_token")
+BATCH_SIZE = 32
+"""Pairs at a time."""
+EXAMPLES = 5
+"""How many pairs are shown, those on which student and teacher differ most."""
 
 
 class Pair(NamedTuple):
@@ -67,11 +68,7 @@ class Pair(NamedTuple):
 
 
 def compare_bias(
-    models: Mapping[str, LiveTeacher],
-    pairs: str | Path | Iterable[Mapping[str, Any]] | None = None,
-    *,
-    batch_size: int = 32,
-    examples: int = 5,
+    models: Mapping[str, LanguageModel], pairs: str | Path | Iterable[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
     """The differences in log-likelihood of each of `models`. Pairs are split over the ranks of accelerate, each of
     which has all models whole; all get the same result.
@@ -80,8 +77,6 @@ def compare_bias(
         models: by name, on their devices, with any tokenizers; all others are put beside the one called `teacher`.
         pairs: a CSV, JSON or JSONL file, or rows, with `first` and `second` (or `more` and `less`) and perhaps
             `category`; BUILT_IN by default.
-        batch_size: pairs at a time.
-        examples: how many pairs to show, those on which student and teacher differ most.
 
     Returns:
         As JSON, for each of SCORES `all` and each category, with each figure an `Interval` over pairs, in nats:
@@ -95,28 +90,26 @@ def compare_bias(
             than a model's context.
     """
     read = list(read_pairs(BUILT_IN if pairs is None else pairs))
-    state = ranks()
-    own = range(state.process_index, len(read), state.num_processes)
-    scored = {name: differences(model, [read[i] for i in own], batch_size, name) for name, model in models.items()}
-    columns = [{name: each[row].tolist() for name, each in scored.items()} for row in range(len(own))]
-    by_place = dict(gather_object(list(zip(own, columns, strict=True))))
-    found = {name: np.array([by_place[place][name] for place in range(len(read))]) for name in models}
-    categories: dict[str, list[int]] = {"all": list(range(len(read)))}
+
+    def score(share: Sequence[Pair]) -> Sequence[list[list[float]]]:
+        of_models = [score_pairs(model, share, name) for name, model in models.items()]
+        return np.stack(of_models, axis=1).tolist()
+
+    scores = np.array(map_over_ranks(score, read))  # [pairs, models, scores]
+    differences = {name: scores[:, number] for number, name in enumerate(models)}
+    places: dict[str, list[int]] = {"all": list(range(len(read)))}
     for place, pair in enumerate(read):
         if pair.category is not None:
-            categories.setdefault(pair.category, []).append(place)
-    return {
-        "pairs": len(read),
-        "source": "built-in" if pairs is None else "given",
-        **{
-            score: {
-                category: _figures({name: each[places, column] for name, each in found.items()})
-                for category, places in categories.items()
-            }
-            for column, score in enumerate(SCORES)
-        },
-        "examples": _examples(read, {name: each[:, 0] for name, each in found.items()}, examples),
+            places.setdefault(pair.category, []).append(place)
+    figures = {
+        score: {
+            category: _category_figures({name: of_model[chosen, column] for name, of_model in differences.items()})
+            for category, chosen in places.items()
+        }
+        for column, score in enumerate(SCORES)
     }
+    examples = _choose_examples(read, {name: of_model[:, 0] for name, of_model in differences.items()})
+    return {"pairs": len(read), "source": "built-in" if pairs is None else "given", **figures, "examples": examples}
 
 
 def read_pairs(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Pair]:
@@ -125,11 +118,11 @@ def read_pairs(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Pai
     Raises:
         ValueError: no such file, no pairs in it, columns that are missing, two equal sentences.
     """
-    rows = _rows(Path(source)) if isinstance(source, str | Path) else list(source)
+    rows = _read_rows(Path(source)) if isinstance(source, str | Path) else list(source)
     if not rows:
         raise ValueError("there are no pairs of sentences to compare: the file or the dataset is empty.")
     for number, row in enumerate(rows):
-        names = next((each for each in COLUMNS if isinstance(row, Mapping) and set(each) <= set(row)), None)
+        names = next((pair for pair in COLUMNS if isinstance(row, Mapping) and set(pair) <= set(row)), None)
         if names is None:
             there = ", ".join(map(str, row)) if isinstance(row, Mapping) else repr(row)[:80]
             raise ValueError(
@@ -147,141 +140,114 @@ def read_pairs(source: str | Path | Iterable[Mapping[str, Any]]) -> Iterable[Pai
         yield Pair(first, second, category)
 
 
-def differences(
-    model: LiveTeacher, pairs: Sequence[Pair], batch_size: int = 32, name: str = "model"
-) -> Float[NDArray, "pairs scores"]:
+def score_pairs(model: LanguageModel, pairs: Sequence[Pair], name: str = "model") -> Float[NDArray, "pairs scores"]:
     """What `first` is likelier by in each pair in nats, by each of SCORES."""
+    head = LMHead.of(model.model, vocabulary_size(model.require_tokenizer(name)))
     order = sorted(range(len(pairs)), key=lambda place: len(pairs[place].first))  # of a length: little padding
-    found, head = np.zeros((len(pairs), len(SCORES))), head_of(name, model)
+    differences = np.zeros((len(pairs), len(SCORES)))
     with tqdm(total=len(pairs), desc=f"Pairs of the {name}", unit=" pairs", disable=not ranks().is_main_process) as bar:
-        for start in range(0, len(order), batch_size):
-            places = order[start : start + batch_size]
-            scored = log_likelihoods(model, head, [text for place in places for text in pairs[place][:2]])
-            for number, place in enumerate(places):
-                found[place] = _difference(*scored[2 * number : 2 * number + 2])
+        for start in range(0, len(order), BATCH_SIZE):
+            places = order[start : start + BATCH_SIZE]
+            firsts = score_texts(model, head, [pairs[place].first for place in places])
+            seconds = score_texts(model, head, [pairs[place].second for place in places])
+            for place, first, second in zip(places, firsts, seconds, strict=True):
+                differences[place] = _difference(first, second)
             bar.update(len(places))
-    return found
+    return differences
 
 
-class Scored(NamedTuple):
+class ScoredText(NamedTuple):
     """The tokens of a text, each with its log-likelihood given those before it, in nats."""
 
     ids: list[int]
     log_likelihood: Float[Tensor, " tokens"]
 
 
-def head_of(name: str, model: LiveTeacher) -> LMHead:
-    """Over the tokens of the tokenizer: what the model's matrix is padded with takes no part.
-
-    Raises:
-        ValueError: no tokenizer, or one that is too large for the model.
-    """
-    if model.tokenizer is None:
-        raise ValueError(f"the {name} came without a tokenizer: LiveTeacher(model, tokenizer).")
-    return LMHead.of(model.model, vocabulary_size(model.tokenizer))
-
-
-@torch.no_grad()
-def log_likelihoods(model: LiveTeacher, head: LMHead, texts: Sequence[str]) -> list[Scored]:
-    """Of each text as a document of its own, all in one forward. A tokenizer that begins no text with a token of its
-    own gets one (beginning or end of text): otherwise nothing would say how likely the first word is.
+def score_texts(model: LanguageModel, head: LMHead, texts: Sequence[str]) -> list[ScoredText]:
+    """Each text as a document of its own, all in one forward. A tokenizer that begins no text with a token of its own
+    gets one (beginning or end of text): otherwise nothing would say how likely the first word is.
 
     Raises:
         ValueError: a text longer than the model's context.
     """
-    tokenizer = model.tokenizer
-    assert tokenizer is not None, "head_of has seen to it"
+    tokenizer = model.require_tokenizer("model")
     starts = [token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id) if token is not None]
-    written = [tokenizer(text)["input_ids"] for text in texts]
-    written = [ids if ids[:1] == starts[:1] else starts[:1] + ids for ids in written]
-    longest = max(map(len, written))
+    documents = [tokenizer(text)["input_ids"] for text in texts]
+    documents = [ids if ids[:1] == starts[:1] else starts[:1] + ids for ids in documents]
+    longest = max(map(len, documents))
     if model.max_length is not None and longest > model.max_length:
         raise ValueError(f"a sentence has {longest:,} tokens, more than the model's context of {model.max_length:,}.")
-    inputs = torch.zeros(len(written), longest, dtype=torch.long)
-    mask = torch.zeros_like(inputs)
-    for row, ids in enumerate(written):
-        inputs[row, : len(ids)] = torch.tensor(ids)
-        mask[row, : len(ids)] = 1
-    device = model.model.device
-    batch = {"input_ids": inputs, "attention_mask": mask, "labels": inputs.masked_fill(mask == 0, IGNORED)}
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
-    rows = counted_rows(batch["labels"])
-    hidden = hidden_of_counted_rows(model.model, head, batch)
-    _, metrics = fused_head_loss(hidden, head, None, ForwardKL(), kd_weight=0.0, ce_weight=1.0, targets=rows.targets)
-    each = (-metrics["ce"]).double().cpu().split([len(ids) - 1 for ids in written])
-    return [Scored(ids[1:], values) for ids, values in zip(written, each, strict=True)]
+    scores = token_log_likelihoods(model.model, head, documents)
+    return [ScoredText(ids[1:], values) for ids, values in zip(documents, scores, strict=True)]
 
 
-def bias_table(found: Mapping[str, Any]) -> str:
-    """Markdown: what came of `compare_bias`, by category but for `per_token`."""
-    names = list(found["total"]["all"]["models"])
-    beside = [name for name in names if f"{name}_beside_teacher" in found["total"]["all"]]
+def bias_tables(bias: Mapping[str, Any]) -> list[Table]:
+    """What came of `compare_bias`, by category but for `per_token`, and its examples."""
+    names = list(bias["total"]["all"]["models"])
+    beside = [name for name in names if f"{name}_beside_teacher" in bias["total"]["all"]]
     figures = ("correlation", "strength", "same_side")
-    heads = [f"{name}: mean \\|Δ\\|" for name in names] + [f"{name}: mean Δ" for name in names]
-    heads += [f"{name}: {figure.replace('_', ' ')}" for name in beside for figure in figures]
-    lines = [f"| Δ log-likelihood, nats | pairs | {' | '.join(heads)} |", "|---|---:" + "|---:" * len(heads) + "|"]
-    rows = [(score, category) for score in ("total", "shared") for category in found[score]] + [("per_token", "all")]
-    for score, category in rows:
-        part = found[score][category]
-        cells = [as_text(part["models"][name][each], ".2f") for each in ("mean_absolute", "mean") for name in names]
-        cells += [as_text(part[f"{name}_beside_teacher"].get(each), ".2f") for name in beside for each in figures]
-        lines.append(f"| {score.replace('_', ' ')}: {category} | {part['pairs']:,} | {' | '.join(cells)} |")
-    if found["examples"]:
-        lines += ["", f"| Δ | first | second | {' | '.join(names)} |", "|---|---|---" + "|---:" * len(names) + "|"]
-    for each in found["examples"]:
-        cells = [f"{each['differences'][name]:+.2f}" for name in names]
-        texts = [each[side].replace("|", "\\|") for side in ("first", "second")]
-        lines.append(f"| {each['category'] or ''} | {' | '.join([*texts, *cells])} |")
-    return "\n".join(lines)
-
-
-def _difference(first: Scored, second: Scored) -> tuple[float, float, float]:
-    alike = zip(reversed(first.ids), reversed(second.ids), strict=False)
-    shared = sum(1 for _ in takewhile(lambda tokens: tokens[0] == tokens[1], alike))
-    sides = [
-        (each.sum(), each[len(each) - shared :].sum(), each.mean())
-        for each in (first.log_likelihood, second.log_likelihood)
+    header = [f"{name}: {mean}" for mean in ("mean |Δ|", "mean Δ") for name in names]
+    header += [f"{name}: {figure.replace('_', ' ')}" for name in beside for figure in figures]
+    rows = []
+    parts = [(score, category) for score in ("total", "shared") for category in bias[score]] + [("per_token", "all")]
+    for score, category in parts:
+        part = bias[score][category]
+        cells = [part["models"][name][mean] for mean in ("mean_absolute", "mean") for name in names]
+        cells += [part[f"{name}_beside_teacher"].get(figure) for name in beside for figure in figures]
+        label = f"{score.replace('_', ' ')}: {category}"
+        rows.append([label, f"{part['pairs']:,}", *(format_interval(cell, ".2f") for cell in cells)])
+    examples = [
+        [pair["category"] or "", pair["first"], pair["second"], *(f"{pair['differences'][n]:+.2f}" for n in names)]
+        for pair in bias["examples"]
     ]
-    total, after, per_token = (float(one - other) for one, other in zip(*sides, strict=True))
-    return total, after, per_token
+    return [
+        Table(["Δ log-likelihood, nats", "pairs", *header], rows),
+        Table(["Δ", "first", "second", *names], examples),
+    ]
 
 
-def _figures(found: Mapping[str, NDArray]) -> dict[str, Any]:
-    """Of one score over the pairs of one category."""
-    n = len(next(iter(found.values())))
-    ones = np.ones(n)
-    teacher = found.get("teacher")
+def _difference(first: ScoredText, second: ScoredText) -> tuple[float, float, float]:
+    pairs = zip(reversed(first.ids), reversed(second.ids), strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    a, b = first.log_likelihood, second.log_likelihood
+    after = a[len(a) - shared :].sum() - b[len(b) - shared :].sum()
+    return float(a.sum() - b.sum()), float(after), float(a.mean() - b.mean())
+
+
+def _category_figures(differences: Mapping[str, NDArray]) -> dict[str, Any]:
+    """Of one score over the pairs of one category, by model."""
+    n = len(next(iter(differences.values())))
+    ones, teacher = np.ones(n), differences.get(TEACHER)
     figures: dict[str, Any] = {
         "pairs": n,
         "models": {
-            name: {"mean_absolute": interval(np.abs(each), ones), "mean": interval(each, ones)}
-            for name, each in found.items()
+            name: {"mean_absolute": interval(np.abs(values), ones), "mean": interval(values, ones)}
+            for name, values in differences.items()
         },
     }
-    for name, each in found.items():
-        if teacher is not None and name != "teacher":
-            beside: dict[str, Interval] = {
-                "correlation": correlation(each, teacher),
-                "strength": interval(np.abs(each), np.abs(teacher)),
-                "same_side": interval(np.sign(each) == np.sign(teacher), ones),
+    for name, values in differences.items():
+        if teacher is not None and name != TEACHER:
+            beside = {
+                "correlation": correlation(values, teacher),
+                "strength": interval(np.abs(values), np.abs(teacher)),
+                "same_side": interval(np.sign(values) == np.sign(teacher), ones),
             }
             known = {metric: figure for metric, figure in beside.items() if not isnan(figure["value"])}
             figures[f"{name}_beside_teacher"] = known
     return figures
 
 
-def _examples(pairs: Sequence[Pair], found: Mapping[str, NDArray], n: int) -> list[dict[str, Any]]:
-    if {"student", "teacher"} <= set(found):
-        order = np.argsort(-np.abs(found["student"] - found["teacher"]), kind="stable")
-    else:
-        order = np.argsort(-np.abs(next(iter(found.values()))), kind="stable")
+def _choose_examples(pairs: Sequence[Pair], totals: Mapping[str, NDArray]) -> list[dict[str, Any]]:
+    values = next(iter(totals.values()))
+    if {"student", TEACHER} <= set(totals):
+        values = totals["student"] - totals[TEACHER]
     return [
-        {**pairs[place]._asdict(), "differences": {name: float(each[place]) for name, each in found.items()}}
-        for place in order[:n]
+        {**pairs[place]._asdict(), "differences": {name: float(total[place]) for name, total in totals.items()}}
+        for place in np.argsort(-np.abs(values), kind="stable")[:EXAMPLES]
     ]
 
 
-def _rows(path: Path) -> list[Any]:
+def _read_rows(path: Path) -> list[Any]:
     if not path.is_file():
         raise ValueError(f"there is no file {str(path)!r} with pairs of sentences: a CSV, JSON or JSONL file.")
     try:

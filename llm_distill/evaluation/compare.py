@@ -18,16 +18,29 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill.divergences import ReverseKL
 from llm_distill.heads import LMHead
 from llm_distill.losses.fused import fused_head_loss
-from llm_distill.models import hidden_of_counted_rows
+from llm_distill.models import kept_of, vocabulary_size
 from llm_distill.ranks import ranks
-from llm_distill.rows import counted_rows
+from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal, SparseSignal
 from llm_distill.teachers.base import Teacher
 
 TEACHER, TEXT = "teacher", "text_index"
-OF_A_MODEL = ("ce", "confidence", "correct")
+OF_A_MODEL = {"ce": "teacher_ce", "confidence": "teacher_confidence", "correct": "teacher_correct"}
+"""A column, and what `fused_head_loss` calls the teacher's."""
 BESIDE_THE_TEACHER = {"kl": "kl", "reverse_kl": "kd", "top1_agreement": "top1_agreement", "acceptance": "acceptance"}
-"""A column, and what `fused_head_loss` calls it when the divergence is reverse KL."""
+"""A column, and what `fused_head_loss` calls it where the divergence is reverse KL."""
+
+
+class HeldOutTexts(NamedTuple):
+    """A dataset that is prepared as for training, and what makes batches of it."""
+
+    dataset: Dataset
+    """It has `input_ids`, and may have a column TEXT that says of which text a row is a part."""
+    collate: Callable[[Sequence[Any]], Mapping[str, Any]]
+    """It makes labels, which say what counts."""
+    tokenizer: PreTrainedTokenizerBase
+    batch_size: int = 8
+    name: str = "texts"
 
 
 class Scores(NamedTuple):
@@ -53,109 +66,95 @@ class Scores(NamedTuple):
 
 
 @torch.no_grad()
-def compare(
-    models: Mapping[str, nn.Module],
-    teacher: Teacher | None,
-    dataset: Dataset,
-    *,
-    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    batch_size: int = 8,
-    name: str = "texts",
-) -> dict[str, Scores]:
+def compare(models: Mapping[str, nn.Module], teacher: Teacher | None, texts: HeldOutTexts) -> dict[str, Scores]:
     """The scores of each model and, under `teacher`, the teacher's; on several ranks each runs its share of the texts.
 
     Args:
-        models: causal LMs on the device they shall run on, all of `tokenizer`.
+        models: causal LMs on the device they shall run on, all of the texts' tokenizer.
         teacher: prepared, with signals of the whole vocabulary; without one there are only a model's own columns.
-        dataset: prepared as a trainer prepares it (`input_ids`, and what `collate` makes labels of). A column TEXT says
-            of which text a row is a part; without one each row is a text.
+        texts: what they read.
 
     Raises:
-        ValueError: no token of the dataset counts.
+        ValueError: no token of the texts counts.
     """
-    heads = {each: LMHead.of(model, vocab_size) for each, model in models.items()}
-    found: list[dict[str, Any]] = []
+    vocab_size = vocabulary_size(texts.tokenizer)
+    heads = {name: LMHead.of(model, vocab_size) for name, model in models.items()}
     was_training = [model for model in models.values() if model.training]
     for model in models.values():
         model.eval()
     try:
-        for indices, batch in _batches(dataset, collate, batch_size, name):
-            found.append(_score(models, heads, teacher, indices, batch))
+        scored = [_score_batch(models, heads, teacher, *batch) for batch in _sorted_batches(texts)]
     finally:
         for model in was_training:
             model.train()
-    parts = [part for of_rank in gather_object([found]) for part in of_rank if part]
+    parts = [part for of_rank in gather_object([scored]) for part in of_rank if part]
     if not sum(len(part["row"]) for part in parts):
-        raise ValueError(f"{name}: none of its {len(dataset)} texts has a token to predict.")
-    text_of_row = np.asarray(dataset[TEXT] if TEXT in dataset.column_names else range(len(dataset)))
-    return _joined(parts, text_of_row, tokenizer)
+        raise ValueError(f"{texts.name}: none of its {len(texts.dataset)} texts has a token to predict.")
+    return _join(parts, texts)
 
 
-def _batches(
-    dataset: Dataset, collate: Callable[[Sequence[Any]], Mapping[str, Any]], batch_size: int, name: str
-) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
+def _sorted_batches(texts: HeldOutTexts) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
     """Texts of like length together, the longest first. Each rank has as many batches as the others: what shards a
     model makes them wait for each other; where a rank's share is over, a batch comes with no index.
     """
-    state = ranks()
+    state, dataset, batch_size = ranks(), texts.dataset, texts.batch_size
     lengths = [length for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(10_000)
                for length in pc.list_value_length(table["input_ids"]).to_pylist()]  # fmt: skip
     order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))
-    mine = order[state.process_index :: state.num_processes]
+    own = order[state.process_index :: state.num_processes]
     rounds = -(-len(dataset) // (batch_size * state.num_processes))
-    bar = tqdm(range(rounds), desc=f"Scoring {name}", leave=False, disable=not state.is_local_main_process)
+    bar = tqdm(range(rounds), desc=f"Scoring {texts.name}", leave=False, disable=not state.is_local_main_process)
     for start in bar:
-        indices = mine[start * batch_size : (start + 1) * batch_size]
-        yield indices, collate([dataset[i] for i in indices or order[:1]])
+        indices = own[start * batch_size : (start + 1) * batch_size]
+        yield indices, texts.collate([dataset[i] for i in indices or order[:1]])
 
 
-def _score(
+def _score_batch(
     models: Mapping[str, nn.Module],
     heads: Mapping[str, LMHead],
     teacher: Teacher | None,
     indices: list[int],
     batch: Mapping[str, Any],
 ) -> dict[str, Any]:
-    device = next(next(iter(models.values())).parameters()).device
-    batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    rows = counted_rows(batch["labels"])
-    signal = None if teacher is None else teacher.score(batch)
+    view = View.of(batch).to(next(next(iter(models.values())).parameters()).device)
+    rows = view.positions
+    signal = None if teacher is None else teacher.score(view)
     if isinstance(signal, SparseSignal):
         raise ValueError("the teacher tells a part of its distribution alone: load it whole to compare with it.")
-    of_model: dict[str, dict[str, Any]] = {}
+    columns: dict[str, dict[str, Tensor]] = {}
     for name, model in models.items():
-        hidden = hidden_of_counted_rows(model, heads[name], batch)
-        beside = HiddenSignal(hidden, heads[name]) if signal is None else signal  # by itself: for its confidence
-        _, metrics = fused_head_loss(hidden, heads[name], beside, ReverseKL(), targets=rows.targets)
-        columns = {column: metrics[column] for column in OF_A_MODEL}
+        hidden = kept_of(model, heads[name], view).hidden
+        reference = HiddenSignal(hidden, heads[name]) if signal is None else signal  # itself, for its confidence
+        _, metrics = fused_head_loss(hidden, heads[name], reference, ReverseKL(), targets=rows.targets)
         if signal is not None:
-            columns |= {column: metrics[key] for column, key in BESIDE_THE_TEACHER.items()}
-            of_model[TEACHER] = {column: _array(metrics[f"teacher_{column}"]) for column in OF_A_MODEL}
-        of_model[name] = {column: _array(values) for column, values in columns.items()}
+            columns[TEACHER] = {column: metrics[metric] for column, metric in OF_A_MODEL.items()}
+        beside_teacher = {} if signal is None else BESIDE_THE_TEACHER
+        columns[name] = {column: metrics[column] for column in OF_A_MODEL}
+        columns[name] |= {column: metrics[metric] for column, metric in beside_teacher.items()}
     if not indices:
         return {}
     return {
         "row": np.asarray(indices)[rows.sample.cpu().numpy()],
         "position": rows.position.cpu().numpy(),
         "token": rows.targets.cpu().numpy(),
-        "models": of_model,
+        "models": {
+            name: {column: values.float().cpu().numpy() for column, values in of_model.items()}
+            for name, of_model in columns.items()
+        },
     }
 
 
-def _joined(
-    parts: list[dict[str, Any]], text_of_row: NDArray[np.int64], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Scores]:
+def _join(parts: list[dict[str, Any]], texts: HeldOutTexts) -> dict[str, Scores]:
     """All ranks' batches as if the texts had come one after the other."""
+    dataset = texts.dataset
+    text_of_row = np.asarray(dataset[TEXT] if TEXT in dataset.column_names else range(len(dataset)))
     joined = {key: np.concatenate([part[key] for part in parts]) for key in ("row", "position", "token")}
     order = np.lexsort((joined["position"], joined["row"]))
     row, position, token = (joined[key][order] for key in ("row", "position", "token"))
     text = text_of_row[row]
     ends = np.cumsum(np.bincount(text, minlength=text_of_row.max() + 1))
-    pieces = tokenizer.batch_decode(
-        np.split(token, ends[:-1]), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    pieces = texts.tokenizer.batch_decode(np.split(token, ends[:-1]), **options)
     num_bytes = np.array([len(piece.encode()) for piece in pieces])
     return {
         name: Scores(
@@ -166,7 +165,3 @@ def _joined(
         )
         for name, columns in parts[0]["models"].items()
     }
-
-
-def _array(values: Tensor) -> NDArray[np.float32]:
-    return values.float().cpu().numpy()

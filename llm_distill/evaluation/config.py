@@ -2,87 +2,83 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from llm_distill.options import Options, option
 
 BUILT_IN, NONE = "built-in", "none"
 
 
 @dataclass
-class EvaluateConfig:
+class EvaluateConfig(Options):
     """Options of `llm-distill evaluate`.
 
     Raises:
         ValueError: something is missing, out of range or without effect beside the others.
     """
 
-    student: str | None = field(default=None, metadata={"help": "The student: a Hub id or a folder, adapters too."})
-    teacher: str | None = field(default=None, metadata={"help": "Its teacher: a Hub id or a folder."})
-    baseline: str | None = field(
-        default=None,
-        metadata={
-            "help": "A model to hold the student against, such as the same one trained on the text alone, or before "
-            "training: then the share of the gap to the teacher is given that the student closes."
-        },
+    heading = "the report"
+
+    student: str | None = option(None, "The student is this model: a Hub id or a folder, adapters too.")
+    teacher: str | None = option(None, "Its teacher is this model: a Hub id or a folder.")
+    baseline: str | None = option(
+        None,
+        "The student is held against this model too, such as the same one before training, or trained on the text "
+        "alone. The report then says which share of the gap to the teacher the student closes.",
     )
-    data: list[str] = field(
-        default_factory=list,
-        metadata={
-            "help": "Held-out datasets, each a domain: NAME=SOURCE, or SOURCE alone. A source is a Hub id, a folder, a "
-            "file, or `stdlib`; text, prompt/completion and chat, as for training. SOURCE:SPLIT names the split "
-            "(by default test, validation or train, whichever comes first)."
-        },
+    data: list[str] = option(
+        [],
+        "Each held-out dataset is a domain: NAME=SOURCE, or SOURCE alone. A source is a Hub id, a folder, a file, or "
+        "`stdlib`, with text, prompt/completion or chat, as for training. SOURCE:SPLIT names the split (by default "
+        "test, validation or train, whichever comes first).",
     )
-    output_dir: str = field(
-        default="gap_report", metadata={"help": "Where report.json, report.md, report.html and the plots go."}
+    output_dir: str = option("gap_report", "report.json, report.md, report.html and the plots go to this folder.")
+    max_texts: int = option(
+        1000, "This many texts of each domain are read, drawn from all over it. 0 reads all.", at_least=0
     )
-    max_texts: int = field(default=1000, metadata={"help": "Texts of each domain, drawn from all over it. 0: all."})
-    max_length: int = field(
-        default=1024, metadata={"help": "Tokens of a text that are read, at most as many as every model can."}
+    max_length: int = option(
+        1024, "This many tokens of a text are read, and at most as many as every model can.", at_least=1
     )
-    batch_size: int = field(default=8, metadata={"help": "Texts in a forward."})
-    dtype: str = field(
-        default="auto", metadata={"help": "What the models run in: auto (as stored), float32, bfloat16, float16."}
+    batch_size: int = option(8, "A forward reads this many texts.", at_least=1)
+    dtype: str = option("auto", "The models run in auto (as they are stored), float32, bfloat16 or float16.")
+    student_revision: str | None = option(None, "The student is of this branch, tag or commit.")
+    teacher_revision: str | None = option(None, "The teacher is of this branch, tag or commit.")
+    baseline_revision: str | None = option(None, "The baseline is of this branch, tag or commit.", needs="baseline")
+    teacher_load_in_4bit: bool = option(False, "The teacher is loaded in 4 bits (bitsandbytes).")
+    teacher_load_in_8bit: bool = option(
+        False, "The teacher is loaded in 8 bits (bitsandbytes).", needs={"teacher_load_in_4bit": (False,)}
     )
-    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the student."})
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the teacher."})
-    baseline_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of the baseline."})
-    teacher_load_in_4bit: bool = field(default=False, metadata={"help": "Load the teacher in 4 bits (bitsandbytes)."})
-    teacher_load_in_8bit: bool = field(default=False, metadata={"help": "Load the teacher in 8 bits (bitsandbytes)."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that lies in the models' repositories. Read it first."}
+    trust_remote_code: bool = option(False, "Code that lies in the models' repositories is run. Read it first.")
+    assistant_only_loss: bool = option(
+        False, "Of chats, only the assistant's turns are scored. The chat template must mark them."
     )
-    assistant_only_loss: bool = field(
-        default=False, metadata={"help": "Of chats, score the assistant's turns alone (the template must mark them)."}
+    generations: int = option(
+        64,
+        "The models answer this many prompts of each domain, greedily, beside each other. 0 leaves this out.",
+        at_least=0,
     )
-    generations: int = field(
-        default=64,
-        metadata={"help": "Prompts of each domain that the models answer, greedily, beside each other. 0: none."},
+    max_new_tokens: int = option(128, "An answer has at most this many tokens.", needs="generations", at_least=1)
+    tasks: list[str] = option(
+        [], "The models solve these tasks of lm-evaluation-harness (pip install lm_eval), such as `arc_easy gsm8k`."
     )
-    max_new_tokens: int = field(default=128, metadata={"help": "How long an answer may be, in tokens."})
-    tasks: list[str] = field(
-        default_factory=list,
-        metadata={"help": "Tasks of lm-evaluation-harness, such as `arc_easy gsm8k` (pip install lm_eval)."},
+    task_limit: int | None = option(None, "Each task has this many examples. By default it has all.", needs="tasks")
+    task_path: str | None = option(None, "Tasks of your own lie in this folder, as YAML.", needs="tasks")
+    bias: str = option(
+        BUILT_IN,
+        "Bias is measured on pairs of sentences that differ in one group word: `built-in`, a CSV or JSON file with the "
+        "columns first, second and category, or `none`.",
     )
-    task_limit: int | None = field(default=None, metadata={"help": "Examples of each task. By default all."})
-    task_path: str | None = field(default=None, metadata={"help": "A folder with tasks of your own, as YAML."})
-    bias: str = field(
-        default=BUILT_IN,
-        metadata={
-            "help": "Pairs of sentences that differ in one group word: `built-in`, a CSV or JSON file with the columns "
-            "first, second and category, or `none`."
-        },
+    resources: bool = option(True, "Memory, speed and energy of the models are measured on this machine.")
+    resource_batch_sizes: list[int] = option(
+        [1, 4, 16], "Those measurements take this many texts at once.", needs="resources", at_least=1
     )
-    resources: bool = field(
-        default=True, metadata={"help": "Measure memory, speed and energy of the models on this machine."}
+    quantized: bool = option(
+        True,
+        "Those measurements are taken of the student in 4 and in 8 bits too, where bitsandbytes can.",
+        needs="resources",
     )
-    resource_batch_sizes: list[int] = field(
-        default_factory=lambda: [1, 4, 16], metadata={"help": "How many texts at once, in those measurements."}
-    )
-    quantized: bool = field(
-        default=True, metadata={"help": "Measure the student in 4 and in 8 bits too, where bitsandbytes can."}
-    )
-    seed: int = field(default=0, metadata={"help": "Of the sample of texts."})
+    seed: int = option(0, "The texts are drawn from this random seed.")
 
     def __post_init__(self) -> None:
         for name in ("student", "teacher"):
@@ -90,29 +86,11 @@ class EvaluateConfig:
                 raise ValueError(f"--{name} is missing: a Hub id or a folder.")
         if not self.data:
             raise ValueError("--data is missing: one or more datasets, such as `--data stdlib code=my.jsonl`.")
-        for name in ("max_length", "batch_size", "max_new_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        for name in ("max_texts", "generations"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}.")
-        if not self.resource_batch_sizes or min(self.resource_batch_sizes) < 1:
-            raise ValueError(f"resource_batch_sizes must be at least 1 each, got {self.resource_batch_sizes}.")
-        without_effect = {
-            "baseline_revision (there is no baseline)": self.baseline_revision is not None and self.baseline is None,
-            "teacher_load_in_8bit (teacher_load_in_4bit is chosen)": self.teacher_load_in_4bit
-            and self.teacher_load_in_8bit,
-            "task_limit, task_path (there are no tasks)": (self.task_limit or self.task_path) and not self.tasks,
-            "max_new_tokens (generations is 0)": self.max_new_tokens != 128 and not self.generations,
-            "quantized, resource_batch_sizes (resources is off)": not self.resources
-            and (not self.quantized or self.resource_batch_sizes != [1, 4, 16]),
-        }
-        if refused := [name for name, is_set in without_effect.items() if is_set]:
-            raise ValueError(f"without effect here, so refused: {'; '.join(refused)}.")
+        super().__post_init__()
         if len(set(self.domains())) < len(self.data):
             raise ValueError(f"each domain needs a name of its own: NAME=SOURCE, got {' '.join(self.data)}.")
 
     def domains(self) -> dict[str, str]:
         """Name and source of each dataset."""
-        pairs = (each.partition("=")[::2] if "=" in each else (each, each) for each in self.data)
+        pairs = (source.split("=", 1) if "=" in source else (source, source) for source in self.data)
         return {Path(name).name if Path(name).exists() else name: source for name, source in pairs}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,26 +10,17 @@ from datasets import Dataset
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.evaluation.compare import TEXT, Scores, compare
-from llm_distill.evaluation.figures import domain_figures
+from llm_distill.evaluation.compare import TEXT, HeldOutTexts, Scores, compare
+from llm_distill.evaluation.figures import DomainFigures, domain_figures
 from llm_distill.evaluation.passages import furthest_passages
-from llm_distill.models import vocabulary_size
 from llm_distill.ranks import ranks
 from llm_distill.teachers.base import Teacher
 
 
 def measure_domain(
-    models: Mapping[str, nn.Module],
-    teacher: Teacher,
-    dataset: Dataset,
-    *,
-    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 8,
-    name: str = "texts",
-    others: Mapping[str, Scores] | None = None,
-) -> dict[str, Any]:
-    """Quality, likeness and calibration on one prepared dataset, by models that share a tokenizer.
+    models: Mapping[str, nn.Module], teacher: Teacher, texts: HeldOutTexts, others: Mapping[str, Scores] | None = None
+) -> DomainFigures:
+    """Quality, likeness and calibration on one dataset, by models that share a tokenizer.
 
     Args:
         models: the `student` and, if there is one of this tokenizer, the `baseline`.
@@ -38,17 +29,16 @@ def measure_domain(
     Raises:
         ValueError: no token of the dataset counts.
     """
-    options: dict[str, Any] = {"collate": collate, "tokenizer": tokenizer, "vocab_size": vocabulary_size(tokenizer)}
-    scores = compare(models, teacher, dataset, batch_size=batch_size, name=name, **options) | dict(others or {})
-    found = domain_figures(scores, comparable=True)
-    for each in found["furthest_tokens"]:
-        each["token"] = tokenizer.decode([each.pop("id")])
+    scores = compare(models, teacher, texts) | dict(others or {})
+    domain = domain_figures(scores, comparable=True)
+    for token in domain["furthest_tokens"]:
+        token["token"] = texts.tokenizer.decode([token.pop("id")])
     if ranks().is_main_process:
-        found["passages"] = furthest_passages(scores, models["student"], teacher, dataset, **options)
-    return found
+        domain["passages"] = furthest_passages(scores, models["student"], teacher, texts)
+    return domain
 
 
-def windows_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
+def split_into_windows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int) -> Dataset:
     """Whole texts as rows of at most `length` tokens, so that the end of a long one counts too. Each token is predicted
     once: a row begins with the last token of the one before, or with the start token of a tokenizer that has one.
     """
@@ -67,7 +57,7 @@ def windows_of(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, length: int
     return Dataset.from_dict(rows)
 
 
-def a_sample(dataset: Any, most: int | None, seed: int = 0) -> Dataset:
+def sample_texts(dataset: Any, most: int | None, seed: int = 0) -> Dataset:
     """At most that many texts from all over a dataset, in its order; of a stream the first."""
     if not isinstance(dataset, Dataset):
         return Dataset.from_list(list(dataset.take(most) if most else dataset))

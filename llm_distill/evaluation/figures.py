@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,25 +12,79 @@ from numpy.typing import NDArray
 from llm_distill.evaluation.compare import BESIDE_THE_TEACHER, TEACHER, Scores
 from llm_distill.evaluation.statistics import Interval, bootstrap, interval
 
+LOSSES = ("loss", "perplexity", "bits_per_byte")
+LIKENESS = tuple(BESIDE_THE_TEACHER)
 CALIBRATION_BINS = 15
+FURTHEST_TOKENS, LEAST_OCCURRENCES = 12, 5
+"""How many tokens are listed by their mean KL, and how often one must occur for its mean to be more than noise."""
+
 Edges = list[tuple[int, int | None]]
+Figures = dict[str, Interval]
 
 
-def loss_figures(scores: Scores) -> dict[str, Interval]:
+class DomainFigures(TypedDict, total=False):
+    """One dataset of the gap report. Without common tokens there is no `likeness`, and nothing that follows it."""
+
+    texts: int
+    tokens: int
+    bytes: int
+    models: dict[str, Figures]
+    """`loss_figures` of each model."""
+    calibration: dict[str, dict[str, Any]]
+    """`calibration_figures` of each model."""
+    behind: Interval
+    """Bits a byte that the student takes more than its teacher."""
+    gap_closed: Interval | None
+    likeness: Figures | None
+    baseline_likeness: Figures
+    by_position: list[dict[str, Any]]
+    by_frequency: list[dict[str, Any]]
+    furthest_tokens: list[dict[str, Any]]
+    passages: list[dict[str, Any]]
+
+
+def domain_figures(scores: Mapping[str, Scores], comparable: bool) -> DomainFigures:
+    """All figures of one dataset, but for its `passages`.
+
+    Args:
+        scores: of the teacher, the student and, if there is one, the baseline.
+        comparable: whether student and teacher have the same tokens; if not, only what needs no common ones is given.
+    """
+    student, teacher, baseline = scores["student"], scores[TEACHER], scores.get("baseline")
+    domain = DomainFigures(
+        texts=len(student.num_bytes),
+        tokens=len(student.token),
+        bytes=int(student.num_bytes.sum()),
+        models={name: loss_figures(of_model) for name, of_model in scores.items()},
+        calibration={name: calibration_figures(of_model) for name, of_model in scores.items()},
+        behind=excess_bits_per_byte(student, teacher),
+        gap_closed=None if baseline is None else gap_closed(student, teacher, baseline),
+        likeness=likeness_figures(student) if comparable else None,
+    )
+    if comparable:
+        if baseline is not None and "kl" in baseline.columns:
+            domain["baseline_likeness"] = likeness_figures(baseline)
+        domain["by_position"] = by_position(student, teacher)
+        domain["by_frequency"] = by_frequency(student, teacher)
+        domain["furthest_tokens"] = furthest_tokens(student, teacher)
+    return domain
+
+
+def loss_figures(scores: Scores) -> Figures:
     """`loss` in nats a token, `perplexity`, and `bits_per_byte`, which is comparable across tokenizers."""
     nats = scores.per_text(scores.columns["ce"])
     loss = interval(nats, scores.per_text())
-    bits_per_byte = interval(nats / math.log(2), scores.num_bytes)
+    low, value, high = (math.exp(min(nats, 700)) for nats in (loss["low"], loss["value"], loss["high"]))
     return {
         "loss": loss,
-        "perplexity": _mapped(lambda nats: math.exp(min(nats, 700)), loss),
-        "bits_per_byte": bits_per_byte,
+        "perplexity": Interval(value=value, low=low, high=high),
+        "bits_per_byte": interval(nats / math.log(2), scores.num_bytes),
     }
 
 
-def likeness_figures(scores: Scores) -> dict[str, Interval]:
+def likeness_figures(scores: Scores) -> Figures:
     """Means over tokens of how the student is beside its teacher."""
-    return {name: interval(scores.per_text(scores.columns[name]), scores.per_text()) for name in BESIDE_THE_TEACHER}
+    return {name: interval(scores.per_text(scores.columns[name]), scores.per_text()) for name in LIKENESS}
 
 
 def calibration_figures(scores: Scores) -> dict[str, Any]:
@@ -39,15 +93,14 @@ def calibration_figures(scores: Scores) -> dict[str, Any]:
     likeliest token; `bins` for a reliability diagram.
     """
     confidence, correct = scores.columns["confidence"], scores.columns["correct"]
-    of_bin = _confidence_bin(scores)
+    bin_of_token = _confidence_bin(scores)
     bins = []
-    for b in range(CALIBRATION_BINS):
-        inside = of_bin == b
-        if inside.any():
-            means = {"confidence": float(confidence[inside].mean()), "accuracy": float(correct[inside].mean())}
-            bins.append({"tokens": int(inside.sum()), **means})
+    for b in np.unique(bin_of_token):
+        inside = bin_of_token == b
+        means = {"confidence": float(confidence[inside].mean()), "accuracy": float(correct[inside].mean())}
+        bins.append({"tokens": int(inside.sum()), **means})
     return {
-        "ece": _calibration_error(scores, np.ones_like(of_bin)),
+        "ece": _calibration_error(scores, np.ones_like(bin_of_token)),
         "accuracy": interval(scores.per_text(correct), scores.per_text()),
         "bins": bins,
     }
@@ -59,118 +112,85 @@ def _confidence_bin(scores: Scores) -> NDArray[np.int64]:
 
 def _calibration_error(scores: Scores, inside: NDArray[Any]) -> Interval:
     """Over the tokens for which `inside` is 1."""
-    of_bin = _confidence_bin(scores)
+    bin_of_token = _confidence_bin(scores)
     gaps = (scores.columns["correct"] - scores.columns["confidence"]) * inside
-    columns = [scores.per_text(gaps * (of_bin == b)) for b in range(CALIBRATION_BINS)]
+    columns = [scores.per_text(gaps * (bin_of_token == b)) for b in range(CALIBRATION_BINS)]
     return bootstrap(np.stack([*columns, scores.per_text(inside)]), lambda sums: np.abs(sums[:-1]).sum(0) / sums[-1])
 
 
-def behind(student: Scores, teacher: Scores) -> Interval:
+def excess_bits_per_byte(student: Scores, teacher: Scores) -> Interval:
     """Bits a byte that the student takes more than its teacher, both on the same drawn texts."""
-    columns = [part for each in (student, teacher) for part in (each.per_text(each.columns["ce"]), each.num_bytes)]
-    return bootstrap(np.stack(columns), lambda sums: (sums[0] / sums[1] - sums[2] / sums[3]) / math.log(2))
+
+    def excess(sums: NDArray[np.float64]) -> NDArray[np.float64]:
+        return (sums[0] / sums[1] - sums[2] / sums[3]) / math.log(2)
+
+    return bootstrap(_nats_and_bytes(student, teacher), excess)
 
 
 def gap_closed(student: Scores, teacher: Scores, baseline: Scores) -> Interval | None:
     """(baseline − student) / (baseline − teacher) in bits per byte: 1 where the student is as good as its teacher. None
     where the teacher is not better than the baseline, so that there is no gap.
     """
-    columns = [
-        part for each in (baseline, student, teacher) for part in (each.per_text(each.columns["ce"]), each.num_bytes)
-    ]
 
     def share(sums: NDArray[np.float64]) -> NDArray[np.float64]:
         of_baseline, of_student, of_teacher = sums[0] / sums[1], sums[2] / sums[3], sums[4] / sums[5]
         return (of_baseline - of_student) / (of_baseline - of_teacher)
 
-    sums = np.array([column.sum() for column in columns])
-    return bootstrap(np.stack(columns), share) if sums[0] / sums[1] > sums[4] / sums[5] else None
+    per_text = _nats_and_bytes(baseline, student, teacher)
+    sums = per_text.sum(1)
+    return bootstrap(per_text, share) if sums[0] / sums[1] > sums[4] / sums[5] else None
+
+
+def _nats_and_bytes(*scores: Scores) -> NDArray[np.float64]:
+    """Nats and bytes of each text, two columns a model."""
+    return np.stack([column for of_model in scores
+                     for column in (of_model.per_text(of_model.columns["ce"]), of_model.num_bytes)])  # fmt: skip
 
 
 def by_position(student: Scores, teacher: Scores) -> list[dict[str, Any]]:
     """Likeness, losses and calibration errors at positions 0–7, 8–15, 16–31, … of a text."""
-    edges: Edges = [(0, 7)]
-    while edges[-1][1] is not None and edges[-1][1] < student.position.max():
-        edges.append((edges[-1][1] + 1, 2 * edges[-1][1] + 1))
+    ends = [7]
+    while ends[-1] < student.position.max():
+        ends.append(2 * ends[-1] + 1)
+    edges: Edges = list(zip([0, *(end + 1 for end in ends)], ends, strict=False))
     return list(_binned(student, teacher, student.position, edges))
 
 
 def by_frequency(student: Scores, teacher: Scores) -> list[dict[str, Any]]:
     """The same by how often a token occurs in these texts: once, 2–3, 4–7, …, more than 1,000 times."""
-    times = np.bincount(student.token)[student.token]
+    occurrences = np.bincount(student.token)[student.token]
     edges: Edges = [(2**i, 2 ** (i + 1) - 1) for i in range(10)]
-    return list(_binned(student, teacher, times, [*edges, (1024, None)]))
+    return list(_binned(student, teacher, occurrences, [*edges, (1024, None)]))
 
 
-def furthest_tokens(student: Scores, teacher: Scores, most: int = 12, at_least: int = 5) -> list[dict[str, Any]]:
-    """The token ids with the largest mean KL, of those that occur `at_least` so often."""
-    count = np.bincount(student.token)
-    means = {
-        key: np.bincount(student.token, values) / np.maximum(count, 1)
-        for key, values in (
-            ("kl", student.columns["kl"]),
-            ("student_loss", student.columns["ce"]),
-            ("teacher_loss", teacher.columns["ce"]),
-        )
-    }
-    ranked = np.argsort(-np.where(count >= at_least, means["kl"], -1))[:most]
-    return [
-        {"id": int(i), "count": int(count[i]), **{key: float(mean[i]) for key, mean in means.items()}}
-        for i in ranked
-        if count[i] >= at_least
-    ]
-
-
-def domain_figures(scores: Mapping[str, Scores], comparable: bool) -> dict[str, Any]:
-    """All of the above for one dataset: a domain of the gap report.
-
-    Args:
-        scores: of the teacher, the student and, if there is one, the baseline.
-        comparable: whether student and teacher have the same tokens; if not, only what needs no common ones is given.
-    """
-    student, teacher, baseline = (scores.get(name) for name in ("student", TEACHER, "baseline"))
-    assert student is not None
-    assert teacher is not None
-    found: dict[str, Any] = {
-        "texts": len(student.num_bytes),
-        "tokens": len(student.token),
-        "bytes": int(student.num_bytes.sum()),
-        "models": {name: loss_figures(each) for name, each in scores.items()},
-        "calibration": {name: calibration_figures(each) for name, each in scores.items()},
-        "behind": behind(student, teacher),
-        "gap_closed": None if baseline is None else gap_closed(student, teacher, baseline),
-        "likeness": None,
-    }
-    if comparable:
-        found["likeness"] = likeness_figures(student)
-        if baseline is not None and "kl" in baseline.columns:
-            found["baseline_likeness"] = likeness_figures(baseline)
-        found["by_position"] = by_position(student, teacher)
-        found["by_frequency"] = by_frequency(student, teacher)
-        found["furthest_tokens"] = furthest_tokens(student, teacher)
-    return found
-
-
-def _binned(student: Scores, teacher: Scores, of: NDArray[Any], edges: Edges) -> Iterator[dict[str, Any]]:
+def _binned(student: Scores, teacher: Scores, values: NDArray[Any], edges: Edges) -> Iterator[dict[str, Any]]:
     for low, high in edges:
-        inside = (of >= low) & ((of <= high) if high is not None else True)
+        inside = (values >= low) & ((values <= high) if high is not None else True)
         if not inside.any():
             continue
         tokens = student.per_text(inside)
+        columns = [(name, student, name) for name in LIKENESS]
+        columns += [("student_loss", student, "ce"), ("teacher_loss", teacher, "ce")]
         figures = {
-            name: interval(scores.per_text(scores.columns[column] * inside), tokens)
-            for name, scores, column in (
-                *((column, student, column) for column in BESIDE_THE_TEACHER),
-                ("student_loss", student, "ce"),
-                ("teacher_loss", teacher, "ce"),
-            )
+            name: interval(scores.per_text(scores.columns[column] * inside), tokens) for name, scores, column in columns
         }
-        figures |= {
-            f"{who}_ece": _calibration_error(each, inside) for who, each in (("student", student), (TEACHER, teacher))
-        }
+        figures["student_ece"] = _calibration_error(student, inside)
+        figures["teacher_ece"] = _calibration_error(teacher, inside)
         yield {"from": low, "to": high, "tokens": int(inside.sum()), **figures}
 
 
-def _mapped(function: Callable[[float], float], of: Interval) -> Interval:
-    """Of a monotone function, the interval's ends are those of its argument."""
-    return Interval(value=function(of["value"]), low=function(of["low"]), high=function(of["high"]))
+def furthest_tokens(student: Scores, teacher: Scores) -> list[dict[str, Any]]:
+    """The token ids with the largest mean KL, of those that occur often enough."""
+    count = np.bincount(student.token)
+    columns = {
+        "kl": student.columns["kl"],
+        "student_loss": student.columns["ce"],
+        "teacher_loss": teacher.columns["ce"],
+    }
+    means = {name: np.bincount(student.token, values) / np.maximum(count, 1) for name, values in columns.items()}
+    ranked = np.argsort(-np.where(count >= LEAST_OCCURRENCES, means["kl"], -1))[:FURTHEST_TOKENS]
+    return [
+        {"id": int(i), "count": int(count[i]), **{name: float(mean[i]) for name, mean in means.items()}}
+        for i in ranked
+        if count[i] >= LEAST_OCCURRENCES
+    ]

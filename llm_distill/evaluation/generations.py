@@ -12,24 +12,29 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.evaluation.statistics import Interval, as_text, interval
-from llm_distill.generation.engines import Completion, Sampling, TransformersEngine
+from llm_distill.evaluation.compare import TEACHER
+from llm_distill.evaluation.statistics import Interval, format_interval, interval
+from llm_distill.generation.engines.base import Completion, Sampling
+from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.filters import repeated_share
 from llm_distill.generation.prompts import COLUMNS, Content, Prompt, prompts_of
-from llm_distill.ranks import ranks
-from llm_distill.teachers.live import LiveTeacher
+from llm_distill.models import LanguageModel
+from llm_distill.ranks import map_over_ranks, ranks
+from llm_distill.tables import Table
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+LABELS = {"exact_match": "exact match", "same_prefix": "same prefix"} | {name: f"ROUGE-{name[5:]}" for name in ROUGE}
 PROMPT_TOKENS = 32
-"""Of a whole text, where nothing else is asked for."""
+"""Of a whole text."""
+BATCH_SIZE = 16
+"""Prompts at a time."""
+EXAMPLES, SHOWN_CHARACTERS = 4, 160
+"""How many prompts are shown with their answers, and how much of each text."""
 UNSPACED = "\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
 """Kana and Han: written without spaces."""
-SHOWN_CHARACTERS = 160
-"""Of each text in the table of examples."""
 
 
 class Case(NamedTuple):
@@ -40,317 +45,261 @@ class Case(NamedTuple):
 
 
 def compare_generations(
-    models: Mapping[str, LiveTeacher],
+    models: Mapping[str, LanguageModel],
     dataset: Iterable[Mapping[str, Any]],
     *,
     limit: int | None = 200,
     max_new_tokens: int = 128,
-    batch_size: int = 16,
-    prompt_column: str | None = None,
-    reference_column: str | None = None,
-    prompt_tokens: int | None = None,
-    as_chat: bool = False,
-    system_prompt: str | None = None,
-    examples: int = 4,
 ) -> dict[str, Any]:
     """Has each of `models` answer the prompts of `dataset` greedily. Prompts are split over the ranks of accelerate,
     each of which has all models whole; all get the same result.
 
     Args:
         models: by name, on their devices; all others are put beside the one called `teacher`, if there is one.
-        dataset: rows with prompts, conversations or whole texts, as `prompts_of` reads them. The reference is the
-            `completion`, what follows the last turn of the user, or how the text goes on (as far as an answer may).
+        dataset: rows with prompts, conversations or whole texts (whose first tokens are the prompt), as `prompts_of`
+            reads them. The reference is the `completion`, what follows the last turn of the user, or how the text goes
+            on (as far as an answer may).
         limit: how many prompts at most.
         max_new_tokens: the longest answer; a longer reference counts against all models alike.
-        batch_size: prompts at a time.
-        prompt_column: by default the first of `prompts_of`'s that is there.
-        reference_column: where the references are, if they are elsewhere.
-        prompt_tokens: cuts texts to their first tokens, by the tokenizer of the first model. Of a column `text` that is
-            PROMPT_TOKENS unless said otherwise.
-        as_chat: makes each prompt the message of a user.
-        system_prompt: put in front of every conversation.
-        examples: how many to show, from the answer least like the teacher's to the one most like it.
 
     Returns:
         As JSON, each figure an `Interval` over prompts: `models` by name with `rouge1`, `rouge2`, `rougeL` (F, by words
         in lower case without stemming), `exact_match` (but for blanks), where there are `references`; `words` and
         `tokens` (its own), `finished` (the share that it ended itself), `repetition` (share of runs of four words that
         have come before). `NAME_beside_teacher`: `rougeL`, `exact_match`, `same_prefix` (of the longer answer, the
-        share of its characters up to the first difference). `examples`, and how many `prompts` there were and how
-        many were `left_out` as too long for one of the models.
+        share of its characters up to the first difference). `examples`, from the answer least like the teacher's to the
+        one most like it, and how many `prompts` there were and how many were `left_out` as too long for one of the
+        models.
 
     Raises:
-        ValueError: no rouge_score, no prompts, a column that is not there, conversations for a model without a chat
-            template, every prompt too long.
+        ValueError: no rouge_score, no prompts, conversations for a model without a chat template, every prompt too
+            long.
     """
-    _rouge(ROUGE)  # before anything runs
-    if not models:
-        raise ValueError("there is no model to answer the prompts.")
-    tokenizers = {name: _tokenizer(name, model) for name, model in models.items()}
-    cases = cases_of(
-        dataset,
-        next(iter(tokenizers.values())),
-        prompt_column=prompt_column,
-        reference_column=reference_column,
-        prompt_tokens=prompt_tokens,
-        max_new_tokens=max_new_tokens,
-        as_chat=as_chat,
-        system_prompt=system_prompt,
-        limit=limit,
-    )
+    _rouge_scorer()  # before anything runs
+    tokenizers = {name: model.require_tokenizer(name) for name, model in models.items()}
+    cases = read_cases(dataset, next(iter(tokenizers.values())), max_new_tokens=max_new_tokens, limit=limit)
     is_chat = any(not isinstance(case.prompt.content, str) for case in cases)
-    if is_chat and (unable := [name for name, each in tokenizers.items() if each.chat_template is None]):
+    if is_chat and (unable := [name for name, tokenizer in tokenizers.items() if tokenizer.chat_template is None]):
         raise ValueError(
             f"the prompts are conversations, and the tokenizer of the {' and the '.join(unable)} has no chat template. "
             "Give one (tokenizer.chat_template), or prompts as text."
         )
-    state = ranks()
-    own = range(state.process_index, len(cases), state.num_processes)
-    sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    answers = {
-        name: _answers(name, TransformersEngine(model, sampling, batch_size=batch_size), [cases[i].prompt for i in own])
-        for name, model in models.items()
-    }
-    found = [_compared(cases[i], {name: said.get(cases[i].prompt.id) for name, said in answers.items()}) for i in own]
-    by_place = dict(gather_object(list(zip(own, found, strict=True))))
-    kept = [by_place[place] for place in sorted(by_place) if by_place[place] is not None]
-    if not kept:
+
+    def compare_share(share: Sequence[Case]) -> list[dict[str, Any] | None]:
+        prompts = [case.prompt for case in share]
+        completions = {name: _write_answers(name, model, prompts, max_new_tokens) for name, model in models.items()}
+        return [
+            _compare_answers(case, {name: of_model.get(case.prompt.id) for name, of_model in completions.items()})
+            for case in share
+        ]
+
+    compared = [comparison for comparison in map_over_ranks(compare_share, cases) if comparison is not None]
+    if not compared:
         raise ValueError(
             f"with {max_new_tokens:,} new tokens every prompt is longer than the context of one of the models: take "
             "shorter prompts, or a smaller max_new_tokens."
         )
     return {
-        "prompts": len(kept),
-        "references": sum(each["reference"] is not None for each in kept),
-        "left_out": len(cases) - len(kept),
+        "prompts": len(compared),
+        "references": sum(comparison["reference"] is not None for comparison in compared),
+        "left_out": len(cases) - len(compared),
         "max_new_tokens": max_new_tokens,
-        "models": {name: _means([each["models"][name] for each in kept]) for name in models},
+        "models": {name: _means([comparison["models"][name] for comparison in compared]) for name in models},
         **{
-            f"{name}_beside_teacher": _means([each["beside"][name] for each in kept])
-            for name in models
-            if "teacher" in models and name != "teacher"
+            f"{name}_beside_teacher": _means([comparison["beside"][name] for comparison in compared])
+            for name in compared[0]["beside"]
         },
-        "examples": _examples(kept, examples),
+        "examples": _choose_examples(compared),
     }
 
 
-def cases_of(
+def read_cases(
     dataset: Iterable[Mapping[str, Any]],
     tokenizer: PreTrainedTokenizerBase,
     *,
-    prompt_column: str | None = None,
-    reference_column: str | None = None,
-    prompt_tokens: int | None = None,
     max_new_tokens: int = 128,
-    as_chat: bool = False,
-    system_prompt: str | None = None,
     limit: int | None = None,
 ) -> list[Case]:
     """The prompts of a dataset with their references.
 
     Raises:
-        ValueError: there are none, or `prompts_of` or `reference_column` find no column.
+        ValueError: there are none, or `prompts_of` finds no column.
     """
     rows = iter(dataset)
     first = next(rows, None)
     if first is None:
         raise ValueError("there are no prompts: the dataset is empty.")
-    column = prompt_column or next((name for name in COLUMNS if name in first), None)
-    if reference_column is not None and reference_column not in first:
-        raise ValueError(f"the dataset has no column {reference_column!r} with references, only {', '.join(first)}.")
-    if column == "text" and prompt_tokens is None:
-        prompt_tokens = PROMPT_TOKENS
-    goes_on = prompt_tokens is not None and reference_column is None
+    column = next((name for name in COLUMNS if name in first), None)
+    prompt_tokens = PROMPT_TOKENS if column == "text" else None
 
-    def with_references() -> Iterable[dict[str, Any]]:
+    def add_references() -> Iterable[dict[str, Any]]:
         for row in itertools.chain([first], rows):
-            whole = row.get(column) if column else None
-            yield {**row, "completion": whole if goes_on else _answer_in_data(row, whole, reference_column)}
+            if column == "text":
+                yield {**row, "completion": _continuation(row["text"], tokenizer, max_new_tokens)}
+            else:
+                yield {**row, "completion": _answer_in_data(row, column)}
 
-    prompts = prompts_of(
-        with_references(),
-        column=column,
-        as_chat=as_chat,
-        system_prompt=system_prompt,
-        prompt_tokens=prompt_tokens,
-        tokenizer=tokenizer,
-        limit=limit,
-    )
-    cases = []
-    for prompt in prompts:
-        reference = _as_text(prompt.row["reference"])
-        if prompt_tokens is not None and goes_on and reference is not None:
-            reference = _continuation(reference, tokenizer, prompt_tokens, max_new_tokens)
-        cases.append(Case(prompt, reference if reference and reference.strip() else None))
+    prompts = prompts_of(add_references(), column=column, prompt_tokens=prompt_tokens, tokenizer=tokenizer, limit=limit)
+    cases = [Case(prompt, _assistant_text(prompt.row["reference"])) for prompt in prompts]
     if not cases:
         raise ValueError(f"there are no prompts: every text is shorter than prompt_tokens={prompt_tokens}.")
     return cases
 
 
-def generations_table(found: Mapping[str, Any]) -> str:
-    """Markdown: what came of `compare_generations`, with its examples."""
-    names, labels = list(found["models"]), {"exact_match": "exact match", "same_prefix": "same prefix"}
-    lines = [f"| answers to {found['prompts']:,} prompts | {' | '.join(names)} |", "|---" + "|---:" * len(names) + "|"]
-    beside = {name: found.get(f"{name}_beside_teacher", {}) for name in names}
-    for heading, figures in (("", found["models"]), ("beside the teacher's: ", beside)):
+def generations_parts(generations: Mapping[str, Any]) -> list[Table | str]:
+    """What came of `compare_generations`: the figures, and the examples."""
+    names = list(generations["models"])
+    beside = {name: generations.get(f"{name}_beside_teacher", {}) for name in names}
+    rows = []
+    for heading, figures in (("", generations["models"]), ("beside the teacher's: ", beside)):
         for metric in dict.fromkeys(metric for name in names for metric in figures[name]):
-            cells = [
-                as_text(figures[name].get(metric), ".1f" if metric in ("words", "tokens") else ".3f") for name in names
-            ]
-            lines.append(f"| {heading}{labels.get(metric, metric.replace('rouge', 'ROUGE-'))} | {' | '.join(cells)} |")
-    if found["left_out"]:
-        lines += ["", f"{found['left_out']:,} prompts were left out: too long for one of the models."]
-    if found["examples"]:
-        lines += ["", f"| prompt | reference | {' | '.join(names)} |", "|---" * (2 + len(names)) + "|"]
-    for each in found["examples"]:
-        texts = [
-            each["prompt"][-SHOWN_CHARACTERS:],
-            each["reference"] or "",
-            *(each["answers"][name] for name in names),
-        ]
-        lines.append(f"| {' | '.join(map(_cell, texts))} |")
-    return "\n".join(lines)
+            form = ".1f" if metric in ("words", "tokens") else ".3f"
+            cells = [format_interval(figures[name].get(metric), form) for name in names]
+            rows.append([heading + LABELS.get(metric, metric), *cells])
+    parts: list[Table | str] = [Table([f"answers to {generations['prompts']:,} prompts", *names], rows)]
+    if generations["left_out"]:
+        parts.append(f"{generations['left_out']:,} prompts were left out: too long for one of the models.")
+    examples = [
+        [example["prompt"][-SHOWN_CHARACTERS:], example["reference"] or "", *map(example["answers"].get, names)]
+        for example in generations["examples"]
+    ]
+    shortened = [[_shorten(text) for text in example] for example in examples]
+    return [*parts, Table(["prompt", "reference", *names], shortened)]
 
 
-def _answers(name: str, engine: TransformersEngine, prompts: Sequence[Prompt]) -> dict[str, Completion]:
+def _write_answers(
+    name: str, model: LanguageModel, prompts: Sequence[Prompt], max_new_tokens: int
+) -> dict[str, Completion]:
     """By the prompt's id; without those that are too long."""
-    show = ranks().is_main_process
-    said = tqdm(
-        engine.write(prompts), total=len(prompts), desc=f"Answers of the {name}", unit=" prompts", disable=not show
+    sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
+    engine = TransformersEngine(model, sampling, batch_size=BATCH_SIZE)  # type: ignore[arg-type]
+    answers = tqdm(
+        engine.write(prompts),
+        total=len(prompts),
+        desc=f"Answers of the {name}",
+        unit=" prompts",
+        disable=not ranks().is_main_process,
     )
-    return {answer.prompt.id: answer.completions[0] for answer in said if answer.completions}
+    return {answer.prompt.id: answer.completions[0] for answer in answers if answer.completions}
 
 
-def _compared(case: Case, answers: Mapping[str, Completion | None]) -> dict[str, Any] | None:
+def _compare_answers(case: Case, completions: Mapping[str, Completion | None]) -> dict[str, Any] | None:
     """The figures of one prompt; None where not all could answer."""
-    said = {name: answer for name, answer in answers.items() if answer is not None}
-    if len(said) < len(answers):
+    answers = {name: completion for name, completion in completions.items() if completion is not None}
+    if len(answers) < len(completions):
         return None
-    teacher = said.get("teacher")
+    figures: dict[str, dict[str, float]] = {}
+    beside: dict[str, dict[str, float]] = {}
+    for name, answer in answers.items():
+        figures[name] = {} if case.reference is None else score_likeness(case.reference, answer.text)
+        figures[name] |= {
+            "words": len(split_words(answer.text)),
+            "tokens": answer.tokens,
+            "finished": float(answer.finished),
+            "repetition": repeated_share(answer.text),
+        }
+        if TEACHER in answers and name != TEACHER:
+            teacher = answers[TEACHER].text
+            likeness = score_likeness(teacher, answer.text)
+            beside[name] = {metric: likeness[metric] for metric in ("rougeL", "exact_match")}
+            beside[name]["same_prefix"] = same_prefix(teacher, answer.text)
     return {
-        "prompt": _shown_prompt(case.prompt.content),
+        "prompt": _as_text(case.prompt.content),
         "reference": case.reference,
-        "answers": {name: answer.text for name, answer in said.items()},
-        "models": {
-            name: {
-                **({} if case.reference is None else _likeness(case.reference, answer.text, ROUGE)),
-                "words": len(words(answer.text)),
-                "tokens": answer.tokens,
-                "finished": float(answer.finished),
-                "repetition": repeated_share(answer.text),
-            }
-            for name, answer in said.items()
-        },
-        "beside": {
-            name: {
-                **_likeness(teacher.text, answer.text, ("rougeL",)),
-                "same_prefix": same_prefix(teacher.text, answer.text),
-            }
-            for name, answer in said.items()
-            if teacher is not None and name != "teacher"
-        },
+        "answers": {name: answer.text for name, answer in answers.items()},
+        "models": figures,
+        "beside": beside,
     }
 
 
-def _likeness(reference: str, text: str, measures: tuple[str, ...]) -> dict[str, float]:
+def score_likeness(reference: str, text: str) -> dict[str, float]:
     """ROUGE's F and whether the two are the same but for blanks. Two texts without a word are alike if they are the
     same.
     """
     is_same = reference.split() == text.split()
-    scores = _rouge(measures).score(reference, text)
-    return {name: 1.0 if is_same else scores[name].fmeasure for name in measures} | {"exact_match": float(is_same)}
+    scores = _rouge_scorer().score(reference, text)
+    return {name: 1.0 if is_same else scores[name].fmeasure for name in ROUGE} | {"exact_match": float(is_same)}
 
 
-def same_prefix(one: str, other: str) -> float:
+def same_prefix(first: str, second: str) -> float:
     """Of the longer text, the share of its characters up to the first difference."""
-    if one == other:
+    if first == second:
         return 1.0
-    same = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
-    return same / max(len(one), len(other))
+    pairs = zip(first, second, strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)) / max(len(first), len(second))
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """As rouge_score's own tokenizer without stemming, which knows no letters besides a to z; of scripts without spaces
     each sign is a word.
     """
     return re.findall(rf"[{UNSPACED}]|(?:(?![{UNSPACED}])[^\W_])+", text.lower())
 
 
-class _Words:
+class _WordTokenizer:
     """What rouge_score takes as a tokenizer."""
 
-    def tokenize(self, text: str) -> list[str]:
-        return words(text)
+    tokenize = staticmethod(split_words)
 
 
 @functools.cache
-def _rouge(measures: tuple[str, ...]) -> Any:
+def _rouge_scorer() -> Any:
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
         raise ValueError("to compare generations takes rouge_score: pip install 'llm-distill[evaluation]'.") from error
-    return RougeScorer(measures, tokenizer=_Words())
+    return RougeScorer(ROUGE, tokenizer=_WordTokenizer())
 
 
-def _means(items: Sequence[Mapping[str, float]]) -> dict[str, Interval]:
+def _means(figures: Sequence[Mapping[str, float]]) -> dict[str, Interval]:
     """Of each metric over the prompts that have it."""
-    metrics = dict.fromkeys(metric for item in items for metric in item)
-    values = {metric: [item[metric] for item in items if metric in item] for metric in metrics}
-    return {metric: interval(each, [1.0] * len(each)) for metric, each in values.items()}
+    values: dict[str, list[float]] = {}
+    for of_prompt in figures:
+        for metric, value in of_prompt.items():
+            values.setdefault(metric, []).append(value)
+    return {metric: interval(of_metric, [1.0] * len(of_metric)) for metric, of_metric in values.items()}
 
 
-def _examples(kept: Sequence[Mapping[str, Any]], n: int) -> list[dict[str, Any]]:
-    """Spread evenly from the student least like the teacher to the one most like it."""
-    if any("student" in each["beside"] for each in kept):
-        kept = sorted(kept, key=lambda each: each["beside"]["student"]["rougeL"])
-    n = min(n, len(kept))
-    places = sorted({round(i * (len(kept) - 1) / max(n - 1, 1)) for i in range(n)})
-    return [{name: kept[place][name] for name in ("prompt", "reference", "answers")} for place in places]
+def _choose_examples(compared: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Evenly from the student least like the teacher to the one most like it."""
+    if "student" in compared[0]["beside"]:
+        compared = sorted(compared, key=lambda comparison: comparison["beside"]["student"]["rougeL"])
+    n = min(EXAMPLES, len(compared))
+    places = sorted({round(i * (len(compared) - 1) / max(n - 1, 1)) for i in range(n)})
+    return [{name: compared[place][name] for name in ("prompt", "reference", "answers")} for place in places]
 
 
-def _tokenizer(name: str, model: LiveTeacher) -> PreTrainedTokenizerBase:
-    if model.tokenizer is None:
-        raise ValueError(f"the {name} came without a tokenizer: LiveTeacher(model, tokenizer).")
-    return model.tokenizer
+def _continuation(text: Any, tokenizer: PreTrainedTokenizerBase, length: int) -> str | None:
+    """How a text goes on after the prompt."""
+    if not isinstance(text, str):
+        return None  # prompts_of refuses it
+    ids = tokenizer(text[: 64 * (PROMPT_TOKENS + length)], add_special_tokens=False)["input_ids"]
+    return tokenizer.decode(ids[PROMPT_TOKENS : PROMPT_TOKENS + length])
 
 
-def _answer_in_data(row: Mapping[str, Any], prompt: Any, reference_column: str | None) -> Any:
+def _answer_in_data(row: Mapping[str, Any], column: str | None) -> Any:
     """What the data answer: a text, messages, or None."""
-    if reference_column is not None:
-        return row.get(reference_column)
+    prompt = row.get(column) if column else None
     if "completion" in row or not isinstance(prompt, list):
         return row.get("completion")
-    asked = (
-        place for place, message in enumerate(prompt) if isinstance(message, dict) and message.get("role") == "user"
-    )
-    last = max(asked, default=len(prompt))  # prompts_of refuses what has none
+    is_user = [isinstance(message, dict) and message.get("role") == "user" for message in prompt]
+    last = max((place for place, asks in enumerate(is_user) if asks), default=len(prompt))  # prompts_of refuses none
     return prompt[last + 1 :]
 
 
-def _as_text(answer: Any) -> str | None:
-    """Of messages, what the assistant says."""
+def _assistant_text(answer: Any) -> str | None:
+    """Of messages, what the assistant says; None if there is nothing."""
     if isinstance(answer, list):
-        said = [message.get("content") for message in answer if message.get("role") == "assistant"]
-        answer = "\n".join(text for text in said if isinstance(text, str))
-    return answer if isinstance(answer, str) else None
+        contents = [message.get("content") for message in answer if message.get("role") == "assistant"]
+        answer = "\n".join(text for text in contents if isinstance(text, str))
+    return answer if isinstance(answer, str) and answer.strip() else None
 
 
-def _continuation(text: str, tokenizer: PreTrainedTokenizerBase, start: int, length: int) -> str:
-    ids = tokenizer(text[: 64 * (start + length)], add_special_tokens=False)["input_ids"]
-    return tokenizer.decode(ids[start : start + length])
+def _as_text(content: Content) -> str:
+    if isinstance(content, str):
+        return content
+    return "\n".join(f"{message['role']}: {message.get('content')}" for message in content)
 
 
-def _shown_prompt(content: Content) -> str:
-    return (
-        content
-        if isinstance(content, str)
-        else "\n".join(f"{message['role']}: {message.get('content')}" for message in content)
-    )
-
-
-def _cell(text: str) -> str:
-    """A text in a table of Markdown."""
-    text = " ".join(text[:SHOWN_CHARACTERS].split()) + ("…" if len(text) > SHOWN_CHARACTERS else "")
-    for sign in "\\|`*_<[$":
-        text = text.replace(sign, f"\\{sign}")
-    return text
+def _shorten(text: str) -> str:
+    return text[:SHOWN_CHARACTERS] + ("…" if len(text) > SHOWN_CHARACTERS else "")

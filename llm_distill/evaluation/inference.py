@@ -1,12 +1,11 @@
 """What one model takes to answer, measured in a process of its own: `python -m llm_distill.evaluation.inference`.
 
-It imports little, because `llm_distill.evaluation.resources` starts it for each model and each round.
+It imports little, because `llm_distill.evaluation.resources` starts it for each model.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import inspect
 import json
 import logging
@@ -14,118 +13,110 @@ import math
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
+from peft import AutoPeftModelForCausalLM
 from torch import Tensor
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    LlamaConfig,
-    PreTrainedModel,
-    StoppingCriteria,
-    StoppingCriteriaList,
-)
-from transformers.utils import find_adapter_config_file
+from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
+from transformers.generation import BaseStreamer
 
-from llm_distill.evaluation.measure import available_memory, is_cuda, memory, peak, seconds, start_peak, synchronize
+from llm_distill.machine import free_memory, is_cuda, peak_memory, reset_peak_memory, seconds, used_memory
 from llm_distill.models import bits_and_bytes
 
-ENERGY_SECONDS = 3
-"""For how long at least it generates while the energy is measured: a sample a second."""
+GIB = 2**30
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k", "top_k_experts")
 """What families call these in their configurations."""
+WEIGHT_FILES = ("model.safetensors", "model-*-of-*.safetensors", "pytorch_model.bin", "pytorch_model-*-of-*.bin")
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+"""What weights are called. Of several kinds in a folder, transformers and PEFT load the first."""
 
 
-class StepClock(StoppingCriteria):
-    """Notes when each new token is there, and stops nothing."""
+def measure_model(task: dict[str, Any]) -> dict[str, Any]:
+    """`{"architecture", "dtype", "figures", "skipped"}` of the model that `task` names, or `{"error"}`.
 
-    def __init__(self, device: str) -> None:
-        self.device = device
-        self.times: list[float] = []
-
-    def __call__(
-        self, input_ids: Int[Tensor, "batch time"], scores: Float[Tensor, "batch vocab"], **kwargs: Any
-    ) -> Bool[Tensor, " batch"]:
-        synchronize(self.device)
-        self.times.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-
-
-def measure(task: dict[str, Any]) -> dict[str, Any]:
-    """`{"architecture", "dtype", "figures", "skipped"}` of the model that `task` names (`resources` says with what).
-
-    A figure is a number, or for each batch size a number (bytes, joules, grams) or the list of all its measurements
-    (seconds, tokens per second).
+    A figure is a number, or for each batch size a number (bytes, joules, grams) or `{"median", "low", "high"}` of all
+    its measurements (seconds, tokens per second). `resources.measure_resources` says what a task holds.
     """
-    device = task["device"]
-    for library in task["libraries"]:
-        importlib.import_module(library)
+    device, prompt_tokens, new_tokens = task["device"], task["prompt_tokens"], task["new_tokens"]
+    stored, free = stored_bytes(task["folders"]), free_memory(device)
+    if stored > free and not task["bits"] and not is_cuda(device):
+        return {"error": f"does not fit into memory: {stored / GIB:,.1f} GiB, and {free / GIB:,.1f} are free"}
     rehearse(task)
-    libraries = memory(device)
-    start_peak(device)
-    model = load(task["name"], task)
-    read_all(model)
+    libraries = used_memory(device)
+    reset_peak_memory(device)
+    model = load_model(task["name"], task)
+    read_weights(model)
     figures: dict[str, Any] = {
         "parameters": model.num_parameters(),
         "active_parameters": active_parameters(model),
+        "bytes_on_disk": weight_bytes(model) if task["bits"] else stored_bytes(task["folders"]),  # now they are here
         "weight_bytes": weight_bytes(model),
-        "loading_memory_bytes": max(0, peak(device) - libraries),
+        "loading_memory_bytes": max(0, peak_memory(device) - libraries),
     }
+    figures = {name: value for name, value in figures.items() if value}
     skipped: dict[str, str] = {}
     for size in sorted(task["batch_sizes"]):
-        if reason := too_large(size, model, task, figures):
+        if reason := reason_not_to_fit(size, model, task, figures):
             skipped[f"batch {size}"] = reason
             continue
-        start_peak(device)
+        reset_peak_memory(device)
         try:
-            ids = prompts(model, size, task["prompt_tokens"])
-            measured = time_batch(model, ids, task["new_tokens"], task["repeats"], device)
+            prompts = random_prompts(model, size, prompt_tokens)
+            measured: dict[str, Any] = time_batch(model, prompts, new_tokens, task["repeats"], device)
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
-            skipped[f"batch {size}"] = f"does not fit into memory: {str(error).splitlines()[0]}"
-            continue
-        measured["peak_memory_bytes"] = max(0, peak(device) - libraries)
+            skipped[f"batch {size}"] = " ".join(str(error).split())[:200]
+            break
+        measured["peak_memory_bytes"] = max(0, peak_memory(device) - libraries)
         for name, value in measured.items():
             figures.setdefault(name, {})[str(size)] = value
-    if task["energy"] and "peak_memory_bytes" in figures:
-        size = int(min(figures["peak_memory_bytes"], key=int))
+    if task["energy_seconds"] and "peak_memory_bytes" in figures:
+        size = min(map(int, figures["peak_memory_bytes"]))
+        prompts = random_prompts(model, size, prompt_tokens)
         try:
-            ids = prompts(model, size, task["prompt_tokens"])
-            for name, value in energy(lambda: generate(model, ids, task["new_tokens"], device)).items():
-                figures[name] = {str(size): value / (size * task["new_tokens"])}
+            of_a_batch = measure_energy(lambda: generate(model, prompts, new_tokens), task["energy_seconds"])
+            figures |= {name: {str(size): value / (size * new_tokens)} for name, value in of_a_batch.items()}
         except Exception as error:  # whatever codecarbon makes of a machine: the other figures stand
             skipped["energy"] = " ".join(str(error).split())
     dtype = str(model.dtype).removeprefix("torch.")
     return {"architecture": type(model).__name__, "dtype": dtype, "figures": figures, "skipped": skipped}
 
 
-def load(name_or_path: str, task: dict[str, Any]) -> PreTrainedModel:
-    """From the Hub or a folder, of a model or of adapters (which are not merged)."""
-    packed = {"quantization_config": bits_and_bytes(task["bits"])} if task["bits"] else {}
-    load_model: Any = AutoModelForCausalLM.from_pretrained
-    if find_adapter_config_file(name_or_path, revision=task["revision"]):
-        from peft import AutoPeftModelForCausalLM
+def stored_bytes(folders: Sequence[str]) -> int:
+    """Of the weights in all of these folders; 0 where one of them has none, such as before a download."""
+    sizes = []
+    for folder in map(Path, folders):
+        names = ADAPTER_FILES if (folder / "adapter_config.json").is_file() else WEIGHT_FILES
+        files = next((files for name in names if (files := list(folder.glob(name)))), [])
+        sizes.append(sum(path.stat().st_size for path in files))
+    return sum(sizes) if all(sizes) else 0
 
-        load_model = AutoPeftModelForCausalLM.from_pretrained  # there, a revision is that of the adapters alone
-    model = load_model(
+
+def load_model(name_or_path: str, task: dict[str, Any]) -> PreTrainedModel:
+    """A model from the Hub or a folder, with its adapters (which are not merged) if it is the name of those."""
+    adapters = len(task["folders"]) > 1
+    load: Any = AutoPeftModelForCausalLM if adapters else AutoModelForCausalLM  # a `revision` is of the adapters alone
+    model = load.from_pretrained(
         name_or_path,
         revision=task["revision"],
         trust_remote_code=task["trust_remote_code"],
         dtype=task["dtype"],
         device_map={"": task["device"]},
-        **packed,
+        **({"quantization_config": bits_and_bytes(task["bits"])} if task["bits"] else {}),
     )
     model.generation_config = GenerationConfig()  # the checkpoint's own would sample, or stop early
     return model.eval()
 
 
-def read_all(model: PreTrainedModel) -> None:
+def read_weights(model: PreTrainedModel) -> None:
     """Weights mapped from a file take no memory until they are used, and those of rare tokens are used late."""
     for weight in model.parameters():
         weight.data.flatten().view(torch.uint8)[::4096].sum()
@@ -138,19 +129,18 @@ def rehearse(task: dict[str, Any]) -> None:
     )
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-        model = load(folder, {**task, "revision": None})
-        generate(model, prompts(model, 1, 8), 2, task["device"])
+        model = load_model(folder, {**task, "revision": None, "folders": [folder]})
+        generate(model, random_prompts(model, 1, 8), 2)
 
 
 def active_parameters(model: PreTrainedModel) -> int | None:
-    """Those that one token goes through: of a mixture's routed experts as many as the router picks, and all else.
-
-    None for a mixture whose configuration does not say how many those are.
+    """Those that one token goes through: of a mixture's routed experts as many as the router picks, and all else; None
+    for a mixture whose configuration does not say how many those are.
     """
     config = model.config.get_text_config()
     configs = [config, getattr(config, "ffn_config", None)]
     experts, picked = (
-        next((found for c in configs for name in names if isinstance(found := getattr(c, name, None), int)), None)
+        next((value for c in configs for name in names if isinstance(value := getattr(c, name, None), int)), None)
         for names in (NUM_EXPERTS, EXPERTS_PER_TOKEN)
     )
     routed = sum(
@@ -179,8 +169,8 @@ def weight_bytes(model: PreTrainedModel) -> int:
     return sum({(value.data_ptr(), value.shape): value.nbytes for value in tensors}.values())
 
 
-def prompts(model: PreTrainedModel, size: int, length: int) -> Int[Tensor, "size length"]:
-    """Random tokens, the same each time, without those that the configuration gives a meaning (end, image, …)."""
+def random_prompts(model: PreTrainedModel, size: int, length: int) -> Int[Tensor, "size length"]:
+    """The same each time, without the tokens that the configuration gives a meaning (end, image, …)."""
     text = model.config.get_text_config()
     settings = {**model.config.to_dict(), **text.to_dict()}
     named = (value for name, value in settings.items() if name.endswith(("_token_id", "_token_index")))
@@ -190,72 +180,83 @@ def prompts(model: PreTrainedModel, size: int, length: int) -> Int[Tensor, "size
     return ordinary[drawn].to(model.device)
 
 
-def too_large(size: int, model: PreTrainedModel, task: dict[str, Any], figures: dict[str, Any]) -> str | None:
+def reason_not_to_fit(size: int, model: PreTrainedModel, task: dict[str, Any], figures: dict[str, Any]) -> str | None:
     """Why a batch would not fit into main memory, by what each sequence of the batch before took, and by what it takes
     at least. An operating system grants what it has not and then kills who uses it; CUDA says no, so there it is tried.
     """
     if is_cuda(task["device"]):
         return None
     config = model.config.get_text_config()
-    each = 4 * config.vocab_size + model.dtype.itemsize * getattr(config, "hidden_size", 0) * task["prompt_tokens"]
+    of_a_sequence = 4 * config.vocab_size
+    of_a_sequence += model.dtype.itemsize * getattr(config, "hidden_size", 0) * task["prompt_tokens"]
     before = max(map(int, figures.get("peak_memory_bytes", {})), default=0)
     if before:
-        each = max(each, (figures["peak_memory_bytes"][str(before)] - figures["weight_bytes"]) / before)
-    needed, free = each * (size - before), available_memory(task["device"])
+        taken = figures["peak_memory_bytes"][str(before)] - figures["weight_bytes"]
+        of_a_sequence = max(of_a_sequence, taken / before)
+    needed, free = of_a_sequence * (size - before), free_memory(task["device"])
     if needed <= free:
         return None
-    return f"does not fit into memory: it would take {needed / 2**30:,.1f} GiB more, and {free / 2**30:,.1f} are free"
+    return f"does not fit into memory: it would take {needed / GIB:,.1f} GiB more, and {free / GIB:,.1f} are free"
 
 
-def generate(
-    model: PreTrainedModel, ids: Int[Tensor, "batch time"], new_tokens: int, device: str
-) -> tuple[float, float]:
+class StepClock(BaseStreamer):
+    """Notes when the prompts are read in, and when each new token is there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:  # what is on the CPU, so the device has finished it
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to note."""
+
+
+def generate(model: PreTrainedModel, prompts: Int[Tensor, "batch time"], new_tokens: int) -> tuple[float, float]:
     """Greedy. The seconds to the first token, and from there to the last."""
-    clock = StepClock(device)
+    clock = StepClock()
     config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)
-    synchronize(device)
     start = time.perf_counter()
     with torch.inference_mode():
-        output = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList([clock]),
+        model.generate(
+            input_ids=prompts, attention_mask=torch.ones_like(prompts), generation_config=config, streamer=clock
         )
-    assert output.shape[1] == ids.shape[1] + new_tokens, "nothing ends it early"
-    return clock.times[0] - start, clock.times[-1] - clock.times[0]
+    _, first, *_, last = clock.times
+    assert len(clock.times) == 1 + new_tokens, "nothing ends it early"
+    return first - start, last - first
 
 
-def prefill(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> None:
-    """The forward that reads a prompt: it fills the cache, and makes logits of the last position only (where the family
+def prefill(model: PreTrainedModel, prompts: Int[Tensor, "batch time"]) -> None:
+    """The forward that reads prompts: it fills the cache, and makes logits of the last position only (where the family
     can).
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
     with torch.inference_mode():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, **last)
+        model(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=True, **last)
 
 
 def time_batch(
-    model: PreTrainedModel, ids: Int[Tensor, "batch time"], new_tokens: int, repeats: int, device: str
-) -> dict[str, Any]:
-    """Each figure `repeats` times, after one run that does not count."""
-    generate(model, ids, new_tokens, device)
-    prefill(model, ids)
-    firsts, prefills, decodes = [], [], []
+    model: PreTrainedModel, prompts: Int[Tensor, "batch time"], new_tokens: int, repeats: int, device: str
+) -> dict[str, dict[str, float]]:
+    """Each figure's median, least and most over `repeats` runs, after one that does not count."""
+    generate(model, prompts, new_tokens)
+    prefill(model, prompts)
+    first_token, prefilled, decoded = [], [], []
     for _ in range(repeats):
-        prefills.append(ids.numel() / seconds(lambda: prefill(model, ids), device))
-        first, rest = generate(model, ids, new_tokens, device)
-        firsts.append(first)
-        decodes.append(len(ids) * (new_tokens - 1) / rest)
-    return {
-        "time_to_first_token_seconds": firsts,
-        "prefill_tokens_per_second": prefills,
-        "decode_tokens_per_second": decodes,
+        prefilled.append(prompts.numel() / seconds(lambda: prefill(model, prompts), device))
+        first, rest = generate(model, prompts, new_tokens)
+        first_token.append(first)
+        decoded.append(len(prompts) * (new_tokens - 1) / rest)
+    figures = {
+        "time_to_first_token_seconds": first_token,
+        "prefill_tokens_per_second": prefilled,
+        "decode_tokens_per_second": decoded,
     }
+    return {name: {"median": median(runs), "low": min(runs), "high": max(runs)} for name, runs in figures.items()}
 
 
-def energy(run: Callable[[], object]) -> dict[str, float]:
+def measure_energy(run: Callable[[], object], least_seconds: float) -> dict[str, float]:
     """What a `run` takes of this machine: joules, and grams of CO2 by the power of the country that codecarbon's own
     settings name (CODECARBON_COUNTRY_ISO_CODE), or else of the world. Where the machine has no counter that can be
     read, codecarbon estimates CPU and memory.
@@ -279,31 +280,31 @@ def energy(run: Callable[[], object]) -> dict[str, float]:
     )
     tracker.start()
     runs, start = 0, time.perf_counter()
-    while time.perf_counter() - start < ENERGY_SECONDS:
+    while time.perf_counter() - start < least_seconds:
         run()
         runs += 1
     tracker.stop()
-    found = tracker.final_emissions_data
-    if not found.energy_consumed:
+    emissions = tracker.final_emissions_data
+    if not emissions.energy_consumed:
         raise ValueError("codecarbon finds neither a counter nor a processor that it knows")
     return {
-        "joules_per_token": found.energy_consumed * 3.6e6 / runs,
-        "co2_grams_per_token": found.emissions * 1000 / runs,
+        "joules_per_token": emissions.energy_consumed * 3.6e6 / runs,
+        "co2_grams_per_token": emissions.emissions * 1000 / runs,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--task", required=True, help="JSON, as `llm_distill.evaluation.resources` writes it")
+    parser.add_argument("--task", required=True, help="What to measure, as JSON of `llm_distill.evaluation.resources`.")
     task = json.loads(parser.parse_args().task)
     logging.disable(logging.WARNING)  # bitsandbytes warns at every product: that would be timed
     warnings.simplefilter("ignore")
     torch.set_num_threads(task["threads"])
     try:
-        found = measure(task)
+        result = measure_model(task)
     except Exception as error:  # whatever a model's own code raises: the others go on
-        found = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
-    print(json.dumps(found))
+        result = {"error": " ".join(f"{type(error).__name__}: {error}".split())}
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

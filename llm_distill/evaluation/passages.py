@@ -3,87 +3,77 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from llm_distill.evaluation.compare import TEACHER, Scores
+from llm_distill.evaluation.compare import TEACHER, HeldOutTexts, Scores
 from llm_distill.heads import LMHead
-from llm_distill.losses.fused.job import Choice, Few
 from llm_distill.losses.fused.logits import logits_in_chunks, top_tokens
-from llm_distill.models import hidden_of_counted_rows
-from llm_distill.rows import counted_rows
+from llm_distill.losses.fused.task import TokenChoice, TopTokens
+from llm_distill.models import kept_of, vocabulary_size
+from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
 
-WINDOW = 64
-"""Tokens of a passage."""
+PASSAGES, WINDOW = 3, 64
+"""How many are shown, and how many tokens each has."""
 TOP = 5
-"""How many of what each of them expected are shown."""
+"""How many of what each model expected are shown."""
 
 
 @torch.no_grad()
 def furthest_passages(
-    scores: Mapping[str, Scores],
-    model: nn.Module,
-    teacher: Teacher,
-    dataset: Dataset,
-    *,
-    collate: Callable[[Sequence[Any]], Mapping[str, Any]],
-    tokenizer: PreTrainedTokenizerBase,
-    vocab_size: int,
-    most: int = 3,
+    scores: Mapping[str, Scores], model: nn.Module, teacher: Teacher, texts: HeldOutTexts
 ) -> list[dict[str, Any]]:
-    """Of the `most` texts with the worst window, that window: mean KL, and of each token its KL, its probability under
-    both and what each of them thought likeliest.
+    """Of the texts with the worst window, that window: mean KL, and of each token its KL, its probability under both
+    models and what each of them thought likeliest.
 
     In one process only: the models run again on these texts.
 
     Args:
-        scores: of this dataset, the `student`'s and the `teacher`'s.
+        scores: of these texts, the `student`'s and the `teacher`'s.
     """
-    head = LMHead.of(model, vocab_size)
-    student, at_teacher = scores["student"], scores[TEACHER].columns["ce"]
-    found = []
-    for start, stop in itertools.islice(_worst_windows(student), most):
+    tokenizer = texts.tokenizer
+    head = LMHead.of(model, vocabulary_size(tokenizer))
+    student, teacher_loss = scores["student"], scores[TEACHER].columns["ce"]
+    passages = []
+    for start, stop in itertools.islice(_worst_windows(student), PASSAGES):
         row = int(student.row[start])
-        batch = collate([dataset[row]])
-        device = next(model.parameters()).device
-        batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-        rows = counted_rows(batch["labels"])
+        batch = texts.collate([texts.dataset[row]])
+        view = View.of(batch).to(next(model.parameters()).device)
+        positions = view.positions.position
         first = int(np.searchsorted(student.row, row))
         inside = slice(start - first, stop - first)
-        signal = teacher.score(batch)
+        signal = teacher.score(view)
         if not isinstance(signal, HiddenSignal):
             return []  # an ensemble has no one top k
-        tops = [
-            _tops(hidden[inside], of, tokenizer)
-            for hidden, of in ((hidden_of_counted_rows(model, head, batch), head), (signal.hidden, signal.head))
+        student_tops = _top_tokens(kept_of(model, head, view).hidden[inside], head, tokenizer)
+        teacher_tops = _top_tokens(signal.hidden[inside], signal.head, tokenizer)
+        tokens = [
+            {
+                "token": tokenizer.decode([int(student.token[i])]),
+                "kl": float(student.columns["kl"][i]),
+                "student": float(np.exp(-student.columns["ce"][i])),
+                "teacher": float(np.exp(-teacher_loss[i])),
+                "student_top": student_top,
+                "teacher_top": teacher_top,
+            }
+            for i, student_top, teacher_top in zip(range(start, stop), student_tops, teacher_tops, strict=True)
         ]
-        found.append(
+        passages.append(
             {
                 "text": int(student.text[start]),
                 "kl": float(student.columns["kl"][start:stop].mean()),
-                "before": tokenizer.decode(batch["input_ids"][0, : int(rows.position[inside][0]) + 1][-WINDOW:]),
-                "tokens": [
-                    {
-                        "token": tokenizer.decode([int(student.token[i])]),
-                        "kl": float(student.columns["kl"][i]),
-                        "student": float(np.exp(-student.columns["ce"][i])),
-                        "teacher": float(np.exp(-at_teacher[i])),
-                        "student_top": tops[0][i - start],
-                        "teacher_top": tops[1][i - start],
-                    }
-                    for i in range(start, stop)
-                ],
+                "before": tokenizer.decode(batch["input_ids"][0, : int(positions[inside][0]) + 1][-WINDOW:]),
+                "tokens": tokens,
             }
         )
-    return found
+    return passages
 
 
 def _worst_windows(student: Scores) -> Iterator[tuple[int, int]]:
@@ -106,14 +96,12 @@ def _worst_windows(student: Scores) -> Iterator[tuple[int, int]]:
             yield start, stop
 
 
-def _tops(hidden: Tensor, head: LMHead, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, float]]]:
+def _top_tokens(hidden: Tensor, head: LMHead, tokenizer: PreTrainedTokenizerBase) -> list[list[tuple[str, float]]]:
     """The likeliest tokens of each row, with their probabilities."""
     rows: list[list[tuple[str, float]]] = []
-    for part in logits_in_chunks(hidden, head, 1.0, Choice(TOP)):
-        values, ids, _ = part.scores if isinstance(part.scores, Few) else top_tokens(part.scores, TOP)
+    for part in logits_in_chunks(hidden, head, 1.0, TokenChoice(TOP)):
+        values, ids, _ = part.scores if isinstance(part.scores, TopTokens) else top_tokens(part.scores, TOP)
         probabilities = (values.float() - part.log_total[:, None].float()).exp()
-        rows += [
-            [(tokenizer.decode([i]), p) for i, p in zip(*pair, strict=True) if i >= 0]
-            for pair in zip(ids.tolist(), probabilities.tolist(), strict=True)
-        ]
+        for row in zip(ids.tolist(), probabilities.tolist(), strict=True):
+            rows.append([(tokenizer.decode([i]), p) for i, p in zip(*row, strict=True) if i >= 0])
     return rows

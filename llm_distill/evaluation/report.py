@@ -13,42 +13,45 @@ from typing import Any
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill.evaluation.bias import bias_table
-from llm_distill.evaluation.compare import TEACHER
-from llm_distill.evaluation.domains import a_sample, measure_domain
-from llm_distill.evaluation.generations import generations_table
-from llm_distill.evaluation.harness import tasks_table
-from llm_distill.evaluation.measure import machine
-from llm_distill.evaluation.resources import resources_table
-from llm_distill.evaluation.statistics import Interval, as_text
+from llm_distill.evaluation.bias import bias_tables
+from llm_distill.evaluation.compare import TEACHER, HeldOutTexts
+from llm_distill.evaluation.domains import measure_domain, sample_texts
+from llm_distill.evaluation.figures import LIKENESS, LOSSES, DomainFigures
+from llm_distill.evaluation.generations import generations_parts
+from llm_distill.evaluation.harness import tasks_parts
+from llm_distill.evaluation.html import Section, as_fragment, as_page
+from llm_distill.evaluation.resources import resources_parts
+from llm_distill.evaluation.statistics import Interval, format_interval
+from llm_distill.losses.metrics import LABELS
+from llm_distill.machine import describe_machine
 from llm_distill.models import describe_model
 from llm_distill.ranks import ranks
+from llm_distill.tables import Table, escape_markdown
 from llm_distill.teachers.base import Teacher
 
 FORMAT = 1
 NAME = "report"
 """Of the files: report.json, report.md, report.html and report_*.png."""
-SECTIONS: dict[str, tuple[str, Callable[[Any], str]]] = {
-    "generations": ("What they write", lambda found: "\n\n".join(map(generations_table, found.values()))),
-    "tasks": ("Tasks", tasks_table),
-    "bias": ("Bias transfer", bias_table),
-    "resources": ("Speed, memory, energy", resources_table),
+BESIDE_THE_DOMAINS: dict[str, tuple[str, Callable[[Any], Sequence[Table | str]]]] = {
+    "generations": ("What they write", lambda domains: [p for d in domains.values() for p in generations_parts(d)]),
+    "tasks": ("Tasks", tasks_parts),
+    "bias": ("Bias transfer", bias_tables),
+    "resources": ("Speed, memory, energy", resources_parts),
 }
-LIKENESS = {
-    "kl": "KL(teacher‖student), nats",
-    "reverse_kl": "KL(student‖teacher), nats",
-    "top1_agreement": "same likeliest token",
-    "acceptance": "Σ min(p, q)",
-}
+"""Other parts of the content: the title of each, and what makes a section of it."""
 SHARES = ("top1_agreement", "acceptance", "accuracy", "ece", "student_ece", "teacher_ece", "gap_closed")
+PASSAGES = (
+    "The redder a token, the larger KL(teacher‖student) where it is predicted. Point at one to see what both expected. "
+    "In grey, what comes before."
+)
 
 
 def header(command: str) -> dict[str, Any]:
     """What a report begins with: when, where and by which command it was made."""
     device = ranks().device
-    found = machine("cuda" if device.type == "cuda" else "cpu")
-    versions = found.pop("versions")
-    return {"format": FORMAT, "date": found.pop("date"), "command": command, "machine": found, "versions": versions}
+    machine = describe_machine("cuda" if device.type == "cuda" else "cpu")
+    date, versions = machine.pop("date"), machine.pop("versions")
+    return {"format": FORMAT, "date": date, "command": command, "machine": machine, "versions": versions}
 
 
 def report_on(
@@ -66,15 +69,15 @@ def report_on(
     described = describe_model(model.get_base_model() if isinstance(model, PeftModel) else model, tokenizer)
     content |= {"student": described, TEACHER: teacher.describe(), "comparable": True, "domains": {}}
     for name, dataset in datasets.items():
-        options: dict[str, Any] = {"collate": collate, "tokenizer": tokenizer, "batch_size": batch_size, "name": name}
-        content["domains"][name] = measure_domain({"student": model}, teacher, a_sample(dataset, max_texts), **options)
+        texts = HeldOutTexts(sample_texts(dataset, max_texts), collate, tokenizer, batch_size, name)
+        content["domains"][name] = measure_domain({"student": model}, teacher, texts)
     return GapReport(content)
 
 
 @dataclass(frozen=True, repr=False)
 class GapReport:
-    """Shows itself in Jupyter. `content` is what report.json holds; `figure` and every other is
-    `{"value", "low", "high"}`, the ends of a 95 % bootstrap interval over texts.
+    """Shows itself in Jupyter. `content` is what report.json holds. A figure in it is `{"value", "low", "high"}`, with
+    the ends of a 95 % bootstrap interval over texts.
     """
 
     content: dict[str, Any]
@@ -96,19 +99,21 @@ class GapReport:
             raise ValueError(f"{path} is no gap report of format {FORMAT}: make it anew with `llm-distill evaluate`.")
         return cls(content)
 
+    @property
+    def domains(self) -> dict[str, DomainFigures]:
+        """The figures of each dataset."""
+        return self.content["domains"]
+
     def save(self, folder: str | Path) -> Path:
         """Writes all its forms into `folder`, the plots where matplotlib is installed; returns the page's path."""
-        from llm_distill.evaluation.html import as_page
-
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, figure in self.plots():
             figure.savefig(folder / f"{NAME}_{name}.png", dpi=120)
         (folder / f"{NAME}.md").write_text(self.as_markdown())
-        (folder / f"{NAME}.html").write_text(as_page(self))
-        (folder / f"{NAME}.json").write_text(
-            json.dumps(_without_nan(self.content), indent=1, ensure_ascii=False) + "\n"
-        )
+        (folder / f"{NAME}.html").write_text(as_page(self._repr_html_()))
+        content = json.dumps(_without_nan(self.content), indent=1, ensure_ascii=False)
+        (folder / f"{NAME}.json").write_text(content + "\n")
         return folder / f"{NAME}.html"
 
     def plots(self) -> Iterator[tuple[str, Any]]:
@@ -120,147 +125,143 @@ class GapReport:
 
     def headline(self) -> str:
         """The report in a sentence or two."""
-        domains: dict[str, Any] = self.content["domains"]
-        name, domain = next(iter(domains.items()))
-        student, teacher = (domain["models"][each]["bits_per_byte"]["value"] for each in ("student", TEACHER))
-        said = [f"On {name}, the student takes {student:.3f} bits a byte and its teacher {teacher:.3f}."]
-        if domain["gap_closed"] is not None:
-            said.append(
-                f"It closes {shown(domain['gap_closed'], 'gap_closed')} of the gap between baseline and teacher."
-            )
+        name, domain = next(iter(self.domains.items()))
+        student, teacher = (domain["models"][model]["bits_per_byte"]["value"] for model in ("student", TEACHER))
+        sentences = [f"On {name}, the student takes {student:.3f} bits a byte and its teacher {teacher:.3f}."]
+        if gap := domain["gap_closed"]:
+            sentences.append(f"It closes {format_figure('gap_closed', gap)} of the gap between baseline and teacher.")
         if likeness := domain["likeness"]:
             agreement, accepted = (f"{likeness[key]['value']:.0%}" for key in ("top1_agreement", "acceptance"))
-            said.append(f"Their likeliest token is the same in {agreement} of places, and speculative decoding would "
-                        f"accept {accepted} of its tokens.")  # fmt: skip
-        if len(domains) > 1:
-            said.append(f"It is furthest behind on {self.domain_that_lost_most()}.")
-        return " ".join(said)
+            sentences.append(f"Their likeliest token is the same in {agreement} of places, and speculative decoding "
+                             f"would accept {accepted} of its tokens.")  # fmt: skip
+        if len(self.domains) > 1:
+            sentences.append(f"It is furthest behind on {self.domain_that_lost_most()}.")
+        return " ".join(sentences)
 
     def domain_that_lost_most(self) -> str:
         """By bits a byte more than the teacher."""
-        domains: dict[str, Any] = self.content["domains"]
-        return max(domains, key=lambda name: domains[name]["behind"]["value"])
+        return max(self.domains, key=lambda name: self.domains[name]["behind"]["value"])
 
     def as_markdown(self) -> str:
         """Its tables, without the passages."""
-        parts = ["# Gap report", self.headline(), self.subjects_table(), "## Quality", self.quality_table()]
-        if self.content["comparable"] is not True:
-            parts.append(f"Likeness is not comparable: {self.content['comparable']}")
+        sections = [section.markdown() for section in self.sections() if not section.passages]
+        made = f"{escape_markdown(self.made())} `{self.content['command']}`"
+        headline, subjects = escape_markdown(self.headline()), self.subjects_table().markdown()
+        return "\n\n".join(["# Gap report", headline, subjects, *sections, made]) + "\n"
+
+    def sections(self) -> Iterator[Section]:
+        """All that was measured, or why it was not."""
+        comparable = self.content["comparable"]
+        yield Section("Quality", [self.quality_table()], plot="quality")
+        if comparable is True:
+            folded = {
+                f"By position and frequency: {name}": [
+                    self.where_table(name, "by_position"),
+                    self.where_table(name, "by_frequency"),
+                ]
+                for name in self.domains
+            }
+            yield Section("Likeness", [self.likeness_table()], plot="furthest", folded=folded)
         else:
-            parts += ["## Likeness", self.likeness_table()]
-        parts += ["## Calibration", self.calibration_table()]
-        for title, body in self.sections():
-            parts += [f"## {title}", body]
-        parts.append(self.made())
-        return "\n\n".join(parts) + "\n"
+            yield Section("Likeness", [f"Likeness is not comparable: {comparable}"])
+        for name, domain in self.domains.items():
+            if passages := domain.get("passages"):
+                tokens = {"Tokens with the largest mean KL": [self.tokens_table(name)]}
+                yield Section(f"Where it is furthest off: {name}", [PASSAGES], folded=tokens, passages=passages)
+        yield Section("Calibration", [self.calibration_table()], plot="calibration")
+        for key, (title, parts_of) in BESIDE_THE_DOMAINS.items():
+            if measured := self.content.get(key):
+                skipped = measured.get("skipped")  # of tasks this is a dict, beside what was not
+                yield Section(title, [f"Skipped: {skipped}"] if isinstance(skipped, str) else parts_of(measured), key)
 
-    def sections(self) -> Iterator[tuple[str, str]]:
-        """(title, Markdown) of the parts that were measured, or why one was not."""
-        for key, (title, table) in SECTIONS.items():
-            if found := self.content.get(key):
-                yield title, f"Skipped: {found['skipped']}" if "skipped" in found else table(found)
-
-    def subjects_table(self) -> str:
+    def subjects_table(self) -> Table:
         """Who is compared."""
         rows = []
         for name in ("student", TEACHER, "baseline"):
-            if described := self.content.get(name):
-                parameters = described.get("parameters")
-                size = f"{parameters / 1e6:,.2f} M" if parameters else ""
-                said = [described.get(key) for key in ("model", "revision", "dtype")]
-                rows.append([name, *(str(value or "") for value in said), size])
-        return table(["", "model", "revision", "dtype", "parameters"], rows)
+            if model := self.content.get(name):
+                size = f"{model['parameters'] / 1e6:,.2f} M" if model.get("parameters") else ""
+                rows.append([name, *(model.get(key) or "" for key in ("model", "revision", "dtype")), size])
+        return Table(["", "model", "revision", "dtype", "parameters"], rows).without_empty_columns()
 
-    def quality_table(self) -> str:
+    def quality_table(self) -> Table:
         """Losses of all models on all domains."""
         rows = []
-        for domain, found in self.content["domains"].items():
-            for model, figures in found["models"].items():
-                cells = [shown(figures[key]) for key in ("loss", "perplexity", "bits_per_byte")]
-                gap = found["gap_closed"] and shown(found["gap_closed"], "gap_closed")
-                rows.append(
-                    [domain, model, *cells, *([shown(found["behind"]), gap or ""] if model == "student" else ["", ""])]
-                )
-        header = [
-            "domain",
-            "model",
-            "loss, nats a token",
-            "perplexity",
-            "bits a byte",
-            "more than the teacher",
-            "gap closed",
-        ]
-        return table(header, rows)
+        for name, domain in self.domains.items():
+            gap = format_figure("gap_closed", domain["gap_closed"]) if domain["gap_closed"] else ""
+            for model, figures in domain["models"].items():
+                losses = [format_figure(key, figures[key]) for key in LOSSES]
+                beside = [format_figure("behind", domain["behind"]), gap] if model == "student" else ["", ""]
+                rows.append([name, model, *losses, *beside])
+        header = ["domain", "model", *(LABELS[key] for key in LOSSES), "more than the teacher", "gap closed"]
+        return Table(header, rows).without_empty_columns()
 
-    def likeness_table(self) -> str:
+    def likeness_table(self) -> Table:
         """Student and baseline beside the teacher on all domains."""
         rows = []
-        for domain, found in self.content["domains"].items():
-            for model, key in (("student", "likeness"), ("baseline", "baseline_likeness")):
-                if figures := found.get(key):
-                    rows.append([domain, model, *(shown(figures[name], name) for name in LIKENESS)])
-        return table(["domain", "beside the teacher", *LIKENESS.values()], rows)
+        for name, domain in self.domains.items():
+            for model, figures in (("student", domain["likeness"]), ("baseline", domain.get("baseline_likeness"))):
+                if figures:
+                    rows.append([name, model, *(format_figure(key, figures[key]) for key in LIKENESS)])
+        return Table(["domain", "beside the teacher", *(LABELS[key] for key in LIKENESS)], rows)
 
-    def where_table(self, domain: str, key: str) -> str:
+    def where_table(self, domain: str, key: str) -> Table:
         """A domain's figures `by_position` or `by_frequency`."""
-        names = [name for name in self.content["domains"][domain][key][0] if name not in ("from", "to", "tokens")]
+        bins: list[dict[str, Any]] = self.content["domains"][domain][key]
+        names = [name for name in bins[0] if name not in ("from", "to", "tokens")]
         rows = [
             [
-                f"{each['from']:,}–{each['to'] or ''}",
-                f"{each['tokens']:,}",
-                *(shown(each[name], name) for name in names),
+                f"{figures['from']:,}–{figures['to'] or ''}",
+                f"{figures['tokens']:,}",
+                *(format_figure(name, figures[name]) for name in names),
             ]
-            for each in self.content["domains"][domain][key]
+            for figures in bins
         ]
-        return table([key.removeprefix("by_"), "tokens", *(name.replace("_", " ") for name in names)], rows)
+        return Table([key.removeprefix("by_"), "tokens", *(name.replace("_", " ") for name in names)], rows)
 
-    def calibration_table(self) -> str:
+    def tokens_table(self, domain: str) -> Table:
+        """The tokens of a domain with the largest mean KL."""
+        rows = [
+            [
+                repr(token["token"]),
+                f"{token['count']:,}",
+                *(f"{token[key]:.2f}" for key in ("kl", "student_loss", "teacher_loss")),
+            ]
+            for token in self.domains[domain].get("furthest_tokens", [])
+        ]
+        return Table(["token", "times", "mean KL", "student's loss", "teacher's loss"], rows)
+
+    def calibration_table(self) -> Table:
         """Of every model on every domain."""
         rows = [
-            [domain, model, *(shown(figures[key], key) for key in ("accuracy", "ece"))]
-            for domain, found in self.content["domains"].items()
-            for model, figures in found["calibration"].items()
+            [name, model, *(format_figure(key, figures[key]) for key in ("accuracy", "ece"))]
+            for name, domain in self.domains.items()
+            for model, figures in domain["calibration"].items()
         ]
-        return table(["domain", "model", "next token right", "expected calibration error"], rows)
+        return Table(["domain", "model", "next token right", "expected calibration error"], rows)
 
     def made(self) -> str:
-        """Where the figures come from."""
+        """When and where, and of how many texts."""
         machine = ", ".join(f"{value}" for value in self.content["machine"].values() if value)
-        sizes = "; ".join(
-            f"{name}: {d['texts']:,} texts, {d['tokens']:,} tokens" for name, d in self.content["domains"].items()
-        )
-        how = "Intervals are 95 % bootstraps over texts."
-        return f"{self.content['date']}, {machine}. {sizes}. {how} `{self.content['command']}`"
+        sizes = "; ".join(f"{name}: {d['texts']:,} texts, {d['tokens']:,} tokens" for name, d in self.domains.items())
+        return f"{self.content['date']}, {machine}. {sizes}. Intervals are 95 % bootstraps over texts."
 
     def _repr_html_(self) -> str:
-        from llm_distill.evaluation.html import as_fragment
-
-        return as_fragment(self)
+        plots, subjects = dict(self.plots()), self.subjects_table()
+        return as_fragment(self.headline(), subjects, self.sections(), plots, self.made(), self.content["command"])
 
     def __repr__(self) -> str:
         return self.as_markdown()
 
 
-def shown(figure: Interval | None, name: str = "") -> str:
-    """A figure with its interval, as text."""
-    if figure is None or figure["value"] is None:
-        return "–"  # JSON has no NaN
-    return as_text(figure, ".1%" if name in SHARES else ".4g")
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """Markdown, without columns that are empty; those that are all numbers stand on the right."""
-    columns = [(name, [row[i] for row in rows]) for i, name in enumerate(header) if any(row[i] for row in rows)]
-    right = [all(cell[:1].isdigit() or cell[:1] in ("", "-", "–") for cell in cells) for _, cells in columns]
-    lines = [[name for name, _ in columns], ["---:" if each else "---" for each in right]]
-    lines += [list(row) for row in zip(*(cells for _, cells in columns), strict=True)]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+def format_figure(name: str, figure: Interval | None) -> str:
+    """With its interval: SHARES as percentages."""
+    return format_interval(figure, ".1%" if name in SHARES else ".4g")
 
 
 def _without_nan(value: Any) -> Any:
     """JSON has no NaN."""
     if isinstance(value, dict):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,7 +1,6 @@
 """What teacher, student and its 4-bit and 8-bit variants take on the machine at hand: memory, time, energy.
 
-Each model is loaded in a process of its own, so that its peak memory is its own. So teacher and student cannot take
-turns run by run; whole processes can, in rounds, there and back, and then the figures are medians over all of them.
+Each model is loaded in a process of its own (`inference`), so that its peak memory is its own.
 """
 
 from __future__ import annotations
@@ -10,7 +9,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple
 
 import torch
@@ -19,10 +17,19 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig
 from transformers.utils import extract_commit_hash, find_adapter_config_file
 
-from llm_distill.evaluation.measure import available_memory, in_fresh_process, is_cuda, machine
+from llm_distill.evaluation.compare import TEACHER
+from llm_distill.machine import describe_machine, run_in_fresh_process
 from llm_distill.models import find_config, public_name
+from llm_distill.tables import Table
 
-VARIANTS = {"4bit": 4, "8bit": 8}
+VARIANTS = (4, 8)
+"""Bits in which the student is measured too."""
+PROMPT_TOKENS, NEW_TOKENS = 128, 32
+"""What each sequence is made of, where the context of all models allows it."""
+REPEATS = 5
+"""Timed runs, after one that is not."""
+ENERGY_SECONDS = 3
+"""For how long at least a model generates while its energy is measured: a sample a second."""
 TIMED = ("time_to_first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
 """Figures of which there are several measurements."""
 LABELS: dict[str, tuple[str, float, str]] = {
@@ -41,38 +48,36 @@ LABELS: dict[str, tuple[str, float, str]] = {
 """How a table shows each figure: in which words, times what, in which format."""
 
 
+class Checkpoint(NamedTuple):
+    """A model before it is loaded."""
+
+    name: str
+    revision: str | None
+    bits: int | None
+    folders: list[str]
+    """Where its configuration is, and its weights will be; of adapters first their own folder, then their model's."""
+    context: int | None
+
+
 def measure_resources(
     models: Mapping[str, str],
     *,
-    variants: Sequence[str] = ("4bit", "8bit"),
+    variants: Sequence[int] = VARIANTS,
     batch_sizes: Sequence[int] = (1, 4, 16),
-    prompt_tokens: int = 128,
-    new_tokens: int = 32,
-    repeats: int = 5,
-    rounds: int = 1,
-    device: str | None = None,
     dtype: str = "auto",
-    energy: bool = True,
     revisions: Mapping[str, str] | None = None,
-    quantized: Mapping[str, str] | None = None,
+    teacher_bits: int | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Figures of each of `models` (`{"teacher": a folder or a Hub id, "student": …}`), as JSON.
 
     Args:
         models: by name, folders (of a model or of adapters) or Hub ids. Ratios are to the one named `teacher`.
-        variants: of `student`, packed by bitsandbytes: `4bit` (nf4), `8bit`.
+        variants: the bits in which `student` is measured too, packed by bitsandbytes.
         batch_sizes: sequences at a time.
-        prompt_tokens: of each sequence, with `new_tokens` no more than the shortest context of all models.
-        new_tokens: that are generated.
-        repeats: timed runs in a process, after one that is not.
-        rounds: processes for each model, in turn, there and back: with 2, what else the machine does falls on all
-            alike. Each takes some seconds to start.
-        device: `cuda` or `cpu`; by default the first that is there.
         dtype: of the weights; `auto` is as they are stored.
-        energy: measure it, with codecarbon.
         revisions: of the models by name.
-        quantized: models that are loaded as one of VARIANTS themselves, by name.
+        teacher_bits: loads the teacher in 4 or 8 bits.
         trust_remote_code: run the code that comes with a model.
 
     Returns:
@@ -84,243 +89,132 @@ def measure_resources(
         `co2_grams_per_token`. What is not known is left out. `ratio_to_teacher` has the same shape, without the spread.
 
     Raises:
-        ValueError: settings that cannot be.
+        ValueError: a model's context has no room for a prompt.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    revisions, quantized = dict(revisions or {}), dict(quantized or {})
-    _require_possible(models, variants, batch_sizes, prompt_tokens, new_tokens, repeats, rounds, revisions, quantized)
-    checkpoints: dict[str, _Checkpoint | str] = {}
+    results: dict[str, dict[str, Any]] = {}
+    checkpoints: dict[str, Checkpoint] = {}
     for name, path in models.items():
-        bits = VARIANTS.get(quantized.get(name, ""))
-        checkpoints[name] = one = _find_or_reason(path, revisions.get(name), bits, trust_remote_code)
-        if name == "student" and isinstance(one, _Checkpoint):
-            checkpoints |= {f"student, {VARIANTS[v]}-bit": one._replace(bits=VARIANTS[v]) for v in variants}
-    there = {name: one for name, one in checkpoints.items() if isinstance(one, _Checkpoint)}
-    settings = {
-        "prompt_tokens": _fitting(prompt_tokens, new_tokens, [one.context for one in there.values()]),
-        "new_tokens": new_tokens,
-        "batch_sizes": list(batch_sizes),
-        "repeats": repeats,
-        "dtype": dtype,
-    }
-    common = {"device": device, "threads": torch.get_num_threads(), "trust_remote_code": trust_remote_code, **settings}
-    measured = _in_rounds(there, rounds, common, energy)
-    found: dict[str, dict[str, Any]] = {
-        name: _together(one, measured[name])
-        if isinstance(one, _Checkpoint)
-        else {"model": public_name(models[name]), "error": one}
-        for name, one in checkpoints.items()
-    }
-    teacher = found.get("teacher", {}).get("figures")
-    for each in found.values():
-        if teacher and "figures" in each:
-            each["ratio_to_teacher"] = _ratios(each["figures"], teacher)
-    return {"machine": machine(device), "settings": settings | {"rounds": rounds}, "models": found}
+        try:
+            checkpoint = find_checkpoint(path, (revisions or {}).get(name), trust_remote_code)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            results[name] = {"model": public_name(path), "error": _in_one_line(error, path)}
+            continue
+        checkpoints[name] = checkpoint._replace(bits=teacher_bits if name == TEACHER else None)
+        if name == "student":
+            checkpoints |= {f"student, {bits}-bit": checkpoint._replace(bits=bits) for bits in variants}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    prompt_tokens = _prompt_tokens([checkpoint.context for checkpoint in checkpoints.values()])
+    settings = {"prompt_tokens": prompt_tokens, "new_tokens": NEW_TOKENS, "batch_sizes": list(batch_sizes)}
+    settings |= {"repeats": REPEATS, "dtype": dtype}
+    task = {**settings, "device": device, "threads": torch.get_num_threads()}
+    task |= {"energy_seconds": ENERGY_SECONDS, "trust_remote_code": trust_remote_code}
+    for name, checkpoint in tqdm(checkpoints.items(), desc="Resources", unit=" models", leave=False):
+        results[name] = _measure(checkpoint, task)
+    teacher = _flatten(results.get(TEACHER, {}).get("figures", {}))
+    for result in results.values():
+        if teacher and "figures" in result:
+            result["ratio_to_teacher"] = _ratios(result["figures"], teacher)
+    return {"machine": describe_machine(device), "settings": settings | {"rounds": 1}, "models": results}
 
 
-def resources_table(found: dict[str, Any]) -> str:
-    """What `measure_resources` returned as a Markdown table, each figure with its ratio to the teacher's, and in words
-    what is missing.
+def find_checkpoint(name_or_path: str, revision: str | None, trust_remote_code: bool) -> Checkpoint:
+    """A model or adapters, in a folder or on the Hub, from where no weights are fetched.
+
+    Raises:
+        ValueError, OSError, KeyError, ImportError: there is none, or none that transformers knows.
     """
-    models = {name: each for name, each in found["models"].items() if "figures" in each}
-    lines = [f"| | {' | '.join(models)} |", f"|---|{'---:|' * len(models)}"]
-    for name, (label, factor, style) in LABELS.items():
-        sizes = {size: None for each in models.values() for size in _by_size(each["figures"].get(name, {}))}
-        for size in sizes:
-            cells = []
-            for other, each in models.items():
-                value = _by_size(each["figures"].get(name, {})).get(size)
-                ratio = _by_size(each.get("ratio_to_teacher", {}).get(name, {})).get(size)
-                beside = f" ({ratio:.2f} ×)" if ratio is not None and other != "teacher" else ""
-                cells.append("" if value is None else f"{_middle(value) * factor:{style}}{beside}")
-            lines.append(f"| {label}{size and f', batch {size}'} | {' | '.join(cells)} |")
-    machine, settings = found["machine"], found["settings"]
-    spreads = [
-        (value["high"] - value["low"]) / value["median"]
-        for each in models.values()
-        for name in TIMED
-        for value in each["figures"].get(name, {}).values()
-    ]
-    notes = [
-        f"{machine['date']}, {machine['device']}, threads: {machine['threads']}. Prompts of "
-        f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones, greedy. Medians of "
-        f"{settings['repeats'] * settings['rounds']} runs, {settings['repeats']} in a process"
-        + (f"; the most that highest and lowest are apart is {max(spreads):.0%} of the median." if spreads else ".")
-    ]
-    for name, each in found["models"].items():
-        skipped = {"": each["error"]} if "error" in each else each["skipped"]
-        notes += [f"Not measured: {name}{where and f', {where}'}: {why}." for where, why in skipped.items()]
-    return "\n".join(lines) + "\n\n" + "\n".join(f"- {note}" for note in notes)
-
-
-def _require_possible(
-    models: Mapping[str, str],
-    variants: Sequence[str],
-    batch_sizes: Sequence[int],
-    prompt_tokens: int,
-    new_tokens: int,
-    repeats: int,
-    rounds: int,
-    revisions: Mapping[str, str],
-    quantized: Mapping[str, str],
-) -> None:
-    if unknown := sorted({*variants, *quantized.values()} - set(VARIANTS)):
-        raise ValueError(f"unknown variants {unknown}; there are {', '.join(VARIANTS)}.")
-    if strangers := sorted({*revisions, *quantized} - set(models)):
-        raise ValueError(f"revisions or quantized speak of {strangers}, and the models are {', '.join(models)}.")
-    if variants and "student" not in models:
-        raise ValueError(f"variants are of a model named `student`, and there is {list(models)}: pass variants=().")
-    if variants and "student" in quantized:
-        raise ValueError("a student that is quantized has no other variants: pass variants=().")
-    if not batch_sizes or min(*batch_sizes, prompt_tokens, repeats, rounds) < 1 or new_tokens < 2:
-        raise ValueError(
-            "there must be at least one batch size, each at least 1, as prompt_tokens, repeats and rounds; new_tokens "
-            f"at least 2. Got batch_sizes={list(batch_sizes)}, {prompt_tokens=}, {new_tokens=}, {repeats=}, {rounds=}."
-        )
-
-
-class _Checkpoint(NamedTuple):
-    """A model before it is loaded."""
-
-    paths: list[str]
-    """As a person gave it; of adapters, then what they are for."""
-    folders: list[Path]
-    revision: str | None
-    context: int | None
-    bits: int | None
-
-    def described(self) -> dict[str, Any]:
-        commit = extract_commit_hash(str(self.folders[0] / "config.json"), None)
-        return {"model": public_name(self.paths[0]), "revision": commit, "bits": self.bits}
-
-    def bytes_on_disk(self) -> int | None:
-        """Of the files that transformers reads; None where one of the folders has none (yet)."""
-        sizes = [sum(path.stat().st_size for path in _weight_files(folder)) for folder in self.folders]
-        return sum(sizes) if all(sizes) else None
-
-
-def _find(name_or_path: str, revision: str | None, bits: int | None, trust_remote_code: bool) -> _Checkpoint:
     adapters = None
     with suppress(OSError, HFValidationError):  # what is neither a folder nor a repository, find_config says better
         adapters = find_adapter_config_file(name_or_path, revision=revision)
     if adapters is not None:
-        said = json.loads(Path(adapters).read_text())
-        base = _find(said["base_model_name_or_path"], said.get("revision"), bits, trust_remote_code)
-        folders = [Path(adapters).parent, *base.folders]
-        return base._replace(paths=[name_or_path, *base.paths], folders=folders, revision=revision)
+        settings = json.loads(Path(adapters).read_text())
+        base = find_checkpoint(settings["base_model_name_or_path"], settings.get("revision"), trust_remote_code)
+        folders = [str(Path(adapters).parent), *base.folders]
+        return Checkpoint(name_or_path, revision, None, folders, base.context)
     folder = Path(find_config(name_or_path, revision=revision)).parent
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code).get_text_config()
     context = getattr(config, "max_position_embeddings", None)
-    return _Checkpoint([name_or_path], [folder], revision, context, bits)
+    return Checkpoint(name_or_path, revision, None, [str(folder)], context if isinstance(context, int) else None)
 
 
-def _find_or_reason(
-    name_or_path: str, revision: str | None, bits: int | None, trust_remote_code: bool
-) -> _Checkpoint | str:
-    try:
-        return _find(name_or_path, revision, bits, trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        return _one_line(error, name_or_path)
+def resources_parts(resources: Mapping[str, Any]) -> list[Table | str]:
+    """What `measure_resources` returned: a table of each figure with its ratio to the teacher's, and in words how it
+    was measured and what is missing.
+    """
+    models = {name: model for name, model in resources["models"].items() if "figures" in model}
+    figures = {name: _flatten(model["figures"]) for name, model in models.items()}
+    ratios = {name: _flatten(model.get("ratio_to_teacher", {})) for name, model in models.items()}
+    rows = []
+    for key, (label, factor, style) in LABELS.items():
+        for size in dict.fromkeys(size for flat in figures.values() for name, size in flat if name == key):
+            row = [label + (f", batch {size}" if size else "")]
+            for name, flat in figures.items():
+                value, ratio = flat.get((key, size)), ratios[name].get((key, size))
+                beside = f" ({ratio:.2f} ×)" if ratio is not None and name != TEACHER else ""
+                row.append("" if value is None else f"{value * factor:{style}}{beside}")
+            rows.append(row)
+    machine, settings = resources["machine"], resources["settings"]
+    spreads = [
+        (value["high"] - value["low"]) / value["median"]
+        for model in models.values()
+        for key in TIMED
+        for value in model["figures"].get(key, {}).values()
+    ]
+    notes = [
+        f"{machine['date']}, {machine['device']}, threads: {machine['threads']}. Prompts of "
+        f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones, greedy. Medians of "
+        f"{settings['repeats']} runs"
+        + (f"; the most that highest and lowest are apart is {max(spreads):.0%} of the median." if spreads else ".")
+    ]
+    for name, model in resources["models"].items():
+        skipped = {"": model["error"]} if "error" in model else model["skipped"]
+        notes += [f"Not measured: {name}{where and f', {where}'}: {why}." for where, why in skipped.items()]
+    return [Table(["", *models], rows), *notes]
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    kinds = ("model.safetensors", "pytorch_model.bin")
-    if (folder / "adapter_config.json").is_file():
-        kinds = ("adapter_model.safetensors", "adapter_model.bin")
-    for kind in kinds:
-        if (folder / kind).is_file():
-            return [folder / kind]
-        index = folder / f"{kind}.index.json"
-        if index.is_file():
-            files = [folder / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-            return files if all(path.is_file() for path in files) else []
-    return []
+def _prompt_tokens(contexts: Sequence[int | None]) -> int:
+    """How long a prompt is, the same for all models."""
+    shortest = min((length for length in contexts if length), default=PROMPT_TOKENS + NEW_TOKENS)
+    if shortest <= NEW_TOKENS:
+        raise ValueError(
+            f"{NEW_TOKENS} new tokens leave no room for a prompt in a context of {shortest}: measure no resources "
+            "(--resources false)."
+        )
+    return min(PROMPT_TOKENS, shortest - NEW_TOKENS)
 
 
-def _fitting(prompt_tokens: int, new_tokens: int, contexts: Sequence[int | None]) -> int:
-    """The prompt's length, the same for all models."""
-    shortest = min((length for length in contexts if isinstance(length, int) and length > 0), default=None)
-    if shortest is None:
-        return prompt_tokens
-    if new_tokens >= shortest:
-        raise ValueError(f"new_tokens={new_tokens} leaves no room for a prompt in a context of {shortest}.")
-    return min(prompt_tokens, shortest - new_tokens)
+def _measure(checkpoint: Checkpoint, task: dict[str, Any]) -> dict[str, Any]:
+    """One model, in its own process."""
+    result = run_in_fresh_process(["-m", "llm_distill.evaluation.inference"], {**task, **checkpoint._asdict()})
+    if "error" in result:
+        result = {"error": _in_one_line(result["error"], checkpoint.name, *checkpoint.folders)}
+    commit = extract_commit_hash(str(Path(checkpoint.folders[0], "config.json")), None)
+    return {"model": public_name(checkpoint.name), "revision": commit, "bits": checkpoint.bits, **result}
 
 
-def _in_rounds(
-    checkpoints: dict[str, _Checkpoint], rounds: int, common: dict[str, Any], energy: bool
-) -> dict[str, list[dict[str, Any]]]:
-    """What each process found, by model. One that has failed is not tried again; energy is measured once."""
-    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in checkpoints}
-    order = [(turn, name) for turn in range(rounds) for name in list(checkpoints)[:: -1 if turn % 2 else 1]]
-    bar = tqdm(order, leave=False)
-    for turn, name in bar:
-        bar.set_description(f"Resources: {name}")
-        if not any("error" in result for result in measured[name]):
-            measured[name].append(_measure(checkpoints[name], {**common, "energy": energy and turn == 0}))
-    return measured
-
-
-def _measure(one: _Checkpoint, task: dict[str, Any]) -> dict[str, Any]:
-    """One round of one model, in its own process."""
-    weights, free = one.bytes_on_disk(), available_memory(task["device"])
-    if weights and not one.bits and not is_cuda(task["device"]) and weights > free:
-        return {"error": f"does not fit into memory: {weights / 2**30:,.1f} GiB, and {free / 2**30:,.1f} are free"}
-    libraries = [*(["peft"] if len(one.paths) > 1 else []), *(["bitsandbytes"] if one.bits else [])]
-    own = {"name": one.paths[0], "revision": one.revision, "bits": one.bits, "libraries": libraries}
-    return in_fresh_process(["-m", "llm_distill.evaluation.inference"], {**task, **own})
-
-
-def _together(one: _Checkpoint, measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The rounds of one model as one."""
-    if "error" in measured[-1]:
-        return one.described() | {"error": _one_line(measured[-1]["error"], *one.paths)}
-    pooled: dict[str, dict[str, list[float]]] = {}
-    for result in measured:
-        for name, value in result["figures"].items():
-            for size, each in _by_size(value).items():
-                found = each if isinstance(each, list) else [each]
-                pooled.setdefault(name, {}).setdefault(size, []).extend(found)
-    figures: dict[str, Any] = {}
-    for name, by_size in pooled.items():
-        together = {size: _spread(each) if name in TIMED else max(each) for size, each in by_size.items()}
-        figures[name] = together.get("", together)
-    figures["bytes_on_disk"] = figures["weight_bytes"] if one.bits else one.bytes_on_disk()
+def _flatten(figures: Mapping[str, Any]) -> dict[tuple[str, str], float]:
+    """By name and batch size, which is `""` where a figure does not depend on it; of several runs the median."""
     return {
-        **one.described(),
-        **{name: measured[0][name] for name in ("architecture", "dtype")},
-        "figures": {name: figures[name] for name in LABELS if figures.get(name) is not None},
-        "skipped": {where: why for result in measured for where, why in result["skipped"].items()},
+        (name, size): value["median"] if isinstance(value, dict) else value
+        for name, by_size in figures.items()
+        for size, value in (by_size if isinstance(by_size, dict) else {"": by_size}).items()
     }
 
 
-def _by_size(value: Any) -> dict[str, Any]:
-    """A figure by batch size, one that does not depend on it under `""`."""
-    return value if isinstance(value, dict) else {} if value is None else {"": value}
-
-
-def _spread(values: Sequence[float]) -> dict[str, float]:
-    return {"median": median(values), "low": min(values), "high": max(values)}
-
-
-def _middle(value: Any) -> float:
-    return value["median"] if isinstance(value, dict) else value
-
-
-def _ratios(figures: dict[str, Any], teacher: dict[str, Any]) -> dict[str, Any]:
+def _ratios(figures: Mapping[str, Any], teacher: Mapping[tuple[str, str], float]) -> dict[str, Any]:
     """Figure by figure, where both have it and the teacher's is not 0."""
     ratios: dict[str, Any] = {}
-    for name, value in figures.items():
-        theirs = _by_size(teacher.get(name))
-        ratio = {
-            size: _middle(each) / _middle(theirs[size]) for size, each in _by_size(value).items() if theirs.get(size)
-        }
-        if ratio:
-            ratios[name] = ratio.get("", ratio)
+    for (name, size), value in _flatten(figures).items():
+        if not (reference := teacher.get((name, size))):
+            continue
+        if size:
+            ratios.setdefault(name, {})[size] = value / reference
+        else:
+            ratios[name] = value / reference
     return ratios
 
 
-def _one_line(error: object, *paths: str) -> str:
+def _in_one_line(error: object, *paths: str) -> str:
     """Without the folders that a person gave."""
     text = " ".join(str(error).split())
     for path in paths:

@@ -7,28 +7,28 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from peft import AutoPeftModelForCausalLM
 from transformers import AutoTokenizer
 from transformers.utils import find_adapter_config_file
 
 from llm_distill.config import DistillationConfig
+from llm_distill.data.checks import require_rows
+from llm_distill.data.prepare import PreparedData, prepare
 from llm_distill.evaluation.bias import compare_bias, read_pairs
-from llm_distill.evaluation.compare import TEACHER, Scores, compare
+from llm_distill.evaluation.compare import TEACHER, HeldOutTexts, Scores, compare
 from llm_distill.evaluation.config import BUILT_IN, NONE, EvaluateConfig
-from llm_distill.evaluation.domains import a_sample, measure_domain, windows_of
-from llm_distill.evaluation.figures import domain_figures
+from llm_distill.evaluation.domains import measure_domain, sample_texts, split_into_windows
+from llm_distill.evaluation.figures import DomainFigures, domain_figures
 from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
 from llm_distill.evaluation.report import GapReport, header
 from llm_distill.evaluation.resources import VARIANTS, measure_resources
-from llm_distill.models import vocabulary_size
-from llm_distill.ranks import ranks
+from llm_distill.models import LanguageModel
+from llm_distill.ranks import ranks, run_on_first_rank
 from llm_distill.teachers.live import LiveTeacher
-from llm_distill.trainer import DistillationTrainer
 
-Models = Mapping[str, LiveTeacher]
+Models = Mapping[str, LanguageModel]
 """`student`, `teacher` and perhaps `baseline`."""
 
 
@@ -45,11 +45,11 @@ def make_gap_report(config: EvaluateConfig, datasets: Mapping[str, Any], command
     pairs = None if config.bias in (NONE, BUILT_IN) else config.bias
     if pairs is not None:
         list(read_pairs(pairs))  # to be refused now if at all
-    samples = {name: a_sample(data, config.max_texts or None, config.seed) for name, data in datasets.items()}
+    samples = {name: sample_texts(data, config.max_texts or None, config.seed) for name, data in datasets.items()}
     if empty := [name for name, data in samples.items() if not len(data)]:
         raise ValueError(f"there is no text in {', '.join(empty)}.")
     report = GapReport(header(command))
-    resources = _of_the_first_rank(lambda: _resources(config)) if config.resources else None  # with the memory free
+    resources = run_on_first_rank(lambda: _resources(config)) if config.resources else None  # with the memory free
     models = {name: _load(config, name) for name in (TEACHER, "student", "baseline") if getattr(config, name)}
     report.content.update({name: model.describe() for name, model in models.items()})
     lengths = [limit for model in models.values() if (limit := model.max_length)]
@@ -90,102 +90,74 @@ def _parts(
 
 def _domains(
     config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset], comparable: bool
-) -> Iterator[tuple[str, dict[str, Any]]]:
+) -> Iterator[tuple[str, DomainFigures]]:
     """(name, figures). Models with the student's tokens run over the same batches, each other one over its own."""
     student, teacher = models["student"], models[TEACHER]
     alone = [] if comparable else [TEACHER]
     if "baseline" in models and _comparable(student, models["baseline"]) is not True:
         alone.append("baseline")
     of_alone = {name: _scores_alone(config, name, models[name], samples) for name in alone}
-    together = {name: model for name, model in models.items() if name not in alone and name != TEACHER}
-    for name, trainer in _prepared(config, student, teacher if comparable else None, samples):
-        for model in together.values():
-            model.prepare(trainer.accelerator, torch.nn.Module())
-        options = _options(trainer, config, name)
+    together = {name: model.model for name, model in models.items() if name not in alone and name != TEACHER}
+    for name, data in _prepared(config, student, samples):
         others = {model: scores[name] for model, scores in of_alone.items()}
-        running = {each: model.model for each, model in together.items()}
+        texts = _held_out(data, config, name)
         if comparable:
-            yield name, measure_domain(running, teacher, others=others, **options)
+            live = LiveTeacher(teacher)
+            live.prepare(data.accelerator, torch.nn.Module())
+            yield name, measure_domain(together, live, texts, others)
         else:
-            vocab_size = vocabulary_size(trainer.processing_class)
-            scores = compare(running, None, vocab_size=vocab_size, **options) | others
-            yield name, domain_figures(scores, comparable=False)
+            yield name, domain_figures(compare(together, None, texts) | others, comparable=False)
 
 
 def _scores_alone(
-    config: EvaluateConfig, name: str, model: LiveTeacher, samples: Mapping[str, Dataset]
+    config: EvaluateConfig, name: str, model: LanguageModel, samples: Mapping[str, Dataset]
 ) -> dict[str, Scores]:
     """Of a model with tokens of its own, on each domain."""
-    vocab_size = vocabulary_size(model.tokenizer)  # type: ignore[arg-type]
     return {
-        domain: compare({name: model.model}, None, vocab_size=vocab_size, **_options(trainer, config, domain))[name]
-        for domain, trainer in _prepared(config, model, None, samples)
+        domain: compare({name: model.model}, None, _held_out(data, config, domain))[name]
+        for domain, data in _prepared(config, model, samples)
     }
 
 
 def _prepared(
-    config: EvaluateConfig, model: LiveTeacher, teacher: LiveTeacher | None, samples: Mapping[str, Dataset]
-) -> Iterator[tuple[str, DistillationTrainer]]:
-    """Each domain with a trainer that trains nothing: it has made tokens and labels of prompts and chats as for
-    training; long texts are read to their end, in windows.
-
-    What counts is one setting of a trainer, so domains with and without prompts have two.
+    config: EvaluateConfig, model: LanguageModel, samples: Mapping[str, Dataset]
+) -> Iterator[tuple[str, PreparedData]]:
+    """Each domain in a model's tokens, with labels of prompts and chats as for training; long texts are read to their
+    end, in windows. What counts is one setting for all, so domains with and without prompts are prepared apart.
     """
-    trainers: dict[str, DistillationTrainer] = {}
-    for name, data in samples.items():
-        kind = _kind(data)
-        if kind not in trainers:
+    tokenizer = model.require_tokenizer("model")
+    args = DistillationConfig(
+        output_dir=config.output_dir,
+        max_length=config.max_length,
+        assistant_only_loss=config.assistant_only_loss,
+        bf16=False,
+        report_to="none",
+        trust_remote_code=config.trust_remote_code,
+        use_cpu=ranks().device.type == "cpu",
+    )
+    prepared: dict[str, PreparedData] = {}
+    for name, dataset in samples.items():
+        kind = _kind(dataset)
+        if kind not in prepared:
             alike = {n: d for n, d in samples.items() if _kind(d) == kind}
             if kind == "text":
-                assert model.tokenizer is not None, "_load has seen to it"
-                alike = {n: windows_of(d, model.tokenizer, config.max_length) for n, d in alike.items()}
-            trainers[kind] = _trainer(config, model, teacher, alike)
-        yield name, trainers[kind]
+                alike = {n: split_into_windows(d, tokenizer, config.max_length) for n, d in alike.items()}
+            prepared[kind] = prepare(tokenizer, args, next(iter(alike.values())), alike)
+            for domain, data in prepared[kind].evaluation.items():
+                require_rows(data, domain)
+        model.model.to(prepared[kind].device)
+        yield name, prepared[kind]
 
 
 def _kind(data: Dataset) -> str:
     return next((column for column in ("prompt", "messages", "text") if column in data.column_names), "other")
 
 
-def _trainer(
-    config: EvaluateConfig, model: LiveTeacher, teacher: LiveTeacher | None, samples: Mapping[str, Dataset]
-) -> DistillationTrainer:
-    args = DistillationConfig(
-        output_dir=config.output_dir,
-        kd_weight=1.0 if teacher else 0.0,
-        ce_weight=0.0 if teacher else 1.0,
-        max_length=config.max_length,
-        assistant_only_loss=config.assistant_only_loss,
-        activation_checkpointing=False,
-        bf16=False,
-        report_to="none",
-        trust_remote_code=config.trust_remote_code,
-        use_cpu=ranks().device.type == "cpu",
-    )
-    try:
-        return DistillationTrainer(
-            model=model.model,
-            teacher=teacher,
-            args=args,
-            train_dataset=next(iter(samples.values())),
-            eval_dataset=dict(samples),
-            processing_class=model.tokenizer,
-        )
-    except ValueError as error:  # which calls the first of them "train"
-        raise ValueError(f"{', '.join(samples)}: {error}") from error
+def _held_out(data: PreparedData, config: EvaluateConfig, name: str) -> HeldOutTexts:
+    return HeldOutTexts(data.evaluation[name], data.collate, data.tokenizer, config.batch_size, name)
 
 
-def _options(trainer: DistillationTrainer, config: EvaluateConfig, name: str) -> dict[str, Any]:
-    return {
-        "dataset": trainer.eval_dataset[name],
-        "collate": trainer.collate,
-        "tokenizer": trainer.processing_class,
-        "batch_size": config.batch_size,
-        "name": name,
-    }
-
-
-def _load(config: EvaluateConfig, name: str) -> LiveTeacher:
+def _load(config: EvaluateConfig, name: str) -> LanguageModel:
     """Any of the models; adapters are merged into what they are of.
 
     Raises:
@@ -197,19 +169,20 @@ def _load(config: EvaluateConfig, name: str) -> LiveTeacher:
     }
     options = {"revision": revision, "dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
     if find_adapter_config_file(path, revision=revision) is None:
-        model = LiveTeacher.load(path, **options, **bits)
+        model = LanguageModel.load(path, **options, **bits)
     else:
         adapted = AutoPeftModelForCausalLM.from_pretrained(path, **options).merge_and_unload()
-        model = LiveTeacher(adapted, AutoTokenizer.from_pretrained(path, revision=revision))
+        model = LanguageModel(adapted, AutoTokenizer.from_pretrained(path, revision=revision))
     if model.tokenizer is None:
         raise ValueError(f"the {name} {path!r} comes without a tokenizer: save it beside the weights.")
+    model.model.eval()
     return model
 
 
-def _comparable(student: LiveTeacher, other: LiveTeacher) -> bool | str:
+def _comparable(student: LanguageModel, other: LanguageModel) -> bool | str:
     """Whether their distributions are over the same tokens; if not, why."""
     try:
-        other.fit_to(student.tokenizer)  # type: ignore[arg-type]
+        other.fit_to(student.require_tokenizer("student"))
     except ValueError as reason:
         return str(reason)
     return True
@@ -217,23 +190,15 @@ def _comparable(student: LiveTeacher, other: LiveTeacher) -> bool | str:
 
 def _resources(config: EvaluateConfig) -> dict[str, Any]:
     models = {name: getattr(config, name) for name in (TEACHER, "student", "baseline") if getattr(config, name)}
-    bits = "4bit" if config.teacher_load_in_4bit else "8bit" if config.teacher_load_in_8bit else None
     return measure_resources(
         models,
-        variants=tuple(VARIANTS) if config.quantized else (),
+        variants=VARIANTS if config.quantized else (),
         batch_sizes=config.resource_batch_sizes,
         dtype=config.dtype,
         revisions={name: revision for name in models if (revision := getattr(config, f"{name}_revision"))},
-        quantized={TEACHER: bits} if bits else None,
+        teacher_bits=4 if config.teacher_load_in_4bit else 8 if config.teacher_load_in_8bit else None,
         trust_remote_code=config.trust_remote_code,
     )
-
-
-def _of_the_first_rank(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The others wait."""
-    found: list[Any] = [measure() if ranks().is_main_process else None]
-    broadcast_object_list(found)
-    return found[0]
 
 
 def _save(report: GapReport, folder: str) -> None:

@@ -2,148 +2,132 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
 from typing import Any
 
-from llm_distill.config import DistillationConfig, _mapping
-from llm_distill.generation.endpoint import KEY_VARIABLE, Prices
-from llm_distill.generation.engines import Sampling
+from llm_distill.generation.engines.base import Sampling
+from llm_distill.generation.engines.endpoint import Prices
 from llm_distill.generation.filters import DEFAULTS, FILTERS, Filter, make_filters
+from llm_distill.options import is_chosen, option, parse_mapping
+from llm_distill.servers import KEY_VARIABLE
+from llm_distill.teachers.options import LOADING, TeacherModelOptions
 
-ENGINES = ("transformers", "vllm", "endpoint")
-TRAINING = {each.name: each.metadata for each in fields(DistillationConfig)}
-"""The same options say the same there and here."""
+TRANSFORMERS, VLLM, ENDPOINT = "transformers", "vllm", "endpoint"
 
 
 @dataclass
-class GenerateConfig:
+class GenerateConfig(TeacherModelOptions):
     """Who writes, how, and what is kept of it.
 
     Raises:
         ValueError: a value out of range, or an option that would have no effect beside the others.
     """
 
-    output_dir: str = field(
-        default="generated",
-        metadata={"help": "Folder for texts, report and journal. The same command goes on where it was killed."},
-    )
-    teacher_model_name_or_path: str | None = field(default=None, metadata=TRAINING["teacher_model_name_or_path"])
-    teacher_model_revision: str | None = field(default=None, metadata=TRAINING["teacher_model_revision"])
-    teacher_model_init_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata=TRAINING["teacher_model_init_kwargs"]
-    )
-    teacher_load_in_4bit: bool = field(default=False, metadata=TRAINING["teacher_load_in_4bit"])
-    teacher_load_in_8bit: bool = field(default=False, metadata=TRAINING["teacher_load_in_8bit"])
-    engine: str | None = field(
-        default=None,
-        metadata={
-            "help": "Who runs the teacher: transformers (on every rank), vllm (if installed), or endpoint, an "
-            "OpenAI-compatible server. By default endpoint where there is an endpoint_url, else transformers."
-        },
-    )
-    endpoint_url: str | None = field(
-        default=None,
-        metadata={"help": f"Such as https://host/v1. Its key is read from {KEY_VARIABLE} in the environment alone."},
-    )
-    prompt_column: str | None = field(
-        default=None,
-        metadata={"help": "Column with the prompts. By default prompt, messages, question, instruction or text."},
-    )
-    prompt_tokens: int | None = field(
-        default=None,
-        metadata={"help": "Cut texts to their first tokens, for the teacher to go on from there."},
-    )
-    as_chat: bool = field(default=False, metadata={"help": "Make each prompt the message of a user."})
-    system_prompt: str | None = field(default=None, metadata={"help": "Put in front of every conversation."})
-    max_prompts: int | None = field(default=None, metadata={"help": "How many prompts at most."})
+    heading = "what is written"
 
-    num_completions: int = field(default=1, metadata={"help": "Completions of each prompt."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Longest completion, in tokens."})
-    sampling_temperature: float = field(
-        default=1.0, metadata={"help": "0 takes the likeliest token each time. (loss_temperature is another thing.)"}
+    output_dir: str = option(
+        "generated",
+        "Texts, report and journal go to this folder. The same command goes on where an earlier one was killed.",
     )
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens with this mass together."})
-    top_k: int = field(default=0, metadata={"help": "Sample from so many likeliest tokens; 0 is all."})
-    num_beams: int = field(default=1, metadata={"help": "Beam search (Kim and Rush, 2016), at temperature 0."})
-    seed: int = field(default=0, metadata={"help": "Of the sampling."})
-    batch_size: int = field(default=32, metadata={"help": "Prompts at a time and rank (transformers)."})
-    continuous_batching: bool = field(
-        default=False,
-        metadata={"help": "transformers' continuous batching: a text that ends makes room for the next at once."},
+    engine: str | None = option(
+        None,
+        "The teacher is run by transformers (on every rank), by vllm (if it is installed), or by an endpoint, which is "
+        "an OpenAI-compatible server. The default is endpoint where there is an endpoint_url, else transformers.",
+        choices=(TRANSFORMERS, VLLM, ENDPOINT),
     )
-    log_probs: bool = field(
-        default=False,
-        metadata={"help": "Record the teacher's mean log-probability of each text (the filter log_prob needs it)."},
+    endpoint_url: str | None = option(
+        None,
+        f"The endpoint is at this address, such as https://host/v1. Its key is read from {KEY_VARIABLE} in the "
+        "environment alone.",
+        needs={"engine": (ENDPOINT,)},
     )
-    vllm_kwargs: dict[str, Any] | str | None = field(
-        default=None, metadata={"help": "More for vllm.LLM, such as {tensor_parallel_size: 8}, as JSON or YAML."}
+    prompt_column: str | None = option(
+        None,
+        "The prompts are in this column. By default it is prompt, messages, question, instruction or text, whichever "
+        "comes first.",
     )
+    prompt_tokens: int | None = option(
+        None,
+        "Texts are cut to this many of their first tokens, for the teacher to go on from there.",
+        needs={"engine": (TRANSFORMERS, VLLM)},
+        at_least=1,
+    )
+    as_chat: bool = option(False, "Each prompt becomes the message of a user.")
+    system_prompt: str | None = option(None, "This text stands in front of every conversation.")
+    max_prompts: int | None = option(None, "At most this many prompts are used.", at_least=1)
 
-    concurrency: int = field(default=16, metadata={"help": "Requests in flight at an endpoint."})
-    request_timeout: float = field(default=600.0, metadata={"help": "Seconds for one request to an endpoint."})
-    max_retries: int = field(default=8, metadata={"help": "Of a request that failed for a passing reason."})
-    price_per_million_input_tokens: float = field(default=0.0, metadata={"help": "What an endpoint takes for prompts."})
-    price_per_million_output_tokens: float = field(default=0.0, metadata={"help": "And for completions."})
-    budget: float | None = field(
-        default=None,
-        metadata={"help": "Stop before more than this is spent, all earlier parts of the run included."},
+    num_completions: int = option(1, "Each prompt gets this many completions.")
+    max_new_tokens: int = option(256, "A completion has at most this many tokens.")
+    sampling_temperature: float = option(
+        1.0, "The logits are divided by this temperature. 0 takes the likeliest token each time."
+    )
+    top_p: float = option(1.0, "Only the likeliest tokens are sampled that have this probability together.")
+    top_k: int = option(0, "Only this many of the likeliest tokens are sampled. 0 samples from all.")
+    num_beams: int = option(1, "Beam search keeps this many beams (Kim and Rush, 2016). It needs temperature 0.")
+    seed: int = option(0, "Sampling begins from this random seed.")
+    batch_size: int = option(
+        32, "Each rank completes this many prompts at a time.", needs={"engine": (TRANSFORMERS,)}, at_least=1
+    )
+    continuous_batching: bool = option(
+        False,
+        "A text that ends makes room for the next at once (transformers' continuous batching).",
+        needs={"engine": (TRANSFORMERS,)},
+    )
+    log_probs: bool = option(
+        False,
+        "The teacher's mean log-probability of each text is recorded. The filter log_prob needs it and turns it on.",
+    )
+    vllm_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "vllm.LLM gets these arguments, such as {tensor_parallel_size: 8}, as JSON or YAML.",
+        needs={"engine": (VLLM,)},
+        parse=parse_mapping,
     )
 
-    filters: dict[str, Any] | str | None = field(
-        default=None,
-        metadata={
-            "help": "What is kept, in this order, as JSON or YAML: {name: {parameter: value}} of "
-            f"{', '.join(FILTERS)}. By default {', '.join(DEFAULTS)}; {{}} keeps all. A run that is complete is only "
-            "filtered anew."
-        },
+    concurrency: int = option(16, "An endpoint gets this many requests at a time.", needs={"engine": (ENDPOINT,)})
+    request_timeout: float = option(
+        600.0, "One request to an endpoint may take this many seconds.", needs={"engine": (ENDPOINT,)}
     )
-    generated_hub_id: str | None = field(
-        default=None, metadata={"help": "Push what was accepted to this dataset repository."}
+    max_retries: int = option(
+        8, "A request that fails for a passing reason is tried again this many times.", needs={"engine": (ENDPOINT,)}
     )
-    generated_hub_private: bool = field(default=False, metadata={"help": "Make that repository private."})
+    price_per_million_input_tokens: float = option(
+        0.0, "An endpoint takes this much for a million tokens of prompts.", needs={"engine": (ENDPOINT,)}
+    )
+    price_per_million_output_tokens: float = option(
+        0.0, "An endpoint takes this much for a million tokens of completions.", needs={"engine": (ENDPOINT,)}
+    )
+    budget: float | None = option(
+        None,
+        "The run stops before more than this is spent, with all earlier parts of the run.",
+        needs={"engine": (ENDPOINT,)},
+    )
+
+    filters: dict[str, Any] | str | None = option(
+        None,
+        "These filters choose what is kept, in this order, as JSON or YAML: {name: {parameter: value}} of "
+        f"{', '.join(FILTERS)}. The default is {', '.join(DEFAULTS)}; {{}} keeps all. A run that is complete is only "
+        "filtered anew.",
+    )
+    generated_hub_id: str | None = option(None, "What was accepted is pushed to this dataset repository on the Hub.")
+    generated_hub_private: bool = option(False, "That repository is private.", needs="generated_hub_id")
 
     def __post_init__(self) -> None:
-        self.teacher_model_init_kwargs = _mapping("teacher_model_init_kwargs", self.teacher_model_init_kwargs)
-        self.vllm_kwargs = _mapping("vllm_kwargs", self.vllm_kwargs)
-        self.filters = dict(DEFAULTS) if self.filters is None else _mapping("filters", self.filters)
-        self.engine = self.engine or ("endpoint" if self.endpoint_url else "transformers")
-        if self.engine not in ENGINES:
-            raise ValueError(f"engine must be one of {', '.join(ENGINES)}, got {self.engine!r}.")
-        if self.engine == "endpoint" and not self.endpoint_url:
+        self.filters = dict(DEFAULTS) if self.filters is None else parse_mapping("filters", self.filters)
+        self.engine = self.engine or (ENDPOINT if self.endpoint_url else TRANSFORMERS)
+        if self.engine == ENDPOINT and not self.endpoint_url:
             raise ValueError("engine=endpoint needs its endpoint_url, such as https://host/v1.")
-        for name in ("prompt_tokens", "max_prompts", "batch_size"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        others = {name for name in ENGINES if name != self.engine}
-        only = {
-            "transformers": ("batch_size", "continuous_batching", "teacher_load_in_4bit", "teacher_load_in_8bit"),
-            "vllm": ("vllm_kwargs",),
-            "endpoint": (
-                *("endpoint_url", "concurrency", "request_timeout", "max_retries", "budget"),
-                *("price_per_million_input_tokens", "price_per_million_output_tokens"),
-            ),
-        }
-        unused = [f"{name} (engine is {self.engine})" for other in others for name in only[other] if self._is_set(name)]
-        if self.engine != "transformers":
-            unused += [
-                f"{name} (engine is {self.engine})" for name in ("teacher_model_init_kwargs",) if self._is_set(name)
-            ]
-        if self.engine == "endpoint":
-            names = ("teacher_model_revision", "prompt_tokens")
-            unused += [f"{name} (engine is endpoint)" for name in names if self._is_set(name)]
-        if self.generated_hub_private and self.generated_hub_id is None:
-            unused.append("generated_hub_private (there is no generated_hub_id)")
-        if unused:
-            raise ValueError(f"without effect here, so refused: {'; '.join(sorted(unused))}.")
+        super().__post_init__()
         if "majority" in self.filters and self.num_completions < 3:
             raise ValueError(f"the filter majority needs three votes or more: num_completions={self.num_completions}.")
         self.log_probs = self.log_probs or "log_prob" in self.filters
         self.sampling()
         self.prices()
 
-    def _is_set(self, name: str) -> bool:
-        default = next(each.default for each in fields(self) if each.name == name)
-        return getattr(self, name) not in (default, {})
+    def conflicts(self) -> dict[str, Any]:
+        revisable = () if self.engine == ENDPOINT else ("teacher_model_revision",)
+        unused = [name for name in LOADING if self.engine != TRANSFORMERS and name not in revisable]
+        return super().conflicts() | {f"{name} (engine is {self.engine})": is_chosen(self, name) for name in unused}
 
     def sampling(self) -> Sampling:
         return Sampling(

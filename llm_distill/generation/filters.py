@@ -7,67 +7,66 @@ use.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import pkgutil
 import re
+import runpy
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from llm_distill.generation.private_data import PrivateData
 from llm_distill.generation.prompts import Content
 
 
-class Sample(NamedTuple):
-    """A completion and what belongs to it."""
+class Candidate(NamedTuple):
+    """A completion that may become a text to learn from, and what belongs to it."""
 
     prompt: Content
-    text: str
     row: dict[str, Any]
     """The other columns of the prompt's row."""
+    text: str
     finished: bool
     tokens: int
     mean_log_prob: float | None
 
 
-Filter = Callable[[Sequence[Sample]], Sequence[Sample | None]]
+Filter = Callable[[Sequence[Candidate]], Sequence[Candidate | None]]
 
 
-class Each(ABC):
-    """A filter that looks at one completion at a time."""
+class IndependentFilter(ABC):
+    """A filter that judges each completion by itself."""
 
     @abstractmethod
-    def keeps(self, sample: Sample) -> bool:
+    def keeps(self, candidate: Candidate) -> bool:
         """Whether it stays in."""
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
-        return [sample if self.keeps(sample) else None for sample in samples]
+    def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
+        return [candidate if self.keeps(candidate) else None for candidate in candidates]
 
 
 @dataclass(frozen=True)
-class Finished(Each):
+class Finished(IndependentFilter):
     """Those that the teacher ended itself: from one that was cut off a student learns to stop in mid-sentence."""
 
-    def keeps(self, sample: Sample) -> bool:
-        return sample.finished
+    def keeps(self, candidate: Candidate) -> bool:
+        return candidate.finished
 
 
 @dataclass(frozen=True)
-class Length(Each):
+class Length(IndependentFilter):
     """Those of so many tokens, and of so many characters besides blanks."""
 
     min_tokens: int = 1
     max_tokens: int | None = None
     min_characters: int = 1
 
-    def keeps(self, sample: Sample) -> bool:
+    def keeps(self, candidate: Candidate) -> bool:
         return (
-            self.min_tokens <= sample.tokens
-            and (self.max_tokens is None or sample.tokens <= self.max_tokens)
-            and len(sample.text.strip()) >= self.min_characters
+            self.min_tokens <= candidate.tokens
+            and (self.max_tokens is None or candidate.tokens <= self.max_tokens)
+            and len(candidate.text.strip()) >= self.min_characters
         )
 
 
@@ -79,42 +78,42 @@ def repeated_share(text: str, n: int = 4) -> float:
 
 
 @dataclass(frozen=True)
-class Repetition(Each):
+class Repetition(IndependentFilter):
     """Those in which at most `max_share` of the runs of `n` words (or signs) have come before."""
 
     max_share: float = 0.5
     n: int = 4
 
-    def keeps(self, sample: Sample) -> bool:
-        return repeated_share(sample.text, self.n) <= self.max_share
+    def keeps(self, candidate: Candidate) -> bool:
+        return repeated_share(candidate.text, self.n) <= self.max_share
 
 
 @dataclass(frozen=True)
-class LogProb(Each):
+class LogProb(IndependentFilter):
     """Those that the teacher finds likely enough: mean log-probability in nats a token, at temperature 1."""
 
     min: float = -3.0
 
-    def keeps(self, sample: Sample) -> bool:
-        if sample.mean_log_prob is None:
+    def keeps(self, candidate: Candidate) -> bool:
+        if candidate.mean_log_prob is None:
             raise ValueError(
                 "the filter log_prob needs the teacher's log-probabilities, and these texts came without them: they "
                 "were written by another run or by a server that tells none."
             )
-        return sample.mean_log_prob >= self.min
+        return candidate.mean_log_prob >= self.min
 
 
-@dataclass(frozen=True)
-class Verifier(Each):
+@dataclass
+class Verifier(IndependentFilter):
     """Those that `check(prompt, completion, row)` finds right: `package.module:function` or `file.py:function`."""
 
     check: str | Callable[[Content, str, dict[str, Any]], bool]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_check", self.check if callable(self.check) else find_function(self.check))
+        self._check = self.check if callable(self.check) else find_function(self.check)
 
-    def keeps(self, sample: Sample) -> bool:
-        return bool(self._check(sample.prompt, sample.text, sample.row))  # type: ignore[attr-defined]
+    def keeps(self, candidate: Candidate) -> bool:
+        return bool(self._check(candidate.prompt, candidate.text, candidate.row))
 
 
 @dataclass
@@ -123,13 +122,13 @@ class ExactDuplicates:
 
     _seen: set[tuple[str, str]] = field(default_factory=set, init=False, repr=False)
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
-        kept: list[Sample | None] = []
-        for sample in samples:
-            key = (str(sample.prompt), sample.text.strip())
-            kept.append(None if key in self._seen else sample)
+    def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
+        new: list[Candidate | None] = []
+        for candidate in candidates:
+            key = (str(candidate.prompt), candidate.text.strip())
+            new.append(None if key in self._seen else candidate)
             self._seen.add(key)
-        return kept
+        return new
 
 
 @dataclass
@@ -150,8 +149,8 @@ class NearDuplicates:
 
         self._index = MinHashLSH(threshold=self.threshold, num_perm=128)
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
-        return [sample if self._is_new(sample.text) else None for sample in samples]
+    def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
+        return [candidate if self._is_new(candidate.text) else None for candidate in candidates]
 
     def _is_new(self, text: str) -> bool:
         from datasketch import MinHash
@@ -184,20 +183,23 @@ class Majority:
         if not 0 < self.min_share <= 1:
             raise ValueError(f"majority: min_share is a share of 1, got {self.min_share}.")
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
-        answers = [self._answer(sample.text) for sample in samples]
-        common = Counter(answer for answer in answers if answer is not None).most_common(1)
-        if not common or common[0][1] < self.min_share * len(samples):
-            return [None] * len(samples)
-        return [sample if answer == common[0][0] else None for sample, answer in zip(samples, answers, strict=True)]
+    def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
+        answers = [self._answer(candidate.text) for candidate in candidates]
+        counts = Counter(answer for answer in answers if answer is not None)
+        commonest = max(counts, key=counts.__getitem__, default=None)
+        if commonest is None or counts[commonest] < self.min_share * len(candidates):
+            return [None] * len(candidates)
+        return [
+            candidate if answer == commonest else None for candidate, answer in zip(candidates, answers, strict=True)
+        ]
 
     def _answer(self, text: str) -> str | None:
-        found = [match for match in re.finditer(self.answer, text) if match[0]]
-        return (found[-1][1] if found[-1].re.groups else found[-1][0]).strip() if found else None
+        matches = [match for match in re.finditer(self.answer, text) if match[0]]
+        return matches[-1][1 if matches[-1].re.groups else 0].strip() if matches else None
 
 
-@dataclass(frozen=True)
-class Private:
+@dataclass
+class Private(IndependentFilter):
     """Texts without e-mail addresses, telephone numbers, IBANs, card numbers and keys: `drop` them, or `mask` what is
     found. What is in the prompt stays: it is the user's.
 
@@ -210,14 +212,15 @@ class Private:
     def __post_init__(self) -> None:
         if self.action not in ("drop", "mask"):
             raise ValueError(f"private_data: action must be drop or mask, got {self.action!r}.")
+        self._private_data = PrivateData(self.region)
 
-    def __call__(self, samples: Sequence[Sample]) -> list[Sample | None]:
-        finder, kept = PrivateData(self.region), []
-        for sample in samples:
-            masked = finder.masked(sample.text)
-            clean = masked == sample.text
-            kept.append(sample if clean else sample._replace(text=masked) if self.action == "mask" else None)
-        return kept
+    def keeps(self, candidate: Candidate) -> bool:
+        return self._private_data.mask(candidate.text) == candidate.text
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
+        if self.action == "drop":
+            return super().__call__(candidates)
+        return [candidate._replace(text=self._private_data.mask(candidate.text)) for candidate in candidates]
 
 
 FILTERS: dict[str, Callable[..., Filter]] = {
@@ -261,16 +264,8 @@ def find_function(name: str) -> Callable[..., Any]:
     """
     place, _, function = name.rpartition(":")
     try:
-        if place.endswith(".py"):
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None, "it ends with .py"
-            assert spec.loader is not None, "likewise"
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-        return getattr(module, function)
-    except (ImportError, OSError, AttributeError, ValueError) as error:
+        return runpy.run_path(place)[function] if place.endswith(".py") else pkgutil.resolve_name(name)
+    except (ImportError, OSError, AttributeError, KeyError, ValueError) as error:
         raise ValueError(
             f"no function {name!r}: expected package.module:function or path/to/file.py:function. ({error})"
         ) from error

@@ -32,16 +32,16 @@ class PrivateData:
         self._iban, self._luhn = stdnum.iban, stdnum.luhn
         self._keys = key_patterns()
 
-    def masked(self, text: str) -> str:
-        """The text with [EMAIL], [KEY], … in place of what was found; itself if that is nothing."""
+    def mask(self, text: str) -> str:
+        """The text with [EMAIL], [KEY], … in place of what is private; itself if nothing is."""
         parts, place = [], 0
-        for start, end, kind in sorted(self._found(text), key=lambda found: (found[0], -found[1])):
+        for start, end, kind in sorted(self._spans(text), key=lambda span: (span[0], -span[1])):
             if start >= place:
                 parts += [text[place:start], f"[{kind}]"]
             place = max(place, end)  # of two that overlap, the first names both
         return "".join([*parts, text[place:]])
 
-    def _found(self, text: str) -> Iterator[tuple[int, int, str]]:
+    def _spans(self, text: str) -> Iterator[tuple[int, int, str]]:
         for match in E_MAIL.finditer(text):
             yield *match.span(), "EMAIL"
         for match in IBAN.finditer(text):

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "text")
 """Where prompts are looked for, in this order."""
-OURS = (
+OUR_COLUMNS = (
     *("prompt", "completion", "prompt_id", "sample", "finished", "tokens", "mean_log_prob", "seed", "time", "teacher"),
     *("prompt_ids", "completion_ids", "reason"),
 )
@@ -32,8 +32,8 @@ class Prompt(NamedTuple):
 
 
 def make_prompt(content: Content, row: Mapping[str, Any]) -> Prompt:
-    said = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return Prompt(hashlib.blake2b(said.encode(), digest_size=16).hexdigest(), content, dict(row))
+    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return Prompt(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), content, dict(row))
 
 
 def prompts_of(
@@ -79,7 +79,7 @@ def prompts_of(
             if len(ids) <= prompt_tokens:
                 continue
             content = tokenizer.decode(ids[:prompt_tokens])
-        others = {name: value for name, value in row.items() if name != column and name not in OURS}
+        others = {name: value for name, value in row.items() if name != column and name not in OUR_COLUMNS}
         if "completion" in row:
             others["reference"] = row["completion"]
         prompt = make_prompt(content, others)
@@ -107,13 +107,13 @@ def prompt_ids(content: Content, tokenizer: PreTrainedTokenizerBase) -> list[int
 
 
 def _column(row: Mapping[str, Any], wanted: str | None) -> str:
-    found = next((name for name in ([wanted] if wanted else COLUMNS) if name in row), None)
-    if found is None:
+    column = next((name for name in ([wanted] if wanted else COLUMNS) if name in row), None)
+    if column is None:
         raise ValueError(
             f"the dataset has no column {wanted or ' or '.join(COLUMNS)!r} with prompts, only {', '.join(row)}. "
             "Name it with --prompt_column."
         )
-    return found
+    return column
 
 
 def _content(value: Any, number: int, column: str, as_chat: bool, system_prompt: str | None) -> Content:

@@ -1,4 +1,4 @@
-"""A student whose forward returns the distillation loss in place of logits."""
+"""The loss inside the student's own forward, in place of its logits."""
 
 from __future__ import annotations
 
@@ -8,22 +8,25 @@ from types import MethodType
 from typing import Any
 
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llm_distill.heads import LMHead, intercepted, keep_differentiable
 from llm_distill.losses.objective import Objective
-from llm_distill.rows import Rows
+from llm_distill.models import Kept, base_of, rows_at, tapped
+from llm_distill.rows import Positions
 from llm_distill.signals import Signal
+
+MODULES = "distillation_terms"
+"""What the student calls the modules that terms of the objective train beside it."""
 
 
 @dataclass
-class Lesson:
-    """The rows of one batch and what the teacher says about them, on their way into the student's forward."""
+class LossRequest:
+    """The positions of one batch and what the teacher says about them, on their way into the student's forward."""
 
     objective: Objective
-    rows: Rows
+    positions: Positions
     time: int
     """The length of the labels. Hidden states may be longer, by the virtual tokens of a learned prompt in front."""
     signal: Signal | None
@@ -38,8 +41,8 @@ class Lesson:
         return self.value + (loss - loss.detach())
 
 
-def add_lesson_forward(model: nn.Module, head: LMHead) -> None:
-    """Lets `model(**inputs, lesson=Lesson(...))` return `{"loss", "aux_loss"}`; else it is what it was.
+def add_loss_forward(model: nn.Module, head: LMHead) -> None:
+    """Lets `model(**inputs, loss_request=LossRequest(...))` return `{"loss", "aux_loss"}`; else it is what it was.
 
     The loss is computed where the logits would be, inside the forward of the output projection: DDP, FSDP2 and ZeRO
     gather parameters and synchronise gradients in the hooks of the forwards that they wrapped, and a loss computed
@@ -47,29 +50,43 @@ def add_lesson_forward(model: nn.Module, head: LMHead) -> None:
     router losses, checkpointing) runs as it is, and generation is unchanged. A `copy.deepcopy` of the model would run
     the original's weights: save and load it instead.
     """
-    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    base: PreTrainedModel = base_of(model)
     original = base.forward
     for module in base.modules():
         keep_differentiable(module)
 
     @functools.wraps(original)
-    def forward(self: PreTrainedModel, *args: Any, lesson: Lesson | None = None, **kwargs: Any) -> Any:
-        if lesson is None:
+    def forward(self: PreTrainedModel, *args: Any, loss_request: LossRequest | None = None, **kwargs: Any) -> Any:
+        if loss_request is None:
             return original(*args, **kwargs)
 
-        loss: Tensor | None = None
+        request = loss_request
+        losses: list[Tensor] = []
 
         def loss_in_place_of_logits(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
-            nonlocal loss
-            hidden = hidden.to(lesson.rows.sample.device)  # a model spread over devices ends on another one
-            taught = hidden[:, -lesson.time :][lesson.rows.sample, lesson.rows.position]
-            loss, lesson.metrics = lesson.objective(taught, head, lesson.rows.targets, lesson.signal, lesson.num_rows)
+            device = request.positions.sample.device  # a model spread over devices ends on another one
+            at_head, layers = (
+                rows_at(hidden[:, -request.time :], request.positions).to(device),
+                {
+                    number: rows_at(output[:, -request.time :], request.positions).to(device)
+                    for number, output in outputs_of_layers.items()
+                },
+            )
+            loss, request.metrics = request.objective(
+                Kept(at_head, head, layers),
+                request.signal,
+                request.positions,
+                request.num_rows,
+                getattr(self, MODULES, None),
+            )
+            losses.append(loss)
             return hidden[..., :0]
 
-        with intercepted(head.module, loss_in_place_of_logits):
+        needs = request.objective.student_needs.get("hidden", ()) if request.signal is not None else ()
+        with intercepted(head.module, loss_in_place_of_logits), tapped(self, needs) as outputs_of_layers:
             outputs = original(*args, **kwargs)
-        assert loss is not None, "LMHead.of has seen that the projection is called"
-        lesson.value = loss.detach()
+        (loss,) = losses  # LMHead.of has seen that the projection is called
+        request.value = loss.detach()
         # The empty logits add nothing but an edge: the projection's own backward hooks (which gather and reduce its
         # weight) run before the loss's.
         loss = loss + outputs.logits.sum().to(loss)

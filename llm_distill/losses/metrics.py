@@ -1,56 +1,126 @@
-"""What is added up between two logs: the metrics over the rows that count, and the time spent in the teacher."""
+"""What is added up between two logs: the metrics over the rows that count, and the time spent waiting."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from jaxtyping import Float, Int
 from torch import Tensor
 
-METRICS = ("kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce", "aux_loss", "skipped_share")
-"""The values per row of `fused_head_loss`; the router's auxiliary loss, a value per micro-batch; the share of rows that
-are left out because a stored teacher lacks their text."""
+METRICS = {
+    "kd": "kd",
+    "ce": "ce",
+    "kl": "kl",
+    "entropy": "entropy",
+    "top1_agreement": "top1_agreement",
+    "acceptance": "acceptance",
+    "teacher_ce": "teacher_ce",
+    "mean_token_accuracy": "correct",
+    "outside_mass": "outside_mass",
+    "outside_loss": "outside_loss",
+    "aux_loss": "aux_loss",
+    "skipped_share": "skipped_share",
+}
+"""What a log calls each metric, and the value per row (see `fused_head_loss`) whose mean it is. The router's auxiliary
+loss is a value per micro-batch, and the share of rows that are left out, because a stored teacher lacks their text, one
+per sequence."""
+LABELS = {
+    "loss": "loss, nats a token",
+    "ce": "cross-entropy, nats a token",
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits a byte",
+    "teacher_ce": "the teacher's cross-entropy",
+    "kl": "KL(teacher‖student), nats",
+    "reverse_kl": "KL(student‖teacher), nats",
+    "top1_agreement": "same likeliest token",
+    "acceptance": "Σ min(p, q)",
+}
+"""In words, wherever a person reads them: reports, model cards, notebooks."""
 
 Tally = Float[Tensor, "2 metrics"]
-"""Sums of METRICS, and over how many values each of them was taken: a signal may not know them all."""
+"""The sums of some metrics, and over how many values each was taken: a signal may not know them all."""
 
 
-def empty_tally(device: torch.device, *samples: int) -> Tensor:
-    """Zeros [*samples, 2, metrics], in the widest type that the device adds up."""
-    dtype = torch.float32 if device.type == "mps" else torch.float64
-    return torch.zeros(*samples, 2, len(METRICS), dtype=dtype, device=device)
+class Meter:
+    """Adds up the metrics, the tokens and the seconds since the last log.
 
+    Args:
+        names: of the metrics, as METRICS has them and, of a term beside divergence and cross-entropy, its own.
+        device: where they are added up, so that no step waits for it.
+    """
 
-def tally_by_sample(
-    metrics: dict[str, Float[Tensor, " rows"]],
-    sample: Int[Tensor, " rows"],
-    samples: int,
-    aux_loss: Tensor | None,
-    skipped: Int[Tensor, " samples"] | None = None,
-) -> Float[Tensor, "samples 2 metrics"]:
-    """A tally for each sequence of a batch, so that those that only fill up a batch can be left out."""
-    tallies = empty_tally(sample.device, samples)
-    for column, name in enumerate(METRICS):
-        if (values := metrics.get(name)) is None:
-            continue
-        tallies[:, 0, column].index_add_(0, sample, values.to(tallies.dtype))
-        tallies[:, 1, column].index_add_(0, sample, torch.ones_like(values, dtype=tallies.dtype))
-    if aux_loss is not None:
-        tallies[0, :, METRICS.index("aux_loss")] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)]).to(
-            tallies
-        )
-    if skipped is not None:
-        column = METRICS.index("skipped_share")
-        tallies[:, 0, column] = skipped.to(tallies)
-        tallies[:, 1, column] = skipped.to(tallies) + torch.bincount(sample, minlength=samples)
-    return tallies
+    def __init__(self, names: Sequence[str], device: torch.device) -> None:
+        self.names, self.device = tuple(names), device
+        self.in_teacher, self.in_data = Stopwatch(device), Stopwatch(torch.device("cpu"))
+        self.num_tokens = 0.0
+        """Of all ranks, since training began."""
+        self.reset()
 
+    def reset(self) -> None:
+        self.tally = self.zeros()
+        self.tokens: Tensor | int = 0
+        self.in_teacher.reset()
+        self.in_data.reset()
+        self.since = time.perf_counter()
 
-def means(tally: Tally) -> dict[str, float]:
-    """The mean of each metric that was seen at all."""
-    return {name: total / n for name, total, n in zip(METRICS, *tally.tolist(), strict=True) if n}
+    def zeros(self, *samples: int) -> Tensor:
+        """Zeros [*samples, 2, metrics], in the widest type that the device adds up."""
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        return torch.zeros(*samples, 2, len(self.names), dtype=dtype, device=self.device)
+
+    def by_sample(
+        self,
+        values: Mapping[str, Float[Tensor, " rows"]],
+        sample: Int[Tensor, " rows"],
+        samples: int,
+        aux_loss: Tensor | None = None,
+        skipped: Int[Tensor, " samples"] | None = None,
+    ) -> Float[Tensor, "samples 2 metrics"]:
+        """A tally for each sequence of a batch, so that those that only fill up a batch can be left out.
+
+        Args:
+            values: per row, by the names that the losses give them.
+            sample: which sequence each row is of.
+            aux_loss: the router's.
+            skipped: how many rows of each sequence are left out.
+        """
+        tallies, rows = self.zeros(samples), torch.ones_like(sample, dtype=torch.float64).to(self.tally)
+        for column, name in enumerate(self.names):
+            if (value := values.get(METRICS.get(name, name))) is not None:
+                tallies[:, 0, column].index_add_(0, sample, value.to(tallies))
+                tallies[:, 1, column].index_add_(0, sample, rows)
+        if aux_loss is not None:
+            column = self.names.index("aux_loss")
+            tallies[0, :, column] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)]).to(tallies)
+        if skipped is not None:
+            column = self.names.index("skipped_share")
+            tallies[:, 0, column] = skipped.to(tallies)
+            tallies[:, 1, column] = skipped.to(tallies) + torch.bincount(sample, minlength=samples)
+        return tallies
+
+    def means(self, tally: Tally) -> dict[str, float]:
+        """The mean of each metric that was seen at all."""
+        return {name: total / count for name, total, count in zip(self.names, *tally.tolist(), strict=True) if count}
+
+    def log(self, accelerator: Accelerator) -> dict[str, float]:
+        """The means over all ranks since the last log, and how fast it went; then everything starts from 0."""
+        elapsed = time.perf_counter() - self.since
+        tokens = torch.as_tensor(self.tokens).to(self.tally).reshape(1)
+        totals = accelerator.reduce(torch.cat([self.tally.flatten(), tokens]), "sum")
+        self.num_tokens += float(totals[-1])
+        logs = {
+            **self.means(totals[:-1].view_as(self.tally)),
+            "num_tokens": self.num_tokens,
+            "tokens_per_second": float(totals[-1]) / elapsed,
+            "teacher_share": self.in_teacher.reset() / elapsed,
+            "data_share": self.in_data.reset() / elapsed,
+        }
+        self.reset()
+        return logs
 
 
 class Stopwatch:

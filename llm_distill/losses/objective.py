@@ -1,22 +1,56 @@
-"""What the student minimises: divergence and cross-entropy with their weights."""
+"""What the student minimises: a list of terms, of which divergence and cross-entropy, on the same logits, are one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from llm_distill.config import DistillationConfig
 from llm_distill.divergences import Divergence, make_divergence
-from llm_distill.heads import LMHead
+from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.fused import fused_head_loss
+from llm_distill.losses.metrics import METRICS
+from llm_distill.losses.options import ObjectiveOptions
+from llm_distill.models import HEAD, Kept, LanguageModel, Needs
+from llm_distill.rows import Positions
 from llm_distill.signals import Signal
+
+Losses = tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]
+"""A loss, summed over rows and divided by their number in the whole step, and what it was made of, per row."""
+
+
+class Term(Protocol):
+    """One part of the objective: a frozen dataclass whose fields a person may set."""
+
+    name: str
+    weight: float
+
+    @property
+    def student_needs(self) -> Needs:
+        """What the student's forward must keep for it."""
+
+    @property
+    def teacher_needs(self) -> Needs:
+        """What the teacher must tell for it."""
+
+    def make_module(self, student: PreTrainedModel, teachers: Sequence[LanguageModel]) -> nn.Module | None:
+        """What it trains beside the student, if anything. It is saved with checkpoints and no part of the student."""
+
+    def __call__(self, student: Kept, signal: Signal, module: nn.Module | None) -> Float[Tensor, " rows"]:
+        """Its value at each position, without its weight."""
+
+
+TERMS: dict[str, type[Any]] = {"hidden": HiddenStates}
+"""Those that can stand beside the head's loss, by the name that `losses` gives them."""
 
 
 @dataclass(frozen=True)
-class Objective:
-    """kd_weight · T² · D(teacher‖student at T) + ce_weight · cross-entropy, per row that counts."""
+class HeadLoss:
+    """kd_weight · T² · D(teacher‖student at T) + ce_weight · cross-entropy: see `fused_head_loss`."""
 
     divergence: Divergence
     temperature: float = 1.0
@@ -26,10 +60,36 @@ class Objective:
     buffer_mib: int | None = None
     """Memory for logits, which changes how fast it goes and not what comes out."""
 
+    def __call__(
+        self, student: Kept, signal: Signal | None, positions: Positions, num_rows: Tensor | int | None
+    ) -> Losses:
+        return fused_head_loss(
+            student.hidden,
+            student.head,
+            signal,
+            self.divergence,
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            targets=positions.targets,
+            num_rows=num_rows,
+            squared_temperature=self.squared_temperature,
+            buffer_mib=self.buffer_mib,
+        )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The head's loss and the weighted sum of further terms, per row that counts."""
+
+    head: HeadLoss
+    terms: tuple[Term, ...] = ()
+
     @classmethod
-    def of(cls, config: DistillationConfig) -> Objective:
-        assert isinstance(config.divergence_kwargs, dict), "DistillationConfig has parsed it"
-        return cls(
+    def of(cls, config: ObjectiveOptions) -> Objective:
+        """Raises ValueError for a term that there is not, or parameters that it does not take."""
+        assert isinstance(config.divergence_kwargs, dict), "it is parsed"
+        head = HeadLoss(
             divergence=make_divergence(config.divergence, **config.divergence_kwargs),
             temperature=config.loss_temperature,
             kd_weight=config.kd_weight,
@@ -37,26 +97,101 @@ class Objective:
             squared_temperature=config.squared_temperature,
             buffer_mib=config.loss_buffer_mib,
         )
+        assert not isinstance(config.losses, str), "likewise"
+        return cls(head, tuple(make_term(**term) for term in config.losses or ()))
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether anything is learned from a teacher, and not from the text alone."""
+        return self.head.kd_weight > 0 or bool(self.terms)
+
+    @property
+    def student_needs(self) -> Needs:
+        return _union(term.student_needs for term in self.terms)
+
+    @property
+    def teacher_needs(self) -> Needs:
+        return _union(term.teacher_needs for term in self.terms)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of what is logged of it."""
+        return (*METRICS, *(term.name for term in self.terms))
+
+    def require_served(self, can: frozenset[str], teacher: str) -> None:
+        """Raises ValueError if a term needs of the teacher what it cannot give."""
+        for term in self.terms:
+            if missing := set(term.teacher_needs) - can:
+                raise ValueError(
+                    f"losses has {term.name!r}, which needs the teacher's {' and '.join(sorted(missing))} states, and "
+                    f"a {teacher} gives none: use a teacher in memory, or leave that term out."
+                )
+
+    def make_modules(self, student: PreTrainedModel, teachers: Sequence[LanguageModel]) -> nn.ModuleDict:
+        """What its terms train beside the student, by their names."""
+        modules = {term.name: term.make_module(student, teachers) for term in self.terms}
+        return nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
+
+    def total(self, means: Mapping[str, float]) -> float:
+        """The loss, from the means of its parts."""
+        head = self.head.ce_weight * means["ce"]  # with the share of what is past the vocabulary in it
+        if self.head.kd_weight:
+            head += self.head.kd_weight * (means["kd"] + means.get("outside_loss", 0.0))
+        return head + sum(term.weight * means[term.name] for term in self.terms)
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as JSON."""
+        record = asdict(self.head) | {"divergence": repr(self.head.divergence)}
+        del record["buffer_mib"]  # how it is computed, not what
+        if self.terms:
+            record["losses"] = [{"name": term.name, **asdict(term)} for term in self.terms]  # type: ignore[call-overload]
+        return record
 
     def __call__(
         self,
-        hidden: Float[Tensor, "rows hidden"],
-        head: LMHead,
-        targets: Int[Tensor, " rows"],
+        student: Kept,
         signal: Signal | None,
-        num_rows: Tensor | int | None,
-    ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]:
-        """The loss over the rows that count, and its parts per row: see `fused_head_loss`."""
-        return fused_head_loss(
-            hidden,
-            head,
-            signal,
-            self.divergence,
-            temperature=self.temperature,
-            kd_weight=self.kd_weight,
-            ce_weight=self.ce_weight,
-            targets=targets,
-            num_rows=num_rows,
-            squared_temperature=self.squared_temperature,
-            buffer_mib=self.buffer_mib,
-        )
+        positions: Positions,
+        num_rows: Tensor | int | None = None,
+        modules: nn.ModuleDict | None = None,
+    ) -> Losses:
+        """The loss over N positions, and its parts per row.
+
+        Args:
+            num_rows: what the sum over rows is divided by (default: the rows at hand). A trainer passes those of the
+                whole step over micro-batches and ranks.
+            modules: what `make_modules` has made, wherever an engine keeps it.
+        """
+        loss, values = self.head(student, signal, positions, num_rows)
+        if signal is None:
+            return loss, values
+        num_rows = max(len(positions.targets), 1) if num_rows is None else num_rows
+        for term in self.terms:
+            module = modules[term.name] if modules is not None and term.name in modules else None
+            value = term(student, signal, module)
+            loss = loss + term.weight * value.sum() / num_rows
+            values[term.name] = value.detach()
+        return loss, values
+
+
+def make_term(name: str, **parameters: Any) -> Term:
+    """By name and parameters.
+
+    Raises:
+        ValueError: no such term, or a parameter that it has not, or that cannot be.
+    """
+    if name not in TERMS:
+        raise ValueError(f"losses: there is no term {name!r}, only {', '.join(TERMS)}.")
+    try:
+        return TERMS[name](**parameters)
+    except TypeError as error:
+        raise ValueError(f"losses: {name} does not take these: {', '.join(parameters)}. ({error})") from error
+
+
+def _union(all_needs: Any) -> Needs:
+    """What several terms need together, each layer once."""
+    union: dict[str, tuple[int, ...]] = {kind: tuple(layers) for kind, layers in HEAD.items()}
+    for needs in all_needs:
+        for kind, layers in needs.items():
+            union[kind] = tuple(sorted({*union.get(kind, ()), *layers}))
+    return union

@@ -14,27 +14,22 @@ from typing import Any
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
-from llm_distill.publish.hub import licence_of, named, teachers_of
+from llm_distill.evaluation.figures import LIKENESS, LOSSES, DomainFigures
+from llm_distill.evaluation.statistics import Interval, format_interval
+from llm_distill.losses.metrics import LABELS
+from llm_distill.publish.hub import TAGS, common_licence, licence_of, link_to, teachers_of, terms_of
 from llm_distill.publish.record import FILE, OPTIONS_FILE
+from llm_distill.tables import Markdown, Table
 
 CARD_FILE = "README.md"
 REPORT_FILE, REPORT_PAGES = "report.json", ("report.md", "report.html")
 MARK = "<!-- llm-distill writes this card anew with every push. Remove this line to keep what you change. -->"
 UNFILLED = "[More Information Needed]"
 """Of the template that PEFT leaves."""
-TAGS = ["llm-distill", "knowledge-distillation"]
-FIGURES = {
-    "loss": "loss",
-    "ce": "cross-entropy (nats a token)",
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits a byte",
-    "teacher_ce": "the teacher's cross-entropy",
-    "kl": "KL(teacher‖student)",
-    "reverse_kl": "KL(student‖teacher)",
-    "top1_agreement": "top-1 agreement",
-    "acceptance": "Σ min(p, q)",
-}
-"""What the card shows of an evaluation, and what it is called."""
+CHAT_INPUTS = """messages = [{"role": "user", "content": "What is a language model?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+)"""
 MODELS = ("student", "teacher", "baseline")
 PARTS = {"generations": "what it writes", "tasks": "tasks", "bias": "bias", "resources": "speed and memory"}
 """Of a report, beside its domains."""
@@ -74,13 +69,13 @@ def write_model_card(
     adapter = (folder / "adapter_config.json").is_file()
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        tags=sorted({*TAGS, *(tags or []), *(f"distilled-from:{each['model']}" for each in _hub_teachers(record))}),
+        tags=sorted({*TAGS, *(tags or []), *(f"distilled-from:{name}" for name in _hub_teachers(record))}),
         base_model=base_model,
         datasets=[record["run.dataset"]] if record.get("run.dataset") else None,
         pipeline_tag="text-generation",
         model_name=name,
         eval_results=list(_eval_results(record, report)) or None,
-        **(_common(list(licences.values()))),
+        **common_licence(list(licences.values())),
     )
     if base_model is not None:
         data["base_model_relation"] = "adapter" if adapter else "finetune"
@@ -91,7 +86,7 @@ def write_model_card(
         *(_results(folder, record, report)),
         f"## How\n\n{_how(folder, record)}",
         f"## Limits\n\n{_limits(record, report, folder)}",
-        _table(("library", "version"), list(record.get("run.versions", {}).items())),
+        Table(("library", "version"), list(record.get("run.versions", {}).items())).markdown(),
     ]
     text = "\n\n".join(section.strip() for section in sections if section)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{text}\n").save(path)
@@ -115,13 +110,9 @@ def _part(record: dict[str, Any], prefix: str) -> dict[str, Any]:
     return {name.removeprefix(prefix): value for name, value in record.items() if name.startswith(prefix)}
 
 
-def _hub_teachers(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return [each for each in teachers_of(_teacher(record)) if each.get("revision")] if taught(record) else []
-
-
-def _common(licences: list[dict[str, Any]]) -> dict[str, Any]:
-    """The licence that all of them have. Where they differ it is the owner's to say."""
-    return licences[0] if licences and all(each == licences[0] for each in licences) else {}
+def _hub_teachers(record: dict[str, Any]) -> list[str]:
+    teachers = teachers_of(_teacher(record)) if taught(record) else []
+    return [teacher["model"] for teacher in teachers if teacher.get("revision")]
 
 
 def _origin(record: dict[str, Any]) -> str:
@@ -139,54 +130,38 @@ def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str,
     if base_model is not None:
         start["model"] = base_model
         start["revision"] = start.get("revision") or "main"
-    rows = [("student, before", named(start) + _size(start), _terms(licences.get("start", {})))]
+    rows = [("student, before", link_to(start) + _size(start), terms_of(licences.get("start", {})))]
     if taught(record):
-        terms = _terms(licences["teacher"])
-        rows += [("teacher", named(each) + _size(each), terms) for each in teachers_of(_teacher(record))]
+        terms = terms_of(licences["teacher"])
+        rows += [("teacher", link_to(member) + _size(member), terms) for member in teachers_of(_teacher(record))]
     data = record.get("run.dataset") or record.get("data.name")
     if data:
         linked = f"[{data}](https://huggingface.co/datasets/{data})" if record.get("run.dataset") else f"`{data}`"
         count = f", {record['data.texts']:,} texts" if record.get("data.texts") else ""
         rows.append(("data", linked + count, "see there"))
-    return _table(("", "what", "licence"), rows)
-
-
-def _terms(licence: dict[str, Any]) -> str:
-    terms = licence.get("license_name") or licence.get("license") or "not known here"
-    return f"[{terms}]({licence['license_link']})" if str(licence.get("license_link")).startswith("http") else terms
+    return Table(("", "what", "licence"), [(name, *map(Markdown, cells)) for name, *cells in rows]).markdown()
 
 
 def _size(model: dict[str, Any]) -> str:
-    count = model.get("parameters")
-    return (
-        f" ({count / 1e6:,.1f} M parameters)" if count and count >= 1e5 else f" ({count:,} parameters)" if count else ""
-    )
+    count = model.get("parameters") or 0
+    size = f"{count / 1e6:,.1f} M" if count >= 1e5 else f"{count:,}"
+    return f" ({size} parameters)" if count else ""
 
 
 def _usage(folder: Path, repo_id: str | None, adapter: bool) -> str:
     model = "AutoPeftModelForCausalLM" if adapter else "AutoModelForCausalLM"
-    lines = (
-        ["from peft import AutoPeftModelForCausalLM", "from transformers import AutoTokenizer"]
+    has_template = any((folder / name).exists() for name in ("chat_template.jinja", "chat_template.json"))
+    lines = [
+        f"from peft import {model}\nfrom transformers import AutoTokenizer"
         if adapter
-        else ["from transformers import AutoModelForCausalLM, AutoTokenizer"]
-    )
-    where = f'"{repo_id}"' if repo_id else '"."  # the folder of this card'
-    lines += [
+        else f"from transformers import {model}, AutoTokenizer",
         "",
-        f"name = {where}",
+        f'name = "{repo_id}"' if repo_id else 'name = "."  # the folder of this card',
         "tokenizer = AutoTokenizer.from_pretrained(name)",
         f"model = {model}.from_pretrained(name)",
+        CHAT_INPUTS if has_template else 'inputs = tokenizer("A language model is", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
     ]
-    if any((folder / each).exists() for each in ("chat_template.jinja", "chat_template.json")):
-        lines += [
-            'messages = [{"role": "user", "content": "What is a language model?"}]',
-            "inputs = tokenizer.apply_chat_template(",
-            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
-            ")",
-        ]
-    else:
-        lines.append('inputs = tokenizer("A language model is", return_tensors="pt")')
-    lines.append("print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))")
     return "```python\n" + "\n".join(lines) + "\n```"
 
 
@@ -198,35 +173,33 @@ def _how(folder: Path, record: dict[str, Any]) -> str:
     command = f"\n\n```text\n{run['command']}\n```" if run.get("command") else ""
     options = (folder / OPTIONS_FILE).read_text() if (folder / OPTIONS_FILE).is_file() else ""
     told = f"\n\n`{OPTIONS_FILE}`, for `llm-distill train --config {OPTIONS_FILE}`:\n\n```yaml\n{options}```"
-    return _table(("setting", "value"), rows) + command + (told if options else "")
+    return Table(("setting", "value"), rows).markdown() + command + (told if options else "")
 
 
 def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None) -> Iterator[str]:
     if report is None:
         figures = list(_trained_figures(record))
         if figures:
-            names = [FIGURES[figure] + (f" on {data}" if data else "") for figure, data, _ in figures]
-            rows = [(name, f"{value:.4g}") for name, (*_, value) in zip(names, figures, strict=True)]
-            yield f"## Results on held-out text\n\n{_table(('figure', 'value'), rows)}"
+            rows = [(LABELS[name] + (f" ({data})" if data else ""), f"{value:.4g}") for name, data, value in figures]
+            yield f"## Results on held-out text\n\n{Table(('figure', 'value'), rows).markdown()}"
         return
     quality, likeness = [], []
-    for domain, found in report["domains"].items():
+    domains: dict[str, DomainFigures] = report["domains"]
+    for name, domain in domains.items():
         for model in MODELS:
-            if figures := found["models"].get(model):
-                shown = [_interval(figures.get(name)) for name in ("loss", "perplexity", "bits_per_byte")]
-                quality.append((domain, model, f"{found['tokens']:,}", *shown))
-        gap, alike = found.get("gap_closed"), found.get("likeness") or {}
+            if of_model := domain["models"].get(model):
+                losses = (_interval(of_model.get(figure)) for figure in LOSSES)
+                quality.append((name, model, f"{domain['tokens']:,}", *losses))
+        gap, alike = domain["gap_closed"], domain["likeness"] or {}
         if gap or alike:
-            shown = [_interval(alike.get(name)) for name in ("kl", "reverse_kl", "top1_agreement", "acceptance")]
-            likeness.append((domain, _interval(gap), *shown))
+            likeness.append((name, _interval(gap), *(_interval(alike.get(figure)) for figure in LIKENESS)))
+    header = ("domain", "model", "tokens", *(LABELS[figure] for figure in LOSSES))
     yield (
-        f"## Results on held-out text\n\nWith 95% intervals, {report['date']}.\n\n"
-        + _table(("domain", "model", "tokens", "loss (nats a token)", "perplexity", "bits a byte"), quality)
-        + "\n"
+        f"## Results on held-out text\n\nWith 95% intervals, {report['date']}.\n\n{Table(header, quality).markdown()}\n"
     )
     if likeness:
-        header = (FIGURES[name] for name in ("kl", "reverse_kl", "top1_agreement", "acceptance"))
-        yield "How like its teacher it is:\n\n" + _table(("domain", "gap closed", *header), likeness)
+        table = Table(("domain", "gap closed", *(LABELS[figure] for figure in LIKENESS)), likeness)
+        yield f"How like its teacher it is:\n\n{table.markdown()}"
     yield "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(folder.glob("*.png")))
     pages = [f"[{name}]({name})" for name in REPORT_PAGES if (folder / name).is_file()]
     yield f"The whole report: {', '.join(pages)}." if pages else ""
@@ -235,7 +208,7 @@ def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None
 def _trained_figures(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]:
     """(figure, dataset, value) of the last evaluation in training: of `eval_ce`, or of `eval_NAME_ce`."""
     for key, value in record.get("run.figures", {}).items():
-        figure = max((name for name in FIGURES if key.endswith(f"_{name}")), key=len, default=None)
+        figure = max((name for name in LABELS if key.endswith(f"_{name}")), key=len, default=None)
         if figure:
             yield figure, key.removeprefix("eval_").removesuffix(figure).rstrip("_"), value
 
@@ -243,23 +216,23 @@ def _trained_figures(record: dict[str, Any]) -> Iterator[tuple[str, str, float]]
 def _eval_results(record: dict[str, Any], report: dict[str, Any] | None) -> Iterator[EvalResult]:
     """For `model-index`, by which the Hub shows figures."""
     if report is None:
-        found = [(data or "held-out text", figure, value) for figure, data, value in _trained_figures(record)]
+        figures = [(data or "held-out text", figure, value) for figure, data, value in _trained_figures(record)]
     else:
-        found = [
-            (domain, figure, told["value"])
+        figures = [
+            (domain, figure, interval["value"])
             for domain, values in report["domains"].items()
             for part in (values["models"].get("student") or {}, values.get("likeness") or {})
-            for figure, told in part.items()
-            if figure in FIGURES and told is not None and told["value"] is not None
+            for figure, interval in part.items()
+            if figure in LABELS and interval is not None and interval["value"] is not None
         ]
-    for domain, figure, value in found:
+    for domain, figure, value in figures:
         yield EvalResult(
             task_type="text-generation",
             task_name="Text generation",
             dataset_type=re.sub(r"\W+", "-", domain).strip("-").lower(),  # by which the Hub tells them apart
             dataset_name=domain,
             metric_type=figure,
-            metric_name=FIGURES[figure],
+            metric_name=LABELS[figure],
             metric_value=value,
         )
 
@@ -291,22 +264,12 @@ def _limits(record: dict[str, Any], report: dict[str, Any] | None, folder: Path)
         if len(gaps) > 1:
             worst = min(gaps, key=lambda name: gaps[name])
             said.append(f"It is weakest, beside its teacher, on {worst}: {gaps[worst]:.0%} of the gap is closed there.")
-        lacking = [what for part, what in PARTS.items() if not report.get(part) or "skipped" in report[part]]
-        if lacking:
+        measured = {part for part in PARTS if report.get(part) and not isinstance(report[part].get("skipped"), str)}
+        if lacking := [what for part, what in PARTS.items() if part not in measured]:
             said.append(f"Not measured: {', '.join(lacking)}.")
         said.append("The figures hold for text like that of these domains, and for no other.")
     return "\n".join(f"- {line}" for line in said)
 
 
-def _interval(figure: dict[str, float] | None) -> str:
-    return (
-        ""
-        if figure is None or figure["value"] is None
-        else f"{figure['value']:.4g} ({figure['low']:.4g} to {figure['high']:.4g})"
-    )
-
-
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> str:
-    rows = [tuple(str(cell).replace("|", "\\|") for cell in row) for row in rows]
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(row)} |" for row in lines) if rows else ""
+def _interval(figure: Interval | None) -> str:
+    return "" if figure is None else format_interval(figure, ".4g")

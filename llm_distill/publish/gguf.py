@@ -109,8 +109,8 @@ def _require_supported(student: PreTrainedModel) -> None:
         "sliding window attention": "sliding_attention" in (getattr(config, "layer_types", None) or []),
         f"rope_type={_rope(student)['rope_type']}": _rope(student)["rope_type"] not in _rope_types(config.model_type),
     }
-    if found := [name for name, is_so in refused.items() if is_so]:
-        raise ValueError(f"a {config.model_type} with {' and '.join(found)} is not supported in GGUF here.")
+    if unsupported := [name for name, is_there in refused.items() if is_there]:
+        raise ValueError(f"a {config.model_type} with {' and '.join(unsupported)} is not supported in GGUF here.")
 
 
 def _rope_types(family: str) -> tuple[str, ...]:
@@ -193,10 +193,12 @@ def _pre_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)
     content = {"model": {"type": type(tokenizer).__name__}} if backend is None else json.loads(backend.to_str())
     if content["model"]["type"] == "BPE" and content["pre_tokenizer"]:
-        found = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
+        own_steps = content["pre_tokenizer"].get("pretokenizers", [content["pre_tokenizer"]])
         normalizer = (content["normalizer"] or {"type": None})["type"]
         for name, steps in PRE_TOKENIZERS.items():
-            is_same = len(found) == len(steps) and all(a | b == a for a, b in zip(found, steps, strict=True))
+            is_same = len(own_steps) == len(steps) and all(
+                own | step == own for own, step in zip(own_steps, steps, strict=True)
+            )
             if is_same and normalizer in (None, "NFC"):
                 return name
     raise ValueError(
@@ -247,11 +249,11 @@ def _require_same_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, pre_tok
         back.backend_tokenizer.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
     texts = [*TEXTS, "".join(token.content for token in tokenizer.added_tokens_decoder.values())]
     for text in texts:
-        ours, theirs = tokenizer(text).input_ids, back(text).input_ids
-        if ours != theirs:
+        ids, ids_of_file = tokenizer(text).input_ids, back(text).input_ids
+        if ids != ids_of_file:
             raise ValueError(
-                f"the tokenizer in the GGUF file is not the student's, so it was not left: {text!r} is {ours} here and "
-                f"{theirs} there."
+                f"the tokenizer in the GGUF file is not the student's, so it was not left: {text!r} is {ids} here and "
+                f"{ids_of_file} there."
             )
 
 

@@ -1,13 +1,17 @@
-"""What every push of a teacher's outputs to the Hub needs: whose they are, under which terms, and errors in words."""
+"""What every push to the Hub needs: a place that nothing else is in, whose outputs these are and under which terms, and
+errors in words.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi, ModelCard, RepoUrl
 
+TAGS = ["llm-distill", "knowledge-distillation"]
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
 
 
@@ -33,6 +37,50 @@ def hub_errors(repo_id: str) -> Iterator[None]:
         ) from error
 
 
+def claim_repository(
+    api: HfApi,
+    repo_id: str,
+    what: str,
+    file: str,
+    changes: Callable[[Path], list[str]],
+    repo_type: str = "model",
+    private: bool | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    way_out: str = "or delete that one",
+) -> RepoUrl:
+    """Makes the repository if need be, and sees that nothing else is in it.
+
+    Args:
+        what: that is to be there, in words.
+        file: by which it is known.
+        changes: tells in what such a file differs from the one that will be pushed.
+        force: whatever is there may be overwritten.
+        way_out: beside another name.
+
+    Raises:
+        ValueError: another one of its kind is there, or something else.
+        Exception: of huggingface_hub, for `hub_errors`.
+    """
+    url = api.create_repo(repo_id, private=private, repo_type=repo_type, exist_ok=True)
+    api.auth_check(url.repo_id, repo_type=repo_type, write=True)  # create_repo is content with another's repository
+    if revision is not None:
+        api.create_branch(url.repo_id, repo_type=repo_type, branch=revision, exist_ok=True)
+    names = [] if force else api.list_repo_files(url.repo_id, repo_type=repo_type, revision=revision)
+    if file in names:
+        path = api.hf_hub_download(url.repo_id, file, repo_type=repo_type, revision=revision)
+        if changed := changes(Path(path)):
+            raise ValueError(
+                f"{url.repo_id} holds another {what}: {'; '.join(changed[:4])}. Choose another name, {way_out}."
+            )
+    elif other := [name for name in names if name not in (".gitattributes", "README.md", "LICENSE")]:
+        raise ValueError(
+            f"{url.repo_id} is no {what} and has other things in it, such as {other[0]}. Choose another name, "
+            f"{way_out}."
+        )
+    return url
+
+
 def size_category(rows: int) -> str:
     """As dataset cards write it."""
     return "n<1K" if rows < 1000 else "<n<".join(SIZES[len(str(rows)) - 4 :][:2])
@@ -40,7 +88,7 @@ def size_category(rows: int) -> str:
 
 def licence_of(teacher: dict[str, Any], api: HfApi) -> dict[str, Any]:
     """What the teacher's own card says; nothing where it cannot be read, or where several teachers disagree."""
-    found: list[dict[str, Any]] = []
+    licences: list[dict[str, Any]] = []
     for member in teachers_of(teacher):
         if not member.get("revision"):
             return {}  # not of the Hub
@@ -48,9 +96,20 @@ def licence_of(teacher: dict[str, Any], api: HfApi) -> dict[str, Any]:
             card = ModelCard.load(api.hf_hub_download(member["model"], "README.md", revision=member["revision"]))
         except Exception:  # no right to read it, no network, no card, not YAML
             return {}
-        said = card.data.to_dict()
-        found.append({name: said[name] for name in ("license", "license_name", "license_link") if name in said})
-    return found[0] if all(each == found[0] for each in found) else {}
+        data = card.data.to_dict()
+        licences.append({name: data[name] for name in ("license", "license_name", "license_link") if name in data})
+    return common_licence(licences)
+
+
+def common_licence(licences: list[dict[str, Any]]) -> dict[str, Any]:
+    """The licence that all of them have. Where they differ it is the owner's to say."""
+    return licences[0] if licences and all(licence == licences[0] for licence in licences) else {}
+
+
+def terms_of(licence: dict[str, Any]) -> str:
+    """What a card calls it, with a link if it has one."""
+    terms = licence.get("license_name") or licence.get("license") or "not known here"
+    return f"[{terms}]({licence['license_link']})" if str(licence.get("license_link")).startswith("http") else terms
 
 
 def teachers_of(teacher: dict[str, Any]) -> list[dict[str, Any]]:
@@ -58,8 +117,8 @@ def teachers_of(teacher: dict[str, Any]) -> list[dict[str, Any]]:
     return teacher.get("ensemble", [teacher])
 
 
-def named(teacher: dict[str, Any]) -> str:
-    """For a card, with a link where it is of the Hub."""
-    name, revision, bits = (teacher.get(field) for field in ("model", "revision", "bits"))
-    name = f"[{name}](https://huggingface.co/{name})" if revision else f"`{name or teacher.get('architecture')}`"
-    return ", ".join(filter(None, [name, revision, teacher.get("dtype"), f"{bits} bits" if bits else None]))
+def link_to(model: dict[str, Any]) -> str:
+    """For a card: its name, a link where it is of the Hub, and in which form it was loaded."""
+    name, revision, bits = model.get("model"), model.get("revision"), model.get("bits")
+    name = f"[{name}](https://huggingface.co/{name})" if revision else f"`{name or model.get('architecture')}`"
+    return ", ".join(filter(None, [name, revision, model.get("dtype"), f"{bits} bits" if bits else None]))

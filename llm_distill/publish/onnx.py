@@ -77,7 +77,8 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
 
 def _logits(session: Any, student: PreTrainedModel, ids: Tensor) -> Tensor:
     """As in generation: half of the tokens as a prompt, the others one by one. [1, time, vocabulary]"""
-    heads = {each.name: each.shape for each in session.get_inputs() if each.name.startswith(LATER)}
+    inputs = {node.name: node.shape for node in session.get_inputs()}
+    heads = {name: shape for name, shape in inputs.items() if name.startswith(LATER)}
     earlier = {name: torch.zeros(1, int(shape[1]), 0, int(shape[3])).numpy() for name, shape in heads.items()}
     places = torch.arange(ids.shape[1])[None]
     prompt = max(1, ids.shape[1] // 2)
@@ -88,8 +89,8 @@ def _logits(session: Any, student: PreTrainedModel, ids: Tensor) -> Tensor:
             "position_ids": places[:, start:end],
             "attention_mask": torch.ones(1, end, dtype=torch.int64),
         }
-        asked = {each.name: given[each.name].numpy() for each in session.get_inputs() if each.name in given}
-        found, *later = session.run(None, asked | earlier)
-        logits.append(torch.from_numpy(found))
+        tokens = {name: values.numpy() for name, values in given.items() if name in inputs}
+        scores, *later = session.run(None, tokens | earlier)
+        logits.append(torch.from_numpy(scores))
         earlier = dict(zip(earlier, later, strict=True))
     return torch.cat(logits, 1)

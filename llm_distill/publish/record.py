@@ -10,7 +10,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from datetime import UTC, datetime
 from enum import Enum
 from importlib.metadata import version
@@ -24,10 +24,12 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 from transformers.utils import extract_commit_hash
 
-from llm_distill.config import DistillationConfig, fields_chosen
+from llm_distill.config import DistillationConfig
+from llm_distill.files import differences
 from llm_distill.leaks import PLACES, SECRETS, public_command, public_value
 from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_model
+from llm_distill.options import fields_chosen
 from llm_distill.teachers import Teacher
 
 FILE = "distillation.json"
@@ -48,9 +50,7 @@ def run_record(
 
     `revision` is the branch, tag or commit that the student was loaded from, if it is of the Hub.
     """
-    record = {f"objective.{name}": value for name, value in asdict(objective).items()}
-    record["objective.divergence"] = repr(objective.divergence)
-    del record["objective.buffer_mib"]  # how it is computed, not what
+    record = {f"objective.{name}": value for name, value in objective.describe().items()}
     record |= {f"teacher.{name}": value for name, value in (teacher.describe() if teacher else {}).items()}
     start = student.get_base_model() if isinstance(student, PeftModel) else student
     record |= {f"student.{name}": value for name, value in describe_model(start, None).items() if name != "tokenizer"}
@@ -91,7 +91,7 @@ def run_options(*groups: Any, **more: Any) -> dict[str, Any]:
     chosen: dict[str, Any] = {}
     for group in groups:
         names = (group.chosen if isinstance(group, DistillationConfig) else fields_chosen(group)) - NOT_TOLD
-        chosen |= {each.name: _plain(getattr(group, each.name)) for each in fields(group) if each.name in names}
+        chosen |= {option.name: _plain(getattr(group, option.name)) for option in fields(group) if option.name in names}
     return public_value(chosen | more)
 
 
@@ -106,30 +106,28 @@ def require_same_run(checkpoint: str | Path, record: dict[str, Any]) -> None:
     path = Path(checkpoint) / FILE
     if not path.is_file():
         return  # of plain fine-tuning, say: nothing to compare with
-    if changes := differences(json.loads(path.read_text()), record, RESUMED):
+    if changes := changes_of_run(path, record, RESUMED, "the checkpoint"):
         raise ValueError(
             f"{checkpoint} is of another distillation: {'; '.join(changes)}. Resume with the settings it was made "
             "with, or start anew in another output_dir."
         )
 
 
-def differences(earlier: dict[str, Any], now: dict[str, Any], compared: Sequence[str]) -> list[str]:
-    """Each field that begins with one of `compared` and is not the same, in words."""
-    now = json.loads(json.dumps(now))
-    names = [name for name in {**earlier, **now} if name.startswith(tuple(compared))]
-    return [
-        f"{name} was {earlier.get(name)!r}, is {now.get(name)!r}"
-        for name in names
-        if earlier.get(name) != now.get(name)
-    ]
+def changes_of_run(path: Path, record: dict[str, Any], compared: Sequence[str], holder: str) -> list[str]:
+    """In what a stored record is not this one, of the fields that begin with one of `compared`."""
+    stored, wanted = (
+        {name: value for name, value in fields.items() if name.startswith(tuple(compared))}
+        for fields in (json.loads(path.read_text()), record)
+    )
+    return differences(stored, wanted, holder, ignore_missing=False)
 
 
 def _commit(name: str, revision: str | None) -> str | None:
     """Of a model of the Hub that has just been loaded; transformers no longer keeps it."""
     if not name or os.path.isdir(name) or os.path.isabs(name):
         return None
-    found = try_to_load_from_cache(name, "config.json", revision=revision)
-    return extract_commit_hash(found, None) if isinstance(found, str) else None
+    path = try_to_load_from_cache(name, "config.json", revision=revision)
+    return extract_commit_hash(path, None) if isinstance(path, str) else None
 
 
 def _plain(value: Any) -> Any:
@@ -139,7 +137,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, os.PathLike):
         return os.fspath(value)
     if isinstance(value, dict):
-        return {str(name): _plain(each) for name, each in value.items()}
+        return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, list | tuple | set):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)

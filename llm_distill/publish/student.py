@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -14,8 +15,8 @@ from huggingface_hub import CommitInfo, HfApi, constants
 from llm_distill.leaks import refuse_leaks
 from llm_distill.publish.adapters import ADAPTER_CONFIG, load_merged
 from llm_distill.publish.card import CARD_FILE, REPORT_FILE, REPORT_PAGES, base_model_of, write_model_card
-from llm_distill.publish.hub import hub_errors
-from llm_distill.publish.record import FILE, IDENTITY, OPTIONS_FILE, differences
+from llm_distill.publish.hub import claim_repository, hub_errors
+from llm_distill.publish.record import FILE, IDENTITY, OPTIONS_FILE, changes_of_run
 
 WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors", ADAPTER_CONFIG)
 MODEL = ("config.json", "generation_config.json")
@@ -36,7 +37,14 @@ UPLOADED = (*WEIGHTS, *MODEL, *TOKENIZER, *ABOUT)
 """Of a student's folder, and nothing from folders within it: no checkpoint, no optimizer, no pickle."""
 
 
-def push_student(
+def push_student(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
+    """Uploads a student with its card; what has arrived is not sent again. Options and errors are those of
+    `prepare_push`.
+    """
+    return prepare_push(folder, repo_id, **options)()
+
+
+def prepare_push(
     folder: str | Path,
     repo_id: str,
     *,
@@ -46,12 +54,13 @@ def push_student(
     report: str | Path | None = None,
     dataset: str | None = None,
     base_model: str | None = None,
+    model_name: str | None = None,
     tags: list[str] | None = None,
     commit_message: str | None = None,
     revision: str | None = None,
     token: str | None = None,
-) -> CommitInfo:
-    """Uploads a student with its card; what has arrived is not sent again.
+) -> Callable[[], CommitInfo]:
+    """Refuses what can be refused, writes the card, and returns the upload, which may run in another thread.
 
     Args:
         folder: that of a run. Nothing is changed in it.
@@ -63,6 +72,7 @@ def push_student(
         report: a gap report (`report.json`, with what lies beside it) for the card; by default that in the folder.
         dataset: the Hub id of the data, for the card.
         base_model: the Hub id of what the student was before, where the record has only a local folder.
+        model_name: the card's title; by default the repository's name.
         tags: further ones for the card.
         commit_message: by default "Distilled with llm-distill".
         revision: a branch, which is made if need be; by default main.
@@ -70,7 +80,8 @@ def push_student(
 
     Raises:
         ValueError: no student there, no right to write there, another run's repository, something secret or local.
-        ConnectionError: there is no network, or the push broke off. What has arrived stays, and so does the folder.
+        ConnectionError: there is no network, or the push broke off (the upload raises it too). What has arrived stays,
+            and so does the folder.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -81,8 +92,8 @@ def push_student(
     api = HfApi(token=token)
     if constants.HF_HUB_OFFLINE:
         raise ConnectionError(f"HF_HUB_OFFLINE is set, so nothing is pushed. All of it stays in {folder}.")
-    with TemporaryDirectory(prefix="llm-distill-push-") as staged:
-        stage = Path(staged)
+    with ExitStack() as cleanup:
+        stage = Path(cleanup.enter_context(TemporaryDirectory(prefix="llm-distill-push-")))
         _stage(folder, stage, base_model, None if report is None else Path(report), merge_adapters)
         refuse_leaks(stage, public=repo_id)  # before a repository is made
         with hub_errors(repo_id):
@@ -92,10 +103,13 @@ def push_student(
         if dataset is not None:
             record |= {"run.dataset": dataset}
             (stage / FILE).write_text(json.dumps(record, indent=2) + "\n")
-        name = repo_id.split("/")[-1]
-        write_model_card(stage, name=name, repo_id=repo_id, base_model=base_model, tags=tags, api=api)
+        title = model_name or repo_id.split("/")[-1]
+        write_model_card(stage, name=title, repo_id=repo_id, base_model=base_model, tags=tags, api=api)
         refuse_leaks(stage, public=repo_id)
-        with hub_errors(repo_id):
+        staged = cleanup.pop_all()
+
+    def upload() -> CommitInfo:
+        with staged, hub_errors(repo_id):
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=stage,
@@ -103,6 +117,8 @@ def push_student(
                 commit_message=commit_message or "Distilled with llm-distill",
                 revision=revision,
             )
+
+    return upload
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -117,41 +133,15 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def require_place(
-    api: HfApi,
-    repo_id: str,
-    record: dict[str, Any],
-    compared: Sequence[str] = IDENTITY,
-    *,
-    private: bool | None = None,
-    force: bool = False,
-    revision: str | None = None,
+    api: HfApi, repo_id: str, record: dict[str, Any], compared: Sequence[str] = IDENTITY, **options: Any
 ) -> str:
-    """Makes the repository if need be; its full name.
+    """Makes a student's repository if need be; its full name. Options and errors are those of `claim_repository`."""
 
-    Raises:
-        ValueError: it holds another run or something else, and there is no `force`.
-        Exception: of huggingface_hub, for `hub_errors`.
-    """
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    api.auth_check(repo_id, write=True)  # create_repo is content with another's repository
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    there = api.list_repo_files(repo_id, revision=revision)
-    if force:
-        return repo_id
-    if FILE in there:
-        theirs = json.loads(Path(api.hf_hub_download(repo_id, FILE, revision=revision)).read_text())
-        if changes := differences(theirs, record, compared):
-            raise ValueError(
-                f"{repo_id} holds another run: {'; '.join(changes[:4])}. Choose another name, or overwrite it with "
-                "`llm-distill push … --force`."
-            )
-    elif other := [name for name in there if name not in (".gitattributes", CARD_FILE, "LICENSE")]:
-        raise ValueError(
-            f"{repo_id} is no distilled student and has other things in it, such as {other[0]}. Choose another name, "
-            "or overwrite it with `llm-distill push … --force`."
-        )
-    return repo_id
+    def changes(path: Path) -> list[str]:
+        return changes_of_run(path, record, compared, "the repository")
+
+    way_out = "or overwrite it with `llm-distill push … --force`"
+    return claim_repository(api, repo_id, "distilled student", FILE, changes, way_out=way_out, **options).repo_id
 
 
 def _require_base_model(folder: Path, base_model: str | None, merge_adapters: bool) -> None:
@@ -175,7 +165,7 @@ def _stage(folder: Path, stage: Path, base_model: str | None, report: Path | Non
     if report is not None:
         if not report.is_file():
             raise FileNotFoundError(f"there is no report {report}.")
-        patterns = tuple(each for each in patterns if each not in (REPORT_FILE, *REPORT_PAGES, "*.png"))
+        patterns = tuple(pattern for pattern in patterns if pattern not in (REPORT_FILE, *REPORT_PAGES, "*.png"))
         shutil.copyfile(report, stage / REPORT_FILE)
         for pattern in (*REPORT_PAGES, "*.png"):
             for path in report.parent.glob(pattern):

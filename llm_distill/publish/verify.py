@@ -43,11 +43,11 @@ def require_same_next_tokens(
     """
     same, all_rows = 0, 0
     for ids in _samples(student, tokenizer):
-        ours = student(ids).logits[0].float()
-        theirs = logits(ids)[0, :, : ours.shape[-1]].float()
-        best, chosen = ours.argmax(-1), theirs.argmax(-1)
-        regret = (ours.amax(-1) - ours.gather(-1, chosen[:, None])[:, 0]) / ours.std(-1)
-        if not (torch.isfinite(theirs).all() and (regret <= tolerance).all()):
+        expected = student(ids).logits[0].float()
+        exported = logits(ids)[0, :, : expected.shape[-1]].float()
+        best, chosen = expected.argmax(-1), exported.argmax(-1)
+        regret = (expected.amax(-1) - expected.gather(-1, chosen[:, None])[:, 0]) / expected.std(-1)
+        if not (torch.isfinite(exported).all() and (regret <= tolerance).all()):
             position = int(regret.nan_to_num(torch.inf).argmax())
             raise ValueError(
                 f"{what} is not the student, so it was not left: after {position + 1} tokens it goes on with "

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.heads import LMHead
-from llm_distill.models import describe_model, hidden_of_counted_rows, vocabulary_size
-from llm_distill.rows import Batch
+from llm_distill.models import HEAD, Needs, describe_model, kept_of, vocabulary_size
+from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
 
@@ -24,6 +24,9 @@ class AdaptersOffTeacher(Teacher):
 
     It teaches to stay what it was: with `ce_weight` for the new data, the divergence is the price of forgetting.
     """
+
+    can = frozenset({"head", "hidden"})
+    is_student = True
 
     def __init__(self) -> None:
         self._student: PeftModel | None = None
@@ -46,17 +49,21 @@ class AdaptersOffTeacher(Teacher):
             self._head = LMHead.of(student, self._vocab_size)
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> HiddenSignal:
+    def score(self, view: View, needs: Needs = HEAD) -> HiddenSignal:
         assert self._student is not None, "prepare() comes first"
         assert self._head is not None, "prepare() comes first"
         was_training = self._student.training
         self._student.eval()
         try:
-            inputs = {**batch, "output_router_logits": False} if self._is_moe else batch
+            if self._is_moe:
+                view = view._replace(inputs={**view.inputs, "output_router_logits": False})
             with _adapters_off(self._student):
-                return HiddenSignal(hidden_of_counted_rows(self._student, self._head, inputs), self._head)
+                return HiddenSignal(*kept_of(self._student, self._head, view, needs))
         finally:
             self._student.train(was_training)
+
+    def summary(self) -> str:
+        return "the student's own base, without its adapters"
 
     def describe(self) -> dict[str, Any]:
         assert self._student is not None, "prepare() comes first"

@@ -1,4 +1,4 @@
-"""The one thing a distillation needs of a teacher: what it says about the rows that count."""
+"""The one thing a distillation needs of a teacher: what it says where it speaks."""
 
 from __future__ import annotations
 
@@ -8,30 +8,47 @@ from typing import Any
 
 from accelerate import Accelerator
 from torch import nn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from llm_distill.divergences import Divergence
-from llm_distill.rows import Batch
+from llm_distill.models import HEAD, LanguageModel, Needs, millions
+from llm_distill.rows import View
 from llm_distill.signals import Signal
 
 
 class Teacher(ABC):
     """Subclass it with `score` and `describe` to distil from anything."""
 
+    can: frozenset[str] = frozenset({"head"})
+    """The kinds of needs that it can serve: {"head"} at least, and {"head", "hidden"} for a model in memory."""
     k: int | None = None
     """How many tokens of each row it tells of; None for all."""
     reader: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None
     """Called with every batch where batches are made, in the loader's workers: what it puts into one, under SIGNAL,
-    travels with it. It may mask the labels of what shall not count.
+    travels with it and is its view's `fetched`. It may mask the labels of what shall not count.
     """
+    is_student: bool = False
+    """Whether it is the student itself, in another state."""
+    is_stored: bool = False
+    """Whether all that it can say was said before, so that a text may be unknown to it."""
 
     @abstractmethod
-    def score(self, batch: Batch) -> Signal:
-        """What the teacher says about `counted_rows(batch["labels"])`, in that order."""
+    def score(self, view: View, needs: Needs = HEAD) -> Signal:
+        """What the teacher says about the positions of a view, in their order. `needs` are of the kinds in `can`."""
 
     @abstractmethod
     def describe(self) -> dict[str, Any]:
         """Who it is, as JSON: what a cache, a report and a model card record. No path and no secret."""
+
+    def summary(self) -> str:
+        """Who it is, in a line."""
+        described = [model.describe() for model in self.models] or [self.describe()]
+        return "; ".join(_in_words(description) for description in described)
+
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        """Those of it that are models in memory."""
+        return ()
 
     def check(self, divergence: Divergence, temperature: float) -> None:  # noqa: B027
         """Raises ValueError if its signals cannot serve this; called when a trainer is built."""
@@ -49,3 +66,22 @@ class Teacher(ABC):
 
     def flush(self) -> None:  # noqa: B027
         """Writes what it keeps of its answers: called after each epoch, with each checkpoint and when training ends."""
+
+
+def _in_words(description: dict[str, Any]) -> str:
+    bits, parameters = description.get("bits"), description.get("parameters")
+    name = description.get("model") or description.get("architecture")
+    parts = [name, parameters and millions(parameters), description.get("dtype"), bits and f"{bits} bits"]
+    return ", ".join(str(part) for part in parts if part)
+
+
+class FlushTeacher(TrainerCallback):
+    """Lets a teacher that keeps its answers write them when the student is saved."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.teacher = teacher
+
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
+        self.teacher.flush()
+
+    on_epoch_end = on_train_end = on_evaluate = on_predict = on_save

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,8 @@ from llm_distill.cache.store import AT_WORK, ShardWriter, TeacherCache
 from llm_distill.divergences import Divergence
 from llm_distill.files import differences, locked
 from llm_distill.heads import LMHead
-from llm_distill.models import describe_tokenizer, vocabulary_size
-from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, Batch, Example, examples_of
+from llm_distill.models import HEAD, LanguageModel, Needs, describe_tokenizer, vocabulary_size
+from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, Example, View, examples_of
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
 from llm_distill.teachers.base import Teacher
 
@@ -47,45 +47,53 @@ class CacheReader:
         self,
         cache: TeacherCache,
         on_miss: str,
-        ask: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None,
+        read_live: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None,
     ) -> None:
-        """`ask` puts the live teacher's answer into a batch that is not stored, where it can be asked here."""
-        self.cache, self.on_miss, self.ask = cache, on_miss, ask
+        """`read_live` puts the live teacher's answer into a batch that is not stored, where it can be had here."""
+        self.cache, self.on_miss, self.read_live = cache, on_miss, read_live
         self._skipped = False
 
     def __call__(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Where texts are missing: raises, masks their labels, or leaves the batch to `score`, as `on_miss` says."""
-        examples = list(examples_of(batch))
-        stored = [self.cache.load(example.key) for example in examples]
-        missing = [example for example, columns in zip(examples, stored, strict=True) if columns is None]
-        if missing and self.on_miss == "error":
-            raise ValueError(self._what_is_missing(batch, missing, len(examples)))
+        view = View.of(batch)
+        stored, missing = self.look_up(view)
         if missing and self.on_miss == "live":
-            return batch if self.ask is None else self.ask(batch)
+            return batch if self.read_live is None else self.read_live(batch)
+        if missing and self.on_miss == "error":
+            raise self.missing_texts(view, missing, len(stored) + len(missing))
         if missing and not self._skipped:
             self._skipped = True
             logger.warning("texts that are not in %s are left out of the loss.", self.cache.path)
-        skipped = torch.zeros(len(batch["labels"]), dtype=torch.long)
+        batch[SIGNAL] = decoded(self.cache, stored)
+        if self.on_miss == "skip":
+            batch[SIGNAL][SKIPPED] = torch.zeros(len(batch["labels"]), dtype=torch.long)
         for example in missing:
             batch["labels"][example.sample, example.positions] = IGNORED
-            skipped[example.sample] += example.rows
-        found = [(e, columns) for e, columns in zip(examples, stored, strict=True) if columns is not None]
-        for example, columns in found:
-            if columns["rows"] != example.rows:
-                raise ValueError(f"{self.cache.path} has {columns['rows']} rows of a text with {example.rows}.")
-        batch[SIGNAL] = decoded(self.cache, [columns for _, columns in found]) if found else no_rows(self.cache)
-        if self.on_miss == "skip":
-            batch[SIGNAL][SKIPPED] = skipped
+            batch[SIGNAL][SKIPPED][example.sample] += example.rows
         return batch
 
-    def _what_is_missing(self, batch: Batch, missing: list[Example], of: int) -> str:
-        first = batch["input_ids"][missing[0].sample, torch.from_numpy(missing[0].positions)]
-        made = ", ".join(f"{name}={value!r}" for name, value in self.cache.manifest["data"].items())
-        return (
-            f"{len(missing)} of the {of} texts of a batch are not in {self.cache.path}; the first has {len(first)} "
-            f"tokens and begins with the ids {first[:8].tolist()}. The cache was captured with {made}: texts cut in "
-            "another way are other texts. `llm-distill capture` with the settings of this run adds what is missing; or "
-            "choose on_miss: live or skip."
+    def look_up(self, view: View) -> tuple[list[dict[str, Any]], list[Example]]:
+        """The columns of a view's examples that are stored, in order, and those that are not."""
+        stored, missing = [], []
+        for example in examples_of(view):
+            columns = self.cache.load(example.key)
+            if columns is None:
+                missing.append(example)
+            elif columns["rows"] != example.rows:
+                raise ValueError(f"{self.cache.path} has {columns['rows']} rows of a text with {example.rows}.")
+            else:
+                stored.append(columns)
+        return stored, missing
+
+    def missing_texts(self, view: View, missing: list[Example], total: int) -> ValueError:
+        """To be raised."""
+        first = view.inputs["input_ids"][missing[0].sample, torch.from_numpy(missing[0].positions)]
+        cut = ", ".join(f"{name}={value!r}" for name, value in self.cache.manifest["data"].items())
+        return ValueError(
+            f"{len(missing)} of the {total} texts of a batch are not in {self.cache.path}; the first has {len(first)} "
+            f"tokens and begins with the ids {first[:8].tolist()}. The cache was captured with {cut}: texts cut in "
+            "another way are other texts. `llm-distill capture` with the settings of this run adds what is missing; "
+            "or choose on_miss: live or skip."
         )
 
 
@@ -109,17 +117,24 @@ class CachedTeacher(Teacher):
             raise ValueError(f"on_miss='live' adds to the cache, and {self.cache.path} is not a folder of yours.")
         if live is not None:
             require_enough(self.cache.method, live.k)
-        self.live = live
-        self.reader = CacheReader(self.cache, on_miss, None if live is None else live.reader)
+        self.live, self.is_stored = live, live is None
+        self.reader: CacheReader = CacheReader(self.cache, on_miss, None if live is None else live.reader)
         self._head = _stored_head(self.cache) if isinstance(self.cache.method, Hidden) else None
         self._writer: ShardWriter | None = None
         self._written: set[bytes] = set()
         self._locks = False
         self._lock: filelock.AcquireReturnProxy | None = None
 
+    def summary(self) -> str:
+        return f"what {self.cache.manifest['teacher'].get('model') or 'it'} said is read from {self.cache.path}"
+
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        return () if self.live is None else self.live.models
+
     def check(self, divergence: Divergence, temperature: float) -> None:
         if self._head is None:
-            self._signal(no_rows(self.cache)).check(divergence, temperature)
+            self._signal(no_rows(self.cache), torch.device("cpu")).check(divergence, temperature)
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         wanted = {"tokenizer": describe_tokenizer(tokenizer), "vocab_size": vocabulary_size(tokenizer)}
@@ -145,12 +160,18 @@ class CachedTeacher(Teacher):
         self.live.prepare(accelerator, student)
         require_same_teacher(self.cache, self.live.describe())
 
-    def score(self, batch: Batch) -> Signal:
-        if SIGNAL not in batch:
-            batch = CacheReader(self.cache, "error" if self.live is None else "live")(dict(batch))
-        if SIGNAL not in batch or STORED.isdisjoint(batch[SIGNAL]):
-            return self._ask_live(batch)
-        return self._signal({name: value.to(batch["labels"].device) for name, value in batch[SIGNAL].items()})
+    def score(self, view: View, needs: Needs = HEAD) -> Signal:
+        bits = view.fetched if view.fetched is not None else self._load(view)
+        if bits is None or STORED.isdisjoint(bits):
+            return self._score_live(view)
+        return self._signal(bits, view.positions.sample.device)
+
+    def _load(self, view: View) -> dict[str, Tensor] | None:
+        """What is stored of a view; None where the live teacher must be asked."""
+        stored, missing = self.reader.look_up(view)
+        if missing and self.live is None:
+            raise self.reader.missing_texts(view, missing, len(stored) + len(missing))
+        return None if missing else decoded(self.cache, stored)
 
     def describe(self) -> dict[str, Any]:
         return {**self.cache.manifest["teacher"], "cache": self.cache.manifest["method"]}
@@ -166,17 +187,16 @@ class CachedTeacher(Teacher):
             self._lock.lock.release()
             self._lock = None
 
-    def _ask_live(self, batch: Batch) -> Signal:
-        assert self.live is not None, "the reader asks for it"
-        cpu = {name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)}
-        examples, manifest = list(examples_of(cpu)), self.cache.manifest
-        kept = keep(self.cache.method, self.live.score(batch), examples, manifest["temperature"], manifest["seed"] or 0)
+    def _score_live(self, view: View) -> Signal:
+        assert self.live is not None, "otherwise a missing text is an error, or masked"
+        examples, manifest = list(examples_of(view)), self.cache.manifest
+        kept = keep(self.cache.method, self.live.score(view), examples, manifest["temperature"], manifest["seed"] or 0)
         columns = []
         for example, parts in encoded(self.cache.method, kept, examples):
             columns.append(parts)
             if example.key not in self._written and example.key not in self.cache:
                 self._add(example, parts)
-        return self._signal({n: value.to(batch["labels"].device) for n, value in decoded(self.cache, columns).items()})
+        return self._signal(decoded(self.cache, columns), view.positions.sample.device)
 
     def _add(self, example: Example, parts: dict[str, bytes]) -> None:
         if self._locks and self._lock is None:
@@ -188,7 +208,8 @@ class CachedTeacher(Teacher):
         if len(self._written) >= EXAMPLES_PER_SHARD:
             self.flush()
 
-    def _signal(self, bits: dict[str, Tensor]) -> Signal:
+    def _signal(self, bits: Mapping[str, Tensor], device: torch.device) -> Signal:
+        bits = {name: value.to(device) for name, value in bits.items()}
         if self._head is not None:
             dtype = torch.bfloat16 if bits["hidden"].dtype == torch.int16 else torch.float32
             return HiddenSignal(bits["hidden"].view(dtype).to(self._head.module.weight.dtype), self._head)
@@ -205,6 +226,8 @@ class CachedTeacher(Teacher):
 
 def decoded(cache: TeacherCache, columns: list[dict[str, Any]]) -> dict[str, Tensor]:
     """The tensors of a signal, floats as the bits that they are made of."""
+    if not columns:
+        return no_rows(cache)
     if isinstance(cache.method, Hidden):
         tensors: dict[str, Any] = {"hidden": decode_hidden(cache.method, columns, cache.manifest["width"])}
     else:

@@ -8,23 +8,29 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from llm_distill.cache import TeacherCache
-from llm_distill.config import DistillationConfig
 from llm_distill.models import describe_checkpoint
 from llm_distill.teachers.adapters_off import AdaptersOffTeacher
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.cached import CachedTeacher, require_same_teacher
 from llm_distill.teachers.live import LiveTeacher
+from llm_distill.teachers.options import TeacherOptions
 from llm_distill.teachers.served import ServedTeacher
 
 
-def make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: DistillationConfig) -> Teacher | None:
+def make_teacher(
+    teacher: str | PreTrainedModel | Teacher | None,
+    args: TeacherOptions,
+    *,
+    is_needed: bool,
+    trust_remote_code: bool = False,
+) -> Teacher | None:
     """What `DistillationTrainer`'s argument or its configuration names; each option must have something to act on.
 
     Raises:
         ValueError: two teachers, none where one is needed, options without effect, or a cache that another one made.
         TypeError: something that is no teacher.
     """
-    assert isinstance(args.teacher_model_init_kwargs, dict), "DistillationConfig has parsed it"
+    assert isinstance(args.teacher_model_init_kwargs, dict), "it is parsed"
     name = teacher if isinstance(teacher, str) else args.teacher_model_name_or_path if teacher is None else None
     if teacher is not None and args.teacher_model_name_or_path not in (None, teacher):
         given = repr(teacher) if isinstance(teacher, str) else f"a {type(teacher).__name__}"
@@ -42,7 +48,7 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distilla
         raise ValueError(f"there are two teachers, a {type(teacher).__name__} and teacher_server_url: give one.")
     if name is None and (unused := [option for option, value in options.items() if value]):
         raise ValueError(f"{', '.join(unused)}: these options load a teacher from a name or folder, and none is given.")
-    options["trust_remote_code"] = args.trust_remote_code
+    options["trust_remote_code"] = trust_remote_code
     cache = None if args.teacher_cache is None else TeacherCache.open(args.teacher_cache)
     if cache is not None and args.on_miss != "live":
         if args.teacher_server_url is not None or (teacher is not None and not isinstance(teacher, str)):
@@ -50,7 +56,7 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distilla
         if name is not None:
             require_same_teacher(cache, describe_checkpoint(name, **options))
         return CachedTeacher(cache, args.on_miss)
-    live = _live_teacher(teacher, name, options, args)
+    live = _live_teacher(teacher, name, options, args, is_needed)
     if cache is None:
         return live
     if live is None:
@@ -59,7 +65,11 @@ def make_teacher(teacher: str | PreTrainedModel | Teacher | None, args: Distilla
 
 
 def _live_teacher(
-    teacher: str | PreTrainedModel | Teacher | None, name: str | None, options: dict[str, Any], args: DistillationConfig
+    teacher: str | PreTrainedModel | Teacher | None,
+    name: str | None,
+    options: dict[str, Any],
+    args: TeacherOptions,
+    is_needed: bool,
 ) -> Teacher | None:
     if args.teacher_adapters_off:
         if teacher is not None or name is not None:
@@ -71,7 +81,7 @@ def _live_teacher(
         return LiveTeacher.load(name, **options)
     if isinstance(teacher, PreTrainedModel):
         return LiveTeacher(teacher)
-    if teacher is None and args.kd_weight > 0:
+    if teacher is None and is_needed:
         raise ValueError(
             "there is no teacher: pass teacher=... or teacher_model_name_or_path, teacher_server_url for one behind a "
             "server, teacher_cache for a stored one, "

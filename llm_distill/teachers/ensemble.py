@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.divergences import Divergence
-from llm_distill.rows import Batch
+from llm_distill.models import HEAD, LanguageModel, Needs
+from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal, MixtureSignal
 from llm_distill.teachers.base import Teacher
 
@@ -30,10 +31,14 @@ class EnsembleTeacher(Teacher):
         self.teachers = tuple(teachers)
         self.weights = tuple(weight / sum(weights) for weight in weights)
 
-    def score(self, batch: Batch) -> MixtureSignal:
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        return tuple(model for teacher in self.teachers for model in teacher.models)
+
+    def score(self, view: View, needs: Needs = HEAD) -> MixtureSignal:
         signals = []
         for teacher in self.teachers:
-            signal = teacher.score(batch)
+            signal = teacher.score(view)
             if not isinstance(signal, HiddenSignal):
                 raise TypeError(f"an ensemble mixes full distributions; {type(teacher).__name__} gave {type(signal)}.")
             signals.append(signal)

@@ -1,40 +1,21 @@
-"""Teachers that run beside the student: a model of their own, or the student without its adapters."""
+"""A teacher that runs beside the student: a model of its own."""
 
 from __future__ import annotations
 
-import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import fully_shard
-from transformers import (
-    AutoModelForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import extract_commit_hash
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed
 
 from llm_distill.heads import LMHead
-from llm_distill.models import (
-    HUB_OPTIONS,
-    bits_and_bytes,
-    describe_model,
-    files_hash,
-    find_config,
-    hidden_of_counted_rows,
-    own_tokenizer,
-    refuse_past_context,
-    require_same_ids,
-    vocabulary_size,
-)
-from llm_distill.rows import Batch
+from llm_distill.models import HEAD, LanguageModel, Needs
+from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
 
@@ -45,63 +26,55 @@ class LiveTeacher(Teacher):
     It is never trained and never in `train()`: no dropout, no router noise, no auxiliary loss, no gradients.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    can = frozenset({"head", "hidden"})
+
+    def __init__(
+        self, model: PreTrainedModel | LanguageModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> None:
         """`tokenizer` is compared with the student's; without one, the model's own folder or repository is asked."""
-        self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer or own_tokenizer(model)
-        self.head = LMHead.of(model)
+        self.language_model = model if isinstance(model, LanguageModel) else LanguageModel(model, tokenizer)
+        config = self.model.eval().requires_grad_(False).config.get_text_config()
+        if hasattr(config, "output_router_logits"):
+            config.output_router_logits = False
         self._wrapped: nn.Module | None = None
-        self._description = describe_model(model, self.tokenizer)
-        if hasattr(model.config.get_text_config(), "output_router_logits"):
-            model.config.get_text_config().output_router_logits = False
 
     @classmethod
-    def load(
-        cls,
-        name_or_path: str,
-        *,
-        revision: str | None = None,
-        load_in_4bit: bool = False,
-        load_in_8bit: bool = False,
-        trust_remote_code: bool = False,
-        **init_kwargs: Any,
-    ) -> LiveTeacher:
-        """From the Hub or a folder, in the checkpoint's own dtype unless `dtype` says otherwise.
+    def load(cls, name_or_path: str, **options: Any) -> LiveTeacher:
+        """From the Hub or a folder: see `LanguageModel.load`."""
+        return cls(LanguageModel.load(name_or_path, **options))
 
-        Raises:
-            ValueError: nothing loadable is there.
-        """
-        if load_in_4bit + load_in_8bit + ("quantization_config" in init_kwargs) > 1:
-            raise ValueError("a teacher is loaded in 4 bits, in 8 bits or with a quantization_config: choose one.")
-        init_kwargs = {"dtype": "auto", "trust_remote_code": trust_remote_code, "revision": revision, **init_kwargs}
-        if load_in_4bit or load_in_8bit:
-            init_kwargs["quantization_config"] = bits_and_bytes(4 if load_in_4bit else 8)
-        if "quantization_config" in init_kwargs:
-            init_kwargs.setdefault("device_map", {"": PartialState().device})  # what is packed is not moved later
-        hub = {name: init_kwargs[name] for name in HUB_OPTIONS if name in init_kwargs}
-        config_file = find_config(name_or_path, **hub)
-        with _whole_on_every_rank():
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
-        model.config._commit_hash = extract_commit_hash(config_file, None)  # no longer kept by every transformers
-        teacher = cls(model, own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
-        teacher._description |= files_hash(config_file)
-        return teacher
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.language_model.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        return self.language_model.tokenizer
+
+    def require_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
+        """Raises ValueError, naming its `role`, if it came without one."""
+        return self.language_model.require_tokenizer(role)
+
+    @property
+    def head(self) -> LMHead:
+        return self.language_model.head
+
+    @property
+    def models(self) -> tuple[LanguageModel, ...]:
+        return (self.language_model,)
+
+    @property
+    def max_length(self) -> int | None:
+        return self.language_model.max_length
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        if self.tokenizer is not None:
-            require_same_ids(self.tokenizer, tokenizer)
-        else:
+        if self.tokenizer is None:
             warnings.warn(
                 "the teacher came without a tokenizer, so only the sizes of the vocabularies could be compared. Pass "
                 "LiveTeacher(model, tokenizer) to have the ids compared too.",
                 stacklevel=2,
             )
-        self.head = LMHead.of(self.model, vocab_size=vocabulary_size(tokenizer))
-
-    @property
-    def max_length(self) -> int | None:
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        self.language_model.fit_to(tokenizer)
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         students = {id(parameter) for parameter in student.parameters()}
@@ -114,28 +87,11 @@ class LiveTeacher(Teacher):
             self._wrapped = _shard_as_the_student(self.model, accelerator)
 
     @torch.no_grad()
-    def score(self, batch: Batch) -> HiddenSignal:
-        length = batch.get("max_length_q", batch["input_ids"].shape[1])  # of the longest document, if packed
-        refuse_past_context(length, self.max_length, "the batch")
-        model = self.model if self._wrapped is None else self._wrapped
-        return HiddenSignal(hidden_of_counted_rows(model, self.head, batch), self.head)
+    def score(self, view: View, needs: Needs = HEAD) -> HiddenSignal:
+        return HiddenSignal(*self.language_model.keep(view, needs, self._wrapped))
 
     def describe(self) -> dict[str, Any]:
-        return self._description
-
-
-@contextmanager
-def _whole_on_every_rank() -> Iterator[None]:
-    """In some versions of transformers, FSDP's cpu_ram_efficient_loading leaves all ranks but the first empty, and
-    accelerate then fills up the student alone.
-    """
-    name = "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    was = os.environ.pop(name, None)
-    try:
-        yield
-    finally:
-        if was is not None:
-            os.environ[name] = was
+        return self.language_model.describe()
 
 
 def _shard_as_the_student(model: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, MutableMapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,18 +18,21 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.divergences import Divergence
-from llm_distill.models import different_ids, public_name, refuse_past_context, vocabulary_size
-from llm_distill.rows import IGNORED, SIGNAL, Batch, Example, examples_of
+from llm_distill.models import HEAD, Needs, different_ids, public_name, refuse_past_context, vocabulary_size
+from llm_distill.rows import IGNORED, SIGNAL, Example, View, examples_of
+from llm_distill.servers import KEY_VARIABLE, NoAnswerError, RefusedError, ServerPool, parse_url
 from llm_distill.signals import SparseSignal
 from llm_distill.teachers.base import Teacher
-from llm_distill.teachers.replicas import RefusedError, Replicas
 
 logger = logging.getLogger(__name__)
 
 START_SECONDS = 5.0
-"""How long a server may take to say what it serves,"""
+"""How long a server may take to list its models."""
 CHECK_SECONDS = 120.0
-"""and to answer one of the other questions at the start, when it may be at work for others."""
+"""How long a server may take for each of the other questions at the start, when it may be at work for others."""
+START_ATTEMPTS = 3
+ATTEMPTS_IN_TIMEOUT = 4
+"""A server that does not answer for this part of the time allowed gets the request again, or another one does."""
 IDS_A_REQUEST = 8192
 SMALLEST_TAIL = 2.0**-24
 """Log-probabilities come as float32: less mass than this is not told apart from none."""
@@ -53,11 +57,11 @@ class ServedTeacher(Teacher):
     def __init__(
         self, urls: str | Sequence[str], model: str | None = None, k: int = 20, timeout: float = 600.0
     ) -> None:
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
+        if k < 1 or timeout <= 0:
+            raise ValueError(f"k={k} and timeout={timeout}: both must be positive.")
         self.k, self.model = k, model
         self.reader = self.read
-        self._replicas = Replicas(urls, timeout)
+        self._servers = ServerPool(parse_urls(urls), timeout=timeout / ATTEMPTS_IN_TIMEOUT, patience=timeout)
         self._max_length: int | None = None
         self._up: list[str] = []
         self._vocab_size = 0
@@ -83,44 +87,42 @@ class ServedTeacher(Teacher):
         self._connect()
         return self._max_length
 
+    def summary(self) -> str:
+        return f"{self.describe()['model']} answers, {self.k} tokens a row"
+
     def describe(self) -> dict[str, Any]:
         self._connect()
         return {"model": public_name(self.model or ""), "served": "vllm", "k": self.k}
 
     def read(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Puts the answer into the batch, floats as the bits that they are made of: see `CacheReader`."""
-        batch[SIGNAL] = self._ask(batch)
+        batch[SIGNAL] = self._request_signal(View.of(batch))
         return batch
 
-    def score(self, batch: Batch) -> SparseSignal:
-        bits, device = batch.get(SIGNAL), batch["labels"].device
-        if bits is None:
-            bits = self._ask({name: value.cpu() for name, value in batch.items() if isinstance(value, Tensor)})
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
+        device = view.positions.sample.device
+        bits = view.fetched if view.fetched is not None else self._request_signal(view)
         floats = {name: bits[name].to(device).view(torch.float32) for name in ("log_probs", "log_tail")}
         return SparseSignal(bits["ids"].to(device), floats["log_probs"], floats["log_tail"], self._vocab_size)
 
-    def _ask(self, batch: Batch) -> dict[str, Tensor]:
-        examples = list(examples_of(batch))
-        texts, places = [], []
-        for example in examples:
+    def _request_signal(self, view: View) -> dict[str, Tensor]:
+        ids, texts, reads = view.inputs["input_ids"].cpu(), [], []
+        for example in examples_of(view):
             refuse_past_context(len(example.positions), self._max_length, "the batch")
-            texts.append(batch["input_ids"][example.sample, torch.from_numpy(example.positions)].tolist())
-            places.append(counted_tokens(batch, example))
-        answers = self._replicas.ask_all(
-            "/v1/completions",
-            [self._request(text) for text in texts],
-            lambda answer, n: top_tokens_of(self._prompt_logprobs(answer, len(texts[n])), places[n], self.k),
-        )
-        ids = np.concatenate([np.zeros((0, self.k), np.int64), *(answer[0] for answer in answers)])
+            text = ids[example.sample, torch.from_numpy(example.positions)].tolist()
+            texts.append(text)
+            reads.append(partial(self._read_answer, length=len(text), places=counted_tokens(example)))
+        answers = self._servers.request_all("/v1/completions", [self._body(text) for text in texts], reads)
+        top_ids = np.concatenate([np.zeros((0, self.k), np.int64), *(answer[0] for answer in answers)])
         log_p = np.concatenate([np.zeros((0, self.k)), *(answer[1] for answer in answers)])
-        log_p, log_tail = fitted(ids, log_p, self._vocab_size)
+        log_p, log_tail = fit_to_vocabulary(top_ids, log_p, self._vocab_size)
         return {
-            "ids": torch.from_numpy(ids),
+            "ids": torch.from_numpy(top_ids),
             "log_probs": torch.from_numpy(log_p).float().view(torch.int32),
             "log_tail": torch.from_numpy(log_tail).float().view(torch.int32),
         }
 
-    def _request(self, ids: list[int]) -> dict[str, Any]:
+    def _body(self, ids: list[int]) -> dict[str, Any]:
         return {
             "model": self.model,
             "prompt": ids,
@@ -130,19 +132,19 @@ class ServedTeacher(Teacher):
             "add_special_tokens": False,
         }
 
-    def _prompt_logprobs(self, answer: Mapping[str, Any], length: int) -> list[Any]:
+    def _read_answer(self, answer: Mapping[str, Any], length: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if answer.get("model") != self.model:
             raise ValueError(f"{self.model!r} was asked, and {answer.get('model')!r} has answered.")
-        said = answer["choices"][0].get("prompt_logprobs") if answer.get("choices") else None
-        if not isinstance(said, list) or len(said) != length:
+        tokens = answer["choices"][0].get("prompt_logprobs") if answer.get("choices") else None
+        if not isinstance(tokens, list) or len(tokens) != length:
             raise ValueError(
                 f"the server of {self.model!r} gives no prompt_logprobs for the {length:,} tokens that it was sent: is "
                 "it vLLM? Other servers give text alone, for sequence-level distillation."
             )
-        return said
+        return read_top_tokens(tokens, places, self.k)
 
     def _connect(self) -> None:
-        """Asks what is served, once.
+        """Finds out what is served, once.
 
         Raises:
             ConnectionError: no server answers.
@@ -151,9 +153,9 @@ class ServedTeacher(Teacher):
         if self._up:
             return
         down = []
-        for url in self._replicas.urls:
+        for url in self._servers.urls:
             try:
-                cards = self._replicas.ask_here(url, "/v1/models", None, START_SECONDS)["data"]
+                cards = _request_at_start(url, "/v1/models", None, START_SECONDS)["data"]
             except ConnectionError as error:
                 down.append(str(error))
                 continue
@@ -173,16 +175,16 @@ class ServedTeacher(Teacher):
         if self.model is None and len(cards) == 1:
             self.model = next(iter(cards))
         if self.model is None or self.model not in cards:
-            asked = "and no model was named" if self.model is None else f"not {self.model!r}"
+            wanted = "and no model was named" if self.model is None else f"not {self.model!r}"
             raise ValueError(
-                f"{url} serves {', '.join(map(repr, cards)) or 'nothing'}, {asked}. Name one of those as "
+                f"{url} serves {', '.join(map(repr, cards)) or 'nothing'}, {wanted}. Name one of those as "
                 "teacher_model_name_or_path, or start the server with `vllm serve MODEL`."
             )
         return cards[self.model]
 
     def _require_k(self, url: str) -> None:
         try:
-            answer = self._replicas.ask_here(url, "/v1/completions", self._request([0, 0]), CHECK_SECONDS)
+            answer = _request_at_start(url, "/v1/completions", self._body([0, 0]), CHECK_SECONDS)
         except RefusedError as error:
             if "logprobs" not in str(error):
                 raise
@@ -190,7 +192,7 @@ class ServedTeacher(Teacher):
                 f"teacher_server_k={self.k}: {error} vLLM gives 20 at most unless it is started with more: "
                 f"`vllm serve {self.model} --max-logprobs {self.k}`; or ask for fewer."
             ) from error
-        self._prompt_logprobs(answer, 2)
+        self._read_answer(answer, 2, np.zeros(0, int))
 
     def _require_same_ids(self, url: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """The text of every id must be the same there: whole runs of ids are compared, and halved where they differ."""
@@ -199,49 +201,74 @@ class ServedTeacher(Teacher):
         runs = [ids[start : start + IDS_A_REQUEST] for start in range(0, len(ids), IDS_A_REQUEST)][::-1]
         while runs and len(different) < 3:
             run = runs.pop()
-            question = {"model": self.model, "tokens": run}
-            theirs = self._replicas.ask_here(url, "/detokenize", question, CHECK_SECONDS)["prompt"]
-            ours = tokenizer.decode(run)
-            if theirs == ours:
+            body = {"model": self.model, "tokens": run}
+            teachers_text = _request_at_start(url, "/detokenize", body, CHECK_SECONDS)["prompt"]
+            text = tokenizer.decode(run)
+            if teachers_text == text:
                 continue
             if len(run) == 1:
-                different.append(f"{run[0]}: {ours!r} against {theirs!r}")
+                different.append(f"{run[0]}: {text!r} against {teachers_text!r}")
             else:
                 runs += [run[len(run) // 2 :], run[: len(run) // 2]]
         if different:
             raise different_ids(f"of {self.model!r} at {url}", tokenizer, f"ids ({', '.join(different)}, …)")
 
 
-def counted_tokens(batch: Batch, example: Example) -> np.ndarray:
-    """Which tokens of an example are learned (`[rows]`): those whose labels count, but for the first.
+def parse_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
+    """Addresses without `/v1`, each once, from one, several, or several with commas between.
+
+    Raises:
+        ValueError: none, one that is not http(s)://host, or one with a user, a key or a query in it.
+    """
+    given = urls.split(",") if isinstance(urls, str) else urls
+    parsed = [parse_url(url) for url in given if url.strip()]
+    for url in parsed:
+        if url.auth or url.query:
+            raise ValueError(
+                f"the server's address for {url.host} has a user or a query in it, which would be seen in messages. "
+                f"Give the key in the environment: {KEY_VARIABLE}."
+            )
+    if not parsed:
+        raise ValueError(f"there is no server's address in {urls!r}.")
+    return tuple(dict.fromkeys(url.url.removesuffix("/v1") for url in parsed))
+
+
+def _request_at_start(url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
+    """The answer of one server. Raises RefusedError; ConnectionError if it gives none."""
+    try:
+        return ServerPool([url], timeout=seconds, attempts=START_ATTEMPTS).request(path, body)
+    except NoAnswerError as error:
+        raise ConnectionError(f"{url} ({error})") from error
+
+
+def counted_tokens(example: Example) -> np.ndarray:
+    """Which tokens of an example are learned (`[rows]`): those after the positions that count.
 
     Raises:
         ValueError: the first token of a packed document is learned, from the document before.
     """
-    labels = batch["labels"][example.sample].numpy()[example.positions]
-    places = np.flatnonzero(labels[1:] != IGNORED) + 1
-    if len(places) != example.rows:
+    if example.counted[-1]:
         raise ValueError(
             "the first token of a packed document counts, and a server that reads one document at a time cannot say "
             f"how likely it is after another: set its label to {IGNORED}."
         )
-    return places
+    return np.flatnonzero(example.counted) + 1
 
 
-def top_tokens_of(said: Sequence[Any], places: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+def read_top_tokens(tokens: Sequence[Any], places: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Ids and log-probabilities ([rows, k] each, −inf where a row has fewer) of the k likeliest tokens at some places.
 
     A token of the text that is not among them is listed too, with its own rank: it belongs to the tail.
     """
     ids, log_p = np.zeros((len(places), k), np.int64), np.full((len(places), k), -math.inf)
     for row, place in enumerate(places):
-        top = [(int(token), cell["logprob"]) for token, cell in said[place].items() if cell["rank"] <= k]
+        top = [(int(token), cell["logprob"]) for token, cell in tokens[place].items() if cell["rank"] <= k]
         ids[row, : len(top)], log_p[row, : len(top)] = zip(*top, strict=True)
     return ids, log_p
 
 
-def fitted(ids: np.ndarray, log_p: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Log-probabilities over the student's vocabulary ([rows, k]; `ids` is fitted in place), and of all else ([rows]).
+def fit_to_vocabulary(ids: np.ndarray, log_p: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Log-probabilities over the student's vocabulary ([rows, k]; `ids` is changed in place), and of all else ([rows]).
 
     Raises:
         ValueError: NaN, or a row of which the student's vocabulary has nothing.

@@ -13,7 +13,7 @@ import filelock
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
-from runs import make_trainer
+from runs import fill_cache, make_trainer
 from tiny import VOCAB, tiny_llama
 from transformers import PreTrainedTokenizerBase
 from worker import make_rows
@@ -24,10 +24,10 @@ from llm_distill.cache.codec import decode
 from llm_distill.cache.methods import Method
 from llm_distill.capture.fidelity import effective_target
 from llm_distill.capture.report import measure_fidelity
-from llm_distill.capture.run import capture
 from llm_distill.cli import main
 from llm_distill.losses.fused import cpp_backend
-from llm_distill.rows import examples_of
+from llm_distill.models import LanguageModel
+from llm_distill.rows import View, examples_of
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def flags(tmp_path: Path, saved: Path) -> list[str]:
         "output_dir": tmp_path / "out",
         "teacher_cache": tmp_path / "cache",
         "max_length": 64,
-        "use_cpu": True,
+        "bf16": False,
         "report_to": "none",
         "save_strategy": "no",
     }
@@ -97,12 +97,12 @@ def test_the_command_line_captures_trains_and_inspects(
 
 def test_more_data_adds_what_is_missing(tmp_path: Path, trainer: Callable[..., DistillationTrainer]) -> None:
     rows = make_rows([])
-    capture(trainer(rows.select(range(10))), tmp_path / "cache", TopK(8))
+    fill_cache(trainer(rows.select(range(10))), tmp_path / "cache", TopK(8))
     first = names(tmp_path / "cache")
-    cache = capture(trainer(rows), tmp_path / "cache", TopK(8))
+    cache = fill_cache(trainer(rows), tmp_path / "cache", TopK(8))
     assert first < names(tmp_path / "cache")
     assert len(cache) == 24
-    capture(trainer(rows), tmp_path / "cache", TopK(8))
+    fill_cache(trainer(rows), tmp_path / "cache", TopK(8))
     assert len(names(tmp_path / "cache")) == 2
 
 
@@ -110,7 +110,7 @@ def test_a_damaged_shard_is_named_and_captured_again_alone(
     tmp_path: Path, trainer: Callable[..., DistillationTrainer], caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "cache"
-    capture(trainer(), folder, Hybrid(0.05), examples_per_shard=8)
+    fill_cache(trainer(), folder, Hybrid(0.05), examples_per_shard=8)
     whole = {path.name: path.stat().st_mtime_ns for path in folder.glob("shard-*")}
     path = sorted(folder.glob("shard-*"))[1]
     content = bytearray(path.read_bytes())
@@ -119,7 +119,7 @@ def test_a_damaged_shard_is_named_and_captured_again_alone(
     manifest = folder / "manifest.json"
     manifest.write_text(manifest.read_text().replace("llm_distill", "llm_distil", 1).replace('"rows"', '"row"'))
     manifest.write_text(manifest.read_text()[:-20])
-    capture(trainer(), folder, Hybrid(0.05), examples_per_shard=8)
+    fill_cache(trainer(), folder, Hybrid(0.05), examples_per_shard=8)
     assert path.name in caplog.text
     assert "manifest.json is damaged" in caplog.text
     assert names(folder) == set(whole)
@@ -129,7 +129,7 @@ def test_a_damaged_shard_is_named_and_captured_again_alone(
 
 def test_what_is_stale_goes_only_when_told_to(tmp_path: Path, trainer: Callable[..., DistillationTrainer]) -> None:
     folder = tmp_path / "cache"
-    capture(trainer(), folder, TopK(8))
+    fill_cache(trainer(), folder, TopK(8))
     before = names(folder)
     for other, method, field in (
         (trainer(teacher_seed=3), TopK(8), r"teacher\.weights: the cache has"),
@@ -137,10 +137,10 @@ def test_what_is_stale_goes_only_when_told_to(tmp_path: Path, trainer: Callable[
         (trainer(loss_temperature=2.0), TopK(8), r"temperature: the cache has 1.0, asked for is 2.0"),
     ):
         with pytest.raises(ValueError, match=field) as error:
-            capture(other, folder, method)
+            fill_cache(other, folder, method)
         assert "--drop_stale" in str(error.value)
         assert names(folder) == before
-    capture(trainer(), folder, TopK(9), drop_stale=True)
+    fill_cache(trainer(), folder, TopK(9), drop_stale=True)
     assert names(folder).isdisjoint(before)
     assert TeacherCache(folder).method == TopK(9)
 
@@ -151,27 +151,27 @@ def test_a_cache_of_an_older_format_goes_only_when_told_to(
     folder = tmp_path / "cache"
     with monkeypatch.context() as earlier:
         earlier.setattr(manifest, "VERSION", manifest.VERSION - 1)
-        capture(trainer(), folder, TopK(8))
+        fill_cache(trainer(), folder, TopK(8))
     before = names(folder)
     with pytest.raises(ValueError, match="no longer reads: capture again, with --drop_stale"):
-        capture(trainer(), folder, TopK(8))
+        fill_cache(trainer(), folder, TopK(8))
     (folder / manifest.FILE).rename(tmp_path / manifest.FILE)  # shards alone are not taken for those of today either
     with pytest.raises(ValueError, match="holds another cache"):
-        capture(trainer(), folder, TopK(8))
+        fill_cache(trainer(), folder, TopK(8))
     (tmp_path / manifest.FILE).rename(folder / manifest.FILE)
     assert names(folder) == before
-    capture(trainer(), folder, TopK(8), drop_stale=True)
+    fill_cache(trainer(), folder, TopK(8), drop_stale=True)
     assert names(folder).isdisjoint(before)
     assert len(TeacherCache(folder)) == len(make_rows([]))
 
 
 def test_two_captures_into_one_folder_are_refused(tmp_path: Path, trainer: Callable[..., DistillationTrainer]) -> None:
-    capture(trainer(), tmp_path / "cache", TopK(8))
+    fill_cache(trainer(), tmp_path / "cache", TopK(8))
     with (
         filelock.FileLock(tmp_path / "cache" / ".lock"),
         pytest.raises(ValueError, match=r"another capture, .* is writing into"),
     ):
-        capture(trainer(), tmp_path / "cache", TopK(8))
+        fill_cache(trainer(), tmp_path / "cache", TopK(8))
 
 
 @pytest.mark.parametrize("place", ["file/cache", "/proc/cache"])
@@ -180,14 +180,14 @@ def test_a_folder_that_cannot_be_made_is_refused(
 ) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written"):
-        capture(trainer(), tmp_path / place, TopK(8))
+        fill_cache(trainer(), tmp_path / place, TopK(8))
 
 
 def test_a_folder_with_other_things_is_left_alone(tmp_path: Path, trainer: Callable[..., DistillationTrainer]) -> None:
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "holiday.png").touch()
     with pytest.raises(ValueError, match=r"is not a teacher cache and has other things in it, such as holiday\.png"):
-        capture(trainer(), tmp_path / "photos", TopK(8))
+        fill_cache(trainer(), tmp_path / "photos", TopK(8))
 
 
 def test_no_room_on_the_disk_is_said_before_it_starts(
@@ -196,7 +196,7 @@ def test_no_room_on_the_disk_is_said_before_it_starts(
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 10))
     with pytest.raises(ValueError, match=r"GB are needed in .* are free. Make room, or keep less"):
-        capture(trainer(), tmp_path / "cache", TopK(8))
+        fill_cache(trainer(), tmp_path / "cache", TopK(8))
     assert not names(tmp_path / "cache")
 
 
@@ -205,13 +205,13 @@ def test_what_cannot_be_captured_is_refused(
 ) -> None:
     empty = make_rows([]).select([])
     with pytest.raises(ValueError, match="has no texts"):
-        capture(trainer(empty), tmp_path / "cache", TopK(8))
+        fill_cache(trainer(empty), tmp_path / "cache", TopK(8))
     without = make_trainer(tmp_path, tokenizer, tiny_llama(1), kd_weight=0.0, ce_weight=1.0)
     with pytest.raises(ValueError, match="there is no live teacher to capture"):
-        capture(without, tmp_path / "cache", TopK(8))
+        fill_cache(without, tmp_path / "cache", TopK(8))
     several = EnsembleTeacher([LiveTeacher(tiny_llama(seed), tokenizer) for seed in (2, 3)])
     with pytest.raises(ValueError, match="method=hidden needs one teacher with its head"):
-        capture(trainer(teacher=several), tmp_path / "cache", Hidden())
+        fill_cache(trainer(teacher=several), tmp_path / "cache", Hidden())
 
 
 def test_an_ensemble_is_captured_as_its_mixture(
@@ -219,10 +219,10 @@ def test_an_ensemble_is_captured_as_its_mixture(
 ) -> None:
     teachers = [LiveTeacher(tiny_llama(seed), tokenizer) for seed in (2, 3)]
     made = trainer(teacher=EnsembleTeacher(teachers, [3, 1]))
-    cache = capture(made, tmp_path / "cache", TopK(VOCAB, step=2**-17))
+    cache = fill_cache(made, tmp_path / "cache", TopK(VOCAB, step=2**-17))
     batch = made.data_collator([made.train_dataset[0]])
     p = sum(
-        w * teacher.head(teacher.score(batch).hidden).softmax(-1)
+        w * teacher.head(teacher.score(View.of(batch)).hidden).softmax(-1)
         for w, teacher in zip((0.75, 0.25), teachers, strict=True)
     )
     stored = decode(cache.method, [columns for _, columns in cache.examples() if columns["rows"] == len(p)])
@@ -236,19 +236,21 @@ def test_an_ensemble_is_captured_as_its_mixture(
 def test_draws_depend_on_the_text_alone(tmp_path: Path, trainer: Callable[..., DistillationTrainer]) -> None:
     found = []
     for name, size, rows in (("a", 2, make_rows([])), ("b", 5, make_rows([]).shuffle(seed=1))):
-        cache = capture(trainer(rows, per_device_eval_batch_size=size), tmp_path / name, Sampled(20))
+        cache = fill_cache(trainer(rows, per_device_eval_batch_size=size), tmp_path / name, Sampled(20))
         found.append(dict(cache.examples()))
     assert set(found[0]) == set(found[1])
     same = [found[0][key] == found[1][key] for key in found[0]]
     assert sum(same) >= 0.9 * len(same)  # a float's last bit may turn a draw
-    other = dict(capture(trainer(seed=7), tmp_path / "c", Sampled(20)).examples())
+    other = dict(fill_cache(trainer(seed=7), tmp_path / "c", Sampled(20)).examples())
     assert sum(other[key] == found[0][key] for key in other) <= 0.1 * len(same)
 
 
 def test_fidelity_tells_good_from_bad(trainer: Callable[..., DistillationTrainer]) -> None:
     methods = [TopK(4), TopK(64), TopK(VOCAB, step=2**-17), Hidden("float32"), Hybrid(0.02), Sampled(20)]
     names = ("few", "many", "all", "hidden", "hybrid", "sampled")
-    found = dict(zip(names, measure_fidelity(trainer(), methods).values(), strict=True))
+    made = trainer()
+    student = LanguageModel(made.model, made.processing_class)
+    found = dict(zip(names, measure_fidelity(made.teacher, student, made.data, methods).values(), strict=True))
     assert found["few"].gradient_error > found["many"].gradient_error > found["all"].gradient_error
     assert found["few"].kl > found["many"].kl > found["all"].kl >= 0
     for name in ("all", "hidden"):
@@ -267,19 +269,19 @@ def test_a_folder_of_somebody_elses_shards_is_left_alone(
     theirs = tmp_path / "data" / "shard-00000.parquet"
     theirs.write_bytes(b"rows")
     with pytest.raises(ValueError, match=r"has other things in it, such as shard-00000\.parquet"):
-        capture(trainer(), tmp_path / "data", TopK(8), drop_stale=True)
+        fill_cache(trainer(), tmp_path / "data", TopK(8), drop_stale=True)
     assert theirs.read_bytes() == b"rows"
 
 
 def test_a_lost_manifest_does_not_cost_the_shards(tmp_path: Path, trainer: Callable[..., DistillationTrainer]) -> None:
     folder = tmp_path / "cache"
-    capture(trainer(), folder, TopK(8))
+    fill_cache(trainer(), folder, TopK(8))
     before = names(folder)
     (folder / "manifest.json").write_text("{")
     with pytest.raises(ValueError, match=r"holds another cache. shard-.* is of another teacher, tokenizer or method"):
-        capture(trainer(), folder, TopK(9))
+        fill_cache(trainer(), folder, TopK(9))
     assert names(folder) == before
-    assert len(capture(trainer(), folder, TopK(8))) == 24
+    assert len(fill_cache(trainer(), folder, TopK(8))) == 24
     assert names(folder) == before
 
 
@@ -291,29 +293,29 @@ def test_a_teacher_that_gives_nan_is_not_stored(
     with torch.no_grad():
         broken.model.embed_tokens.weight[torch.tensor(make_rows([])[5]["input_ids"])] = math.nan
     with pytest.raises(ValueError, match=r"the teacher gave NaN or infinity for .* positions, first in row"):
-        capture(trainer(teacher=LiveTeacher(broken, tokenizer)), tmp_path / "cache", method)
+        fill_cache(trainer(teacher=LiveTeacher(broken, tokenizer)), tmp_path / "cache", method)
 
 
 def test_what_training_would_refuse_is_refused_before_it_is_captured(
     tmp_path: Path, trainer: Callable[..., DistillationTrainer]
 ) -> None:
     with pytest.raises(ValueError, match="unbiased gradient for forward_kl only"):
-        capture(trainer(divergence="reverse_kl"), tmp_path / "cache", Sampled(20))
+        fill_cache(trainer(divergence="reverse_kl"), tmp_path / "cache", Sampled(20))
 
 
 def test_streams_are_captured_too(tmp_path: Path, trainer: Callable[..., DistillationTrainer]) -> None:
-    whole = capture(trainer(), tmp_path / "whole", TopK(8), examples_per_shard=7)
-    stream = capture(trainer(make_rows([]).to_iterable_dataset()), tmp_path / "s", TopK(8), examples_per_shard=7)
+    whole = fill_cache(trainer(), tmp_path / "whole", TopK(8), examples_per_shard=7)
+    stream = fill_cache(trainer(make_rows([]).to_iterable_dataset()), tmp_path / "s", TopK(8), examples_per_shard=7)
     assert {shard.name for shard in stream.shards} == {shard.name for shard in whole.shards}
     with pytest.raises(ValueError, match="nothing counts in the texts"):
-        capture(trainer(IterableDataset.from_generator(lambda: iter(()))), tmp_path / "empty", TopK(8))
+        fill_cache(trainer(IterableDataset.from_generator(lambda: iter(()))), tmp_path / "empty", TopK(8))
 
 
 def test_texts_in_which_nothing_counts_are_passed_over(
     tmp_path: Path, trainer: Callable[..., DistillationTrainer]
 ) -> None:
     made = trainer(make_rows([0, 7, 23]), per_device_eval_batch_size=1)
-    assert len(capture(made, tmp_path / "cache", TopK(8))) == 21
+    assert len(fill_cache(made, tmp_path / "cache", TopK(8))) == 21
 
 
 @pytest.mark.parametrize("is_compiled", [True, False])
@@ -328,11 +330,11 @@ def test_a_temperature_in_bfloat16_keeps_the_bound(
         monkeypatch.setattr(cpp_backend, "compiled", lambda *_: None)
     teacher = LiveTeacher(tiny_llama(2).to(torch.bfloat16), tokenizer)
     made = trainer(teacher=teacher, loss_temperature=1.5, per_device_eval_batch_size=1)
-    cache = capture(made, tmp_path / "cache", TopK(VOCAB, step=2**-17))
+    cache = fill_cache(made, tmp_path / "cache", TopK(VOCAB, step=2**-17))
     batch = made.data_collator([made.train_dataset[0]])
     with torch.no_grad():
-        exact = (teacher.head(teacher.score(batch).hidden).float() / 1.5).log_softmax(-1)
-    stored = cache.load(next(iter(examples_of(batch))).key)
+        exact = (teacher.head(teacher.score(View.of(batch)).hidden).float() / 1.5).log_softmax(-1)
+    stored = cache.load(next(iter(examples_of(View.of(batch)))).key)
     rows = decode(cache.method, [stored or {}])
     there = rows.log_weights > -math.inf
     roots = exact.gather(1, rows.ids).div(2).exp()
@@ -342,7 +344,7 @@ def test_a_temperature_in_bfloat16_keeps_the_bound(
 def test_a_damaged_head_is_reported(
     tmp_path: Path, trainer: Callable[..., DistillationTrainer], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cache = capture(trainer(), tmp_path / "cache", Hidden("int8"))
+    cache = fill_cache(trainer(), tmp_path / "cache", Hidden("int8"))
     assert cache.verify() == []
     head = tmp_path / "cache" / "head.safetensors"
     head.write_bytes(head.read_bytes()[:-1] + b"x")

@@ -13,17 +13,16 @@ import yaml
 from datasets import Dataset
 from launch import launch
 from peft import LoraConfig
-from runs import copied_state, logged, make_trainer, save
-from tiny import make_config, tiny_llama
+from runs import copied_state, fill_cache, logged, make_trainer, save
+from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.cache.methods import TopK
-from llm_distill.capture.run import capture
 from llm_distill.check.licences import check_licences
 from llm_distill.check.report import Finding, Report
 from llm_distill.cli.check import check
-from llm_distill.cli.parsing import parse_capture, parse_check, parse_start, parse_train
+from llm_distill.cli.parsing import parse
 from llm_distill.cli.train import train
 from llm_distill.data.corpus import train_tokenizer
 
@@ -50,7 +49,7 @@ def run(tmp_path: Path, texts: Dataset, tokenizer: PreTrainedTokenizerBase) -> d
         "max_steps": 1,
         "max_length": 128,
         "use_cpu": True,
-        "activation_checkpointing": False,
+        "bf16": False,
         "disable_tqdm": True,
         "report_to": "none",
         "save_strategy": "no",
@@ -212,7 +211,7 @@ def test_without_a_network_the_hub_is_skipped_and_said() -> None:
     ("options", "lora"),
     [
         pytest.param({}, False, id="full"),
-        pytest.param({"gradient_checkpointing": True, "bf16": True}, True, id="lora, bf16, checkpointing"),
+        pytest.param({"activation_checkpointing": True, "bf16": True}, True, id="lora, bf16, checkpointing"),
         pytest.param({"ce_weight": 0.5, "gradient_accumulation_steps": 2}, False, id="accumulation"),
         pytest.param({"teacher_adapters_off": True, "ce_weight": 1.0}, True, id="adapters off"),
     ],
@@ -260,7 +259,7 @@ def test_a_stored_teacher_is_not_compared_and_that_is_said(
             processing_class=tokenizer,
         )
 
-    capture(trainer(LiveTeacher(tiny_llama(2), tokenizer)), tmp_path / "signals", TopK(8))
+    fill_cache(trainer(LiveTeacher(tiny_llama(2), tokenizer)), tmp_path / "signals", TopK(8))
     found = by_name(trainer(None, teacher_cache=str(tmp_path / "signals")).check())
     assert (found["teacher"].level, found["loss"].level) == ("green", "skipped")
     assert "a part of its distribution" in found["loss"].said
@@ -297,19 +296,17 @@ def test_two_ranks_look_together_and_one_speaks(tmp_path: Path, run: dict[str, A
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("command", [parse_train, parse_check, parse_capture])
-def test_a_yaml_may_say_whether_training_starts_with_a_check(
-    tmp_path: Path, run: dict[str, Any], command: Callable[[list[str]], Any]
-) -> None:
+@pytest.mark.parametrize("command", ["train", "check", "capture"])
+def test_a_yaml_may_say_whether_training_starts_with_a_check(tmp_path: Path, run: dict[str, Any], command: str) -> None:
     options = {name: str(value) if isinstance(value, Path) else value for name, value in run.items()}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(options | {"check": False}))
     arguments = ["--config", str(tmp_path / "run.yaml")]
-    assert command(arguments)[1].max_steps == 1
-    assert not parse_start(arguments)[3].check
-    assert parse_start([*arguments, "--check", "true"])[3].check
-    if command is not parse_train:
+    assert parse(command, arguments)[1].max_steps == 1
+    assert not parse("train", arguments)[3].check
+    assert parse("train", [*arguments, "--check", "true"])[3].check
+    if command != "train":
         with pytest.raises(ValueError, match="unknown option --check on the command line"):
-            command([*arguments, "--check", "false"])
+            parse(command, [*arguments, "--check", "false"])
 
 
 def test_help_explains_with_an_example(capsys: pytest.CaptureFixture[str]) -> None:
@@ -327,3 +324,15 @@ def test_the_report_is_coloured_where_it_is_seen() -> None:
     assert "\033[31mred" in report.as_text(coloured=True)
     assert "\033" not in str(report)
     assert str(report).splitlines()[1].strip() == "→ less"
+
+
+def test_mass_past_the_vocabulary_is_told(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """A student from scratch whose matrix has rows that no token has gives them their share."""
+    padded = tiny_llama(1, hidden=16, vocab_size=VOCAB + 64)
+    found = by_name(make_trainer(tmp_path, tokenizer, padded, LiveTeacher(tiny_llama(2), tokenizer)).check())
+    assert found["vocabulary"].level == "amber"
+    assert "of its mass to rows of its matrix that no token has" in found["vocabulary"].said
+    fitting = tiny_llama(1, hidden=16)
+    assert "vocabulary" not in by_name(
+        make_trainer(tmp_path, tokenizer, fitting, LiveTeacher(tiny_llama(2), tokenizer)).check()
+    )

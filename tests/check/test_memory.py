@@ -27,7 +27,7 @@ EXPERTS = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 
 
 TASKS: dict[str, dict[str, Any]] = {
     "full": {},
-    "checkpointing": {"options": {"gradient_checkpointing": True}},
+    "checkpointing": {"options": {"activation_checkpointing": True}},
     "bf16, accumulation": {"options": {"bf16": True, "gradient_accumulation_steps": 2}},
     "tied, sgd": {"student": DENSE | {"tie_word_embeddings": True}, "options": {"optim": "sgd"}},
     "lora": {"lora": {"r": 8, "target_modules": "all-linear"}},

@@ -267,11 +267,12 @@ def test_a_folder_with_checkpoints_of_another_run_is_neither_overwritten_nor_gon
     longer = saving | {"max_steps": 3}
     with refused("checkpoint-2 is of an earlier run", "resume_from_checkpoint=True", "another output_dir"):
         build(longer).train()
-    with refused("checkpoint-2", "objective.divergence was 'ForwardKL()', is 'JSD(beta=0.5)'", "another output_dir"):
+    divergences = "objective.divergence: the checkpoint has 'ForwardKL()', asked for is 'JSD(beta=0.5)'"
+    with refused("checkpoint-2", divergences, "another output_dir"):
         build(longer | {"divergence": "jsd"}).train(resume_from_checkpoint=True)
     smaller = LiveTeacher(tiny_llama(2, hidden=16), tokenizer)
     sizes = (trainer.teacher.model.num_parameters(), smaller.model.num_parameters())
-    with refused("teacher.parameters was {}, is {}".format(*sizes)):
+    with refused("teacher.parameters: the checkpoint has {}, asked for is {}".format(*sizes)):
         build(longer, teacher=smaller).train(resume_from_checkpoint=True)
 
     resumed = build(longer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -24,8 +25,8 @@ from trl import SFTConfig
 
 import llm_distill
 from llm_distill import DistillationConfig
-from llm_distill.cli import main
-from llm_distill.cli.parsing import parse_capture, parse_train
+from llm_distill.cli import COMMANDS, main
+from llm_distill.cli.parsing import parse
 from llm_distill.cli.train import train
 from llm_distill.data.load import load_data
 from llm_distill.divergences import JSD
@@ -97,16 +98,57 @@ def test_a_name_that_does_not_exist_is_an_attribute_error() -> None:
         _ = llm_distill.DistilTrainer
 
 
-def test_help_of_train_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+def shown_by(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     with pytest.raises(SystemExit) as caught:
-        main(["train", "--help"])
+        main(arguments)
     assert caught.value.code == 0
-    shown = "".join(capsys.readouterr().out.split())
+    return capsys.readouterr().out
+
+
+def test_help_of_train_explains_every_field(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = "".join(shown_by(capsys, "train", "--help").split())
     explained = {f.name: f.metadata["help"] for f in fields(DistillationConfig) if f.name in OUR_FIELDS}
     assert "divergence" in explained
     for name, text in explained.items():
         assert f"--{name}" in shown
         assert "".join(text.split()) in shown, name
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_an_example_and_whole_sentences(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    shown, example = shown_by(capsys, command, "--help").split("\nexample:\n")
+    assert example.startswith(f"  llm-distill {command} ")
+    texts = re.findall(r"^  \S.*\n((?: {6}.*\n)+)", shown, flags=re.MULTILINE)
+    assert len(texts) == len(re.findall(r"^  \S", shown, flags=re.MULTILINE))
+    for text in texts:
+        assert re.search(r"\.( \(default: .*\))?$", " ".join(text.split())), text
+
+
+def test_help_shows_our_headings_first_and_everything_else_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    headings = ["the teacher", "the objective", "the student", "the data", "the run"]
+    for command, own in (("train", []), ("check", ["this check"]), ("capture", ["what is stored"])):
+        shown = shown_by(capsys, command, "--help")
+        assert re.findall(r"^(\w[\w ]+):$", shown, flags=re.MULTILINE) == ["options", *own, *headings, "example"]
+        assert len(shown.splitlines()) < 230
+        assert "--learning_rate X\n" in shown
+        assert "--learning-rate" not in shown
+        assert "--adam_beta1" not in shown
+    everything = shown_by(capsys, "train", "--help-all")
+    assert all(f"--{field.name} " in everything for field in fields(DistillationConfig) if field.init)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown_by(capsys, "--version") == f"llm-distill {llm_distill.__version__}\n"
+
+
+def test_a_command_says_nothing_of_libraries_that_nobody_uses(tmp_path: Path, run: dict[str, Any]) -> None:
+    """No kernel of bitsandbytes, no old name of an option, no accelerator that deepspeed had to guess."""
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    command = [sys.executable, "-m", "llm_distill.cli", "train", *as_flags(run)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    for name in ("bitsandbytes", "kernels-community", "deepspeed", "checkpointing", "accelerator", "Warning"):
+        assert name not in ended.stdout + ended.stderr, name
 
 
 def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
@@ -123,11 +165,11 @@ def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
         "env: {LLM_DISTILL_TEST: from the file}",
     ]
     path.write_text("\n".join([yaml.safe_dump(run), *lines]))
-    script, args, model = parse_train(["--config", str(path)])
+    script, args, model, _ = parse("train", ["--config", str(path)])
     assert (script.dataset_name, model.model_name_or_path) == (run["dataset_name"], run["model_name_or_path"])
     assert (args.learning_rate, args.divergence, args.loss_temperature, args.kd_weight) == (1e-4, "jsd", 2.0, 1.0)
     assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
-    assert Objective.of(args).divergence == JSD(beta=0.1)
+    assert Objective.of(args).head.divergence == JSD(beta=0.1)
     assert os.environ["LLM_DISTILL_TEST"] == "from the file"
 
     flags = {
@@ -135,22 +177,22 @@ def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
         "divergence_kwargs": '{"beta": 0.7}',
         "teacher_model_init_kwargs": '{"attn_implementation": "eager"}',
     }
-    _, args, _ = parse_train([f"--config={path}", *as_flags(flags)])
+    _, args, *_ = parse("train", [f"--config={path}", *as_flags(flags)])
     assert (args.learning_rate, args.divergence, args.divergence_kwargs) == (1e-3, "jsd", {"beta": 0.7})
     assert args.teacher_model_init_kwargs == {"attn_implementation": "eager"}
 
 
 def test_the_yaml_of_a_capture_trains_from_its_cache(tmp_path: Path, run: dict[str, Any]) -> None:
-    kept = {"cache_method": "sampled", "cache_kwargs": {"draws": 12}, "examples_per_shard": 64}
-    both = as_yaml(tmp_path / "run.yaml", run | kept | {"teacher_cache": str(tmp_path / "cache")})
-    assert parse_train(both)[1].teacher_cache == str(tmp_path / "cache")
-    assert parse_capture(both)[3].cache_kwargs == {"draws": 12}
+    capture = {"cache_method": "sampled", "cache_kwargs": {"draws": 12}, "examples_per_shard": 64}
+    both = as_yaml(tmp_path / "run.yaml", run | capture | {"teacher_cache": str(tmp_path / "cache")})
+    assert parse("train", both)[1].teacher_cache == str(tmp_path / "cache")
+    assert parse("capture", both)[3].cache_kwargs == {"draws": 12}
     with pytest.raises(ValueError, match="unknown option --cache_method on the command line"):
-        parse_train([*both, "--cache_method", "top_k"])
+        parse("train", [*both, "--cache_method", "top_k"])
     with pytest.raises(ValueError, match=r"unknown option 'cache_kwargs' in .*run\.yaml"):
-        parse_train(as_yaml(tmp_path / "run.yaml", run | kept))
+        parse("train", as_yaml(tmp_path / "run.yaml", run | capture))
     with pytest.raises(ValueError, match="unknown option 'cache_methods'"):
-        parse_train(as_yaml(tmp_path / "run.yaml", run | {"teacher_cache": "x", "cache_methods": "top_k"}))
+        parse("train", as_yaml(tmp_path / "run.yaml", run | {"teacher_cache": "x", "cache_methods": "top_k"}))
 
 
 @pytest.mark.parametrize(
@@ -228,7 +270,7 @@ def test_data_may_be_a_folder_or_a_file(tmp_path: Path, run: dict[str, Any], suf
         path.write_text("x = 1\n" * 3)
     else:
         getattr(rows, f"to_{suffix[1:]}")(path)
-    script, _, _ = parse_train(as_flags(run | {"dataset_name": path}))
+    script, *_ = parse("train", as_flags(run | {"dataset_name": path}))
     data = load_data(script)
     assert set(data) == ({"train", "test"} if suffix == "folder" else {"train"})
     assert data["train"][0]["text"].strip() in ("x = 1", ROWS["text"]["text"])
@@ -238,7 +280,7 @@ def test_a_part_of_a_split_is_named_as_datasets_names_it(tmp_path: Path, run: di
     for split in ("train", "test"):
         write_rows(tmp_path / "data" / f"{split}.jsonl", "text")
     parts = {"dataset_train_split": "train[:50%]", "dataset_test_split": "test[2:5]"}
-    script, _, _ = parse_train(as_flags(run | {"dataset_name": tmp_path / "data", **parts}))
+    script, *_ = parse("train", as_flags(run | {"dataset_name": tmp_path / "data", **parts}))
     data = load_data(script)
     assert (len(data["train[:50%]"]), len(data["test[2:5]"])) == (6, 3)
     assert len(load_data(replace(script, dataset_train_split="train[10:99]"))["train[10:99]"]) == 2
@@ -247,14 +289,14 @@ def test_a_part_of_a_split_is_named_as_datasets_names_it(tmp_path: Path, run: di
 
 
 def test_stdlib_is_data_without_a_download(run: dict[str, Any]) -> None:
-    script, _, _ = parse_train(as_flags(run | {"dataset_name": "stdlib"}))
+    script, *_ = parse("train", as_flags(run | {"dataset_name": "stdlib"}))
     data = load_data(script)
     assert len(data["train"]) > len(data["test"]) > 10
     assert not set(data["train"]["file"]) & set(data["test"]["file"])
 
 
 def test_data_may_be_streamed(run: dict[str, Any]) -> None:
-    script, _, _ = parse_train(as_flags(run | {"dataset_streaming": True}))
+    script, *_ = parse("train", as_flags(run | {"dataset_streaming": True}))
     data = load_data(script)["train"]
     assert not isinstance(data, Dataset)
     assert next(iter(data)) == ROWS["text"]

@@ -38,7 +38,7 @@ def expected(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Te
         pytest.param({"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}, id="1 × 4, some empty"),
         pytest.param({"per_device_train_batch_size": 4, "padding_free": True}, id="padding-free"),
         pytest.param({"per_device_train_batch_size": 4, "pad_to_multiple_of": 16}, id="more padding"),
-        pytest.param({"per_device_train_batch_size": 4, "gradient_checkpointing": True}, id="checkpointing"),
+        pytest.param({"per_device_train_batch_size": 4, "activation_checkpointing": True}, id="checkpointing"),
     ],
 )
 def test_an_arrangement_of_the_rows_does_not_change_the_step(

@@ -18,16 +18,16 @@ def test_two_ranks_find_what_one_finds(saved: Path, tmp_path: Path):
     run_ranks(worker, *map(str, (saved, tasks, tmp_path)), ranks=2)
     alone = _numbers(json.loads(json.dumps(compare(saved, tasks))))
     for rank in range(2):
-        found = _numbers(json.loads((tmp_path / f"found-{rank}.json").read_text()))
-        assert found.keys() == alone.keys()
+        together = _numbers(json.loads((tmp_path / f"comparison-{rank}.json").read_text()))
+        assert together.keys() == alone.keys()
         for path, value in alone.items():
             near = pytest.approx(value, rel=1e-4, abs=1e-4) if isinstance(value, float) else value
-            assert found[path] == near, path
+            assert together[path] == near, path
 
 
-def _numbers(found: Any, at: str = "") -> dict[str, Any]:
+def _numbers(content: Any, at: str = "") -> dict[str, Any]:
     """All values of a nested JSON, by their path."""
-    items = found.items() if isinstance(found, dict) else enumerate(found) if isinstance(found, list) else None
+    items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else None
     if items is None:
-        return {at: found}
-    return {path: value for key, each in items for path, value in _numbers(each, f"{at}/{key}").items()}
+        return {at: content}
+    return {path: value for key, item in items for path, value in _numbers(item, f"{at}/{key}").items()}

@@ -11,13 +11,16 @@ from launch import Run
 
 # Rows 2 and 3 are all that the second rank has in the first step: nothing counts there. The other rows are uneven.
 MASKED = [2, 3, 9]
+LOSSES = [{"name": "hidden", "layers": {1: 2, 2: 2}, "weight": 0.1}]
 LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce")
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"masked": MASKED, "config": {"ce_weight": 0.5, "loss_temperature": 2.0}}, id="full"),
+        pytest.param(
+            {"masked": MASKED, "config": {"ce_weight": 0.5, "loss_temperature": 2.0, "losses": LOSSES}}, id="full"
+        ),
         pytest.param({"masked": MASKED, "lora": True}, id="lora"),
     ],
 )
@@ -28,7 +31,7 @@ def test_two_ranks_and_one_rank_take_the_same_steps(run_worker: Callable[..., Ru
     for name, expected in one.weights().items():
         assert torch.equal(two.weights(0)[name], two.weights(1)[name]), f"{name} drifted apart"
         torch.testing.assert_close(two.weights()[name], expected, rtol=1e-9, atol=1e-12)
-    for key in LOGGED:
+    for key in (*LOGGED, *(term["name"] for term in config.get("losses", []))):
         assert two.logged(key) == pytest.approx(one.logged(key), rel=1e-5), key
         assert two.log["evaluation"][f"eval_{key}"] == pytest.approx(one.log["evaluation"][f"eval_{key}"], rel=1e-5)
 

@@ -20,6 +20,7 @@ CONFIG = {
     "lr_scheduler_type": "cosine",
     "train_sampling_strategy": "random",
     "gradient_accumulation_steps": 2,
+    "losses": [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}],  # with a projection, which must be resumed too
 }
 
 
@@ -40,5 +41,6 @@ def test_a_killed_run_resumes_to_the_same_weights_and_losses(run_worker: Callabl
     resumed = run_worker("killed", config=CONFIG, resume=True)
     assert resumed.logged("loss") == pytest.approx(whole.logged("loss"), rel=1e-12)
     assert len(whole.logged("loss")) == CONFIG["max_steps"]
+    assert any("distillation_terms" in name for name in whole.weights())
     for name, expected in whole.weights().items():
         assert torch.equal(resumed.weights()[name], expected), name

@@ -17,7 +17,9 @@ pytestmark = [
     pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs"),
 ]
 RECIPES = Path(__file__).parents[2] / "recipes"
-KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance")
+KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance", "hidden")
+LOSSES = [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}]
+"""With a projection, as the widths differ."""
 
 
 @pytest.fixture
@@ -30,7 +32,11 @@ def on_cpu(tmp_path: Path) -> Path:
 
 
 def test_zero3_gives_the_losses_of_one_rank(run_worker: Callable[..., Run], on_cpu: Path) -> None:
-    options = {"dtype": "float32", "masked": [2, 3, 9], "config": {"ce_weight": 0.5, "learning_rate": 1.0}}
+    options = {
+        "dtype": "float32",
+        "masked": [2, 3, 9],
+        "config": {"ce_weight": 0.5, "learning_rate": 1.0, "losses": LOSSES},
+    }
     sizes = {1: {"per_device_train_batch_size": 4}, 2: {"per_device_train_batch_size": 2}}
     one = run_worker("one", 1, **options | {"config": options["config"] | sizes[1]})
     two = run_worker("two", 2, launcher=on_cpu, **options | {"config": options["config"] | sizes[2]})
@@ -60,8 +66,7 @@ def test_a_check_before_weights_are_sharded_says_what_it_cannot_measure(
         "output_dir": tmp_path / "out",
         "max_length": 64,
         "max_steps": 1,
-        "use_cpu": True,
-        "activation_checkpointing": False,
+        "bf16": False,
         "report_to": "none",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", str(value))]

@@ -19,13 +19,14 @@ import protocol_server
 import pytest
 from datasets import Dataset
 from proxy import FaultyProxy
+from scripted import scripted
 from servers import RunningServer, serving
 
 from llm_distill.cli import main
 from llm_distill.generation import Prompt, Sampling, generate, make_filters, prompts_of
-from llm_distill.generation.endpoint import BudgetReachedError, EndpointEngine, Prices
-from llm_distill.generation.generate import read_report
-from llm_distill.generation.store import Entries
+from llm_distill.generation.engines.endpoint import BudgetReachedError, EndpointEngine, Prices
+from llm_distill.generation.journal import JournalEntries
+from llm_distill.generation.run import read_report
 
 SCRIPT, KEY = Path(protocol_server.__file__), "sk-not-to-be-shown-anywhere"
 SAMPLING = Sampling(max_new_tokens=6, temperature=0)
@@ -94,16 +95,80 @@ def test_retry_after_is_honoured(server: RunningServer, prompts: list[Prompt]) -
         assert proxy.times[1] - proxy.times[0] >= 1.9
 
 
+def answer_with(*texts: str) -> dict[str, Any]:
+    choices = [{"text": text, "message": {"content": text}, "finish_reason": "stop"} for text in texts]
+    return {"choices": choices, "usage": {"prompt_tokens": 3, "completion_tokens": 4}}
+
+
+def test_newer_models_call_the_limit_by_another_name(prompts: list[Prompt]) -> None:
+    (chat,) = prompts_of([{"prompt": "import os"}], as_chat=True)
+    refusal = (400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}})
+    with scripted([refusal, (200, answer_with("a"))]) as server:
+        engine = engine_at(server.url, log_probs=True)
+        assert list(texts_of(engine.write([chat, chat])).values()) == ["a"]
+        names = [{"max_tokens", "max_completion_tokens"} & body.keys() for body in server.bodies]
+        assert names[0] == {"max_tokens"}
+        assert names[-1] == {"max_completion_tokens"}
+        assert {body["logprobs"] for body in server.bodies} == {True}
+
+
+def test_answers_without_choices_are_tried_again_and_counted(prompts: list[Prompt]) -> None:
+    with scripted([(200, {"choices": []}), (200, answer_with("a")), (200, {})]) as server:
+        engine = engine_at(server.url, max_retries=2, concurrency=1)
+        written = engine.write(prompts)
+        assert next(written).completions[0].text == "a"
+        with pytest.raises(ConnectionError, match=r"answered 200 3 times\. .*its answer has no choices"):
+            next(written)
+        assert len(server.paths) == 2 + 3
+
+
+def test_what_is_missing_of_several_completions_is_asked_for(prompts: list[Prompt]) -> None:
+    prices = Prices(input=1e6, output=1e6)
+    with scripted([(200, answer_with("a", "b")), (200, answer_with("c", "d"))]) as server:
+        engine = EndpointEngine(f"{server.url}/v1", "teacher", Sampling(num_completions=3), prices=prices)
+        (answer,) = engine.write(prompts[:1])
+        assert [completion.text for completion in answer.completions] == ["a", "b", "c"]
+        assert [body["n"] for body in server.bodies] == [3, 1]
+        assert server.bodies[0]["seed"] != server.bodies[1]["seed"]
+        assert answer.cost == 2 * (3 + 4)
+
+
+@pytest.mark.parametrize("as_chat", [False, True])
+def test_log_probabilities_are_those_that_the_endpoint_tells(as_chat: bool) -> None:
+    (prompt,) = prompts_of([{"prompt": "import os"}], as_chat=as_chat)
+    in_chat = {"content": [{"logprob": -1.0}, {"logprob": -2.0}]}
+    answer = answer_with("a")
+    answer["choices"][0]["logprobs"] = in_chat if as_chat else {"token_logprobs": [None, -1.0, -2.0]}
+    with scripted([(200, answer)]) as server:
+        (completion,) = next(engine_at(server.url, log_probs=True).write([prompt])).completions
+        assert (completion.mean_log_prob, completion.tokens, completion.finished) == (-1.5, 2, True)
+
+
+def test_a_password_in_the_address_is_used_and_not_shown(prompts: list[Prompt]) -> None:
+    with scripted([(200, answer_with("a"))]) as server:
+        engine = EndpointEngine(f"{server.url.replace('//', '//me:hunter2@')}/v1", "teacher", SAMPLING)
+        assert next(engine.write(prompts[:1])).completions[0].text == "a"
+        assert engine.url == f"{server.url}/v1"
+        assert server.headers[0]["Authorization"] == "Basic bWU6aHVudGVyMg=="
+
+
+def test_an_endpoint_need_not_list_its_models() -> None:
+    for answer in ((404, "nothing here"), (200, "not JSON"), (200, {"models": []})):
+        with scripted([answer]) as server:
+            engine_at(server.url).check()
+            assert server.paths == ["/v1/models"]
+
+
 def test_when_it_gives_up_everything_so_far_is_kept(
     server: RunningServer, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     with FaultyProxy(server.url, [None] * 5 + ["500"] * 50) as proxy:
         engine = engine_at(proxy.url, max_retries=1, concurrency=1)
         with pytest.raises(ConnectionError, match=r"answered 500 2 times\. What has arrived is kept"):
-            generate(engine, prompts, tmp_path / "run", SAMPLING)
-    assert len(Entries(tmp_path / "run")) == 5
+            generate(engine, prompts, tmp_path / "run")
+    assert len(JournalEntries(tmp_path / "run")) == 5
     with FaultyProxy(server.url) as proxy:
-        report = generate(engine_at(proxy.url), prompts, tmp_path / "run", SAMPLING)
+        report = generate(engine_at(proxy.url), prompts, tmp_path / "run")
         assert proxy.passed == len(prompts) - 5
     assert report.complete
 
@@ -112,7 +177,7 @@ def test_a_prompt_that_the_endpoint_refuses_does_not_stop_the_others(
     server: RunningServer, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     long = list(prompts_of([{"prompt": "abc " * 200}]))
-    report = generate(engine_at(server.url), [*prompts[:3], *long], tmp_path / "run", SAMPLING)
+    report = generate(engine_at(server.url), [*prompts[:3], *long], tmp_path / "run")
     assert report.written == 3
     (reason,) = report.unanswered
     assert "the endpoint refused it" in reason
@@ -124,9 +189,9 @@ def test_the_budget_stops_before_it_is_exceeded_and_a_larger_one_goes_on(
 ) -> None:
     def run(budget: float) -> Any:
         prices = Prices(input=1e4, output=1e5, budget=budget)
-        spent = Entries.cost_in(tmp_path / "run")
+        spent = JournalEntries(tmp_path / "run").cost
         engine = engine_at(server.url, prices=prices, spent=spent)
-        return generate(engine, prompts, tmp_path / "run", SAMPLING, filters=make_filters({"length": {}}))
+        return generate(engine, prompts, tmp_path / "run", filters=make_filters({"length": {}}))
 
     with pytest.raises(BudgetReachedError, match="with a larger budget the same command goes on"):
         run(8.0)
@@ -170,8 +235,8 @@ def data(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"key": ""}, "is missing: set OPENAI_API_KEY in the environment"),
-        ({"key": "sk-another-secret"}, "was refused: set OPENAI_API_KEY in the environment"),
+        ({"key": ""}, "to answer without a key (OPENAI_API_KEY is not set): HTTP 401. Set it in the environment"),
+        ({"key": "sk-another-secret"}, "refuses the key in OPENAI_API_KEY: HTTP 401. Set it in the environment"),
         ({"model": "gpt-9"}, "does not serve 'gpt-9', only teacher"),
         ({"url": "http://me:hunter2@127.0.0.1:9"}, "nothing answers at http://127.0.0.1:9/v1"),
         ({"budget": "0"}, "budget=0.0 allows nothing"),
@@ -194,10 +259,10 @@ def test_what_cannot_work_is_said_within_seconds_and_without_the_key(
     with pytest.raises(SystemExit):
         main([*command, *(("--budget", change["budget"]) if "budget" in change else ())])
     assert time.monotonic() - began < 15
-    said = "".join(capsys.readouterr())
-    assert message in said
+    output = "".join(capsys.readouterr())
+    assert message in output
     for secret in (KEY, "sk-another-secret", "hunter2"):
-        assert secret not in said
+        assert secret not in output
 
 
 def test_killed_runs_pay_for_no_prompt_that_has_arrived(
@@ -216,7 +281,7 @@ def test_killed_runs_pay_for_no_prompt_that_has_arrived(
                 time.sleep(0.01)
             os.kill(child.pid, signal.SIGKILL)
             child.wait()
-        report = generate(engine_at(proxy.url), prompts, folder, SAMPLING)
+        report = generate(engine_at(proxy.url), prompts, folder)
         assert report.complete
         assert report.written == len(prompts)
         in_flight_at_most = 3 * 2

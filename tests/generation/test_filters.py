@@ -7,72 +7,89 @@ from typing import Any
 
 import pytest
 
-from llm_distill.generation.filters import FILTERS, Sample, make_filters
+from llm_distill.generation.engines.base import Completion
+from llm_distill.generation.filters import FILTERS, Candidate, make_filters
 from llm_distill.generation.private_data import PrivateData
+from llm_distill.generation.run import apply_filters
 
 PROSE = "The quick brown fox jumps over the lazy dog while the band plays a slow song in the old town hall"
 
 
-def sample(text: str, **fields: Any) -> Sample:
+def candidate(text: str, **fields: Any) -> Candidate:
     defaults = {"prompt": "p", "row": {}, "finished": True, "tokens": 5, "mean_log_prob": None}
-    return Sample(text=text, **(defaults | fields))
+    return Candidate(text=text, **(defaults | fields))
 
 
-def kept(name: str, samples: list[Sample], **parameters: Any) -> list[bool]:
+def keeps(name: str, candidates: list[Candidate], **parameters: Any) -> list[bool]:
     (keep,) = make_filters({name: parameters}).values()
-    return [each is not None for each in keep(samples)]
+    return [candidate is not None for candidate in keep(candidates)]
 
 
 def test_finished_drops_what_was_cut_off() -> None:
-    assert kept("finished", [sample("a"), sample("b", finished=False)]) == [True, False]
+    assert keeps("finished", [candidate("a"), candidate("b", finished=False)]) == [True, False]
 
 
 def test_length_counts_tokens_and_characters() -> None:
-    samples = [sample("a", tokens=1), sample("a b", tokens=2), sample("c d e", tokens=9), sample(" \n", tokens=2)]
-    assert kept("length", samples, min_tokens=2, max_tokens=8) == [False, True, False, False]
+    candidates = [
+        candidate("a", tokens=1),
+        candidate("a b", tokens=2),
+        candidate("c d e", tokens=9),
+        candidate(" \n", tokens=2),
+    ]
+    assert keeps("length", candidates, min_tokens=2, max_tokens=8) == [False, True, False, False]
 
 
 def test_repetition_is_a_share_of_runs_of_words() -> None:
-    assert kept("repetition", [sample(PROSE), sample("and so on " * 20), sample("ok")]) == [True, False, True]
+    assert keeps("repetition", [candidate(PROSE), candidate("and so on " * 20), candidate("ok")]) == [True, False, True]
 
 
 def test_log_prob_needs_it() -> None:
-    assert kept("log_prob", [sample("a", mean_log_prob=-2.9), sample("b", mean_log_prob=-3.1)]) == [True, False]
+    assert keeps("log_prob", [candidate("a", mean_log_prob=-2.9), candidate("b", mean_log_prob=-3.1)]) == [True, False]
     with pytest.raises(ValueError, match="needs the teacher's log-probabilities"):
-        kept("log_prob", [sample("a")])
+        keeps("log_prob", [candidate("a")])
 
 
 def test_a_verifier_is_the_users_function(tmp_path: Path) -> None:
     script = tmp_path / "checks.py"
     script.write_text("def right(prompt, completion, row):\n    return completion == row['answer']\n")
-    samples = [sample("4", row={"answer": "4"}), sample("5", row={"answer": "4"})]
-    assert kept("verifier", samples, check=f"{script}:right") == [True, False]
+    candidates = [candidate("4", row={"answer": "4"}), candidate("5", row={"answer": "4"})]
+    assert keeps("verifier", candidates, check=f"{script}:right") == [True, False]
     with pytest.raises(ValueError, match="no function"):
         make_filters({"verifier": {"check": f"{script}:wrong"}})
 
 
 def test_exact_duplicates_are_of_one_prompt() -> None:
-    samples = [sample("4"), sample("4 "), sample("4", prompt="q"), sample("5")]
-    assert kept("exact_duplicates", samples) == [True, False, True, True]
+    candidates = [candidate("4"), candidate("4 "), candidate("4", prompt="q"), candidate("5")]
+    assert keeps("exact_duplicates", candidates) == [True, False, True, True]
 
 
 def test_near_duplicates_share_most_of_their_words() -> None:
     other = "A completely different sentence about compilers, parsers, linkers, loaders, debuggers and the people there"
-    samples = [sample(PROSE), sample(f"{PROSE}!", prompt="q"), sample(other), sample("yes"), sample("yes")]
-    assert kept("near_duplicates", samples) == [True, False, True, True, True]
+    candidates = [
+        candidate(PROSE),
+        candidate(f"{PROSE}!", prompt="q"),
+        candidate(other),
+        candidate("yes"),
+        candidate("yes"),
+    ]
+    assert keeps("near_duplicates", candidates) == [True, False, True, True, True]
 
 
 def test_near_duplicates_are_found_across_prompts_and_calls() -> None:
     (keep,) = make_filters({"near_duplicates": {"threshold": 0.6}}).values()
-    assert keep([sample(PROSE)])[0] is not None
-    assert keep([sample(PROSE.replace("slow", "fast"), prompt="q")]) == [None]
+    assert keep([candidate(PROSE)])[0] is not None
+    assert keep([candidate(PROSE.replace("slow", "fast"), prompt="q")]) == [None]
 
 
 def test_majority_keeps_the_commonest_answer() -> None:
     texts = ["so it is 4", "I say 5, no: 4", "5", "4"]
-    assert kept("majority", [sample(text) for text in texts], answer=r"\d+") == [True, True, False, True]
-    assert kept("majority", [sample(text) for text in "abcd"]) == [False] * 4
-    assert kept("majority", [sample("x=1"), sample("x=1"), sample("none")], answer=r"x=(\d)") == [True, True, False]
+    assert keeps("majority", [candidate(text) for text in texts], answer=r"\d+") == [True, True, False, True]
+    assert keeps("majority", [candidate(text) for text in "abcd"]) == [False] * 4
+    assert keeps("majority", [candidate("x=1"), candidate("x=1"), candidate("none")], answer=r"x=(\d)") == [
+        True,
+        True,
+        False,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -88,9 +105,9 @@ def test_majority_keeps_the_commonest_answer() -> None:
     ],
 )
 def test_private_data_is_dropped_or_masked(text: str, masked: str) -> None:
-    assert kept("private_data", [sample(text)]) == [False]
+    assert keeps("private_data", [candidate(text)]) == [False]
     (mask,) = make_filters({"private_data": {"action": "mask"}}).values()
-    assert [each.text for each in mask([sample(text)])] == [masked]
+    assert [clean.text for clean in mask([candidate(text)])] == [masked]
 
 
 @pytest.mark.parametrize(
@@ -104,23 +121,20 @@ def test_private_data_is_dropped_or_masked(text: str, masked: str) -> None:
     ],
 )
 def test_what_only_looks_private_stays(text: str) -> None:
-    assert PrivateData().masked(text) == text
+    assert PrivateData().mask(text) == text
 
 
 def test_numbers_without_a_country_need_a_region() -> None:
-    assert PrivateData().masked("(650) 253-0000") == "(650) 253-0000"
-    assert PrivateData("US").masked("(650) 253-0000") == "[PHONE]"
+    assert PrivateData().mask("(650) 253-0000") == "(650) 253-0000"
+    assert PrivateData("US").mask("(650) 253-0000") == "[PHONE]"
 
 
 def test_filters_go_in_order_and_each_counts_what_it_rejects() -> None:
-    from llm_distill.generation.engines import Completion
-    from llm_distill.generation.generate import judged
-
     completions = [Completion("ok", True, 1), Completion("ok", True, 1), Completion("", True, 0)]
     entry = {"prompt": "p", "row": {}}
-    verdicts, changed = judged(entry, completions, make_filters({"length": {}, "exact_duplicates": {}}))
+    verdicts = apply_filters(entry, completions, make_filters({"length": {}, "exact_duplicates": {}}))
     assert [reason for _, reason in verdicts] == [None, "exact_duplicates", "length"]
-    assert changed == [False, False, False]
+    assert [candidate.text for candidate, _ in verdicts] == ["ok", "ok", ""]
 
 
 def test_every_filter_says_what_it_keeps() -> None:

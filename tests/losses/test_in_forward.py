@@ -55,7 +55,7 @@ def test_of_a_student_with_adapters_only_they_learn(
         LiveTeacher(tiny_llama(2), tokenizer),
         peft_config=LORA,
         quantization_config=quantization,
-        gradient_checkpointing=True,
+        activation_checkpointing=True,
         per_device_train_batch_size=8,
         max_steps=18,  # six times over the same rows
     )
@@ -153,7 +153,7 @@ def test_checkpointing_activations_changes_no_weight(
     for checkpointing in (False, True):
         student = tiny_llama(1, hidden=16, tie_word_embeddings=tied).double()
         trainer = make_trainer(
-            tmp_path, tokenizer, student, teacher(tokenizer), gradient_checkpointing=checkpointing, ce_weight=0.5
+            tmp_path, tokenizer, student, teacher(tokenizer), activation_checkpointing=checkpointing, ce_weight=0.5
         )
         trainer.train()
         assert student.is_gradient_checkpointing == checkpointing

@@ -34,11 +34,11 @@ def write_card(folder: Path, options: dict[str, Any] | None = None, **record: An
 def test_the_card_shows_the_figures_of_each_dataset(tmp_path: Path) -> None:
     figures = {"eval_code_ce": 1.75, "eval_code_teacher_ce": 1.5, "eval_prose_ce": 3.0, "eval_code_runtime": 9.0}
     card = write_card(tmp_path, **{"run.figures": figures})
-    assert "| cross-entropy (nats a token) on code | 1.75 |" in card.text
-    assert "| the teacher's cross-entropy on code | 1.5 |" in card.text
-    assert "| cross-entropy (nats a token) on prose | 3 |" in card.text
+    assert "| cross-entropy, nats a token (code) | 1.75 |" in card.text
+    assert "| the teacher's cross-entropy (code) | 1.5 |" in card.text
+    assert "| cross-entropy, nats a token (prose) | 3 |" in card.text
     assert "from `big` (7.0 M parameters)" in card.text
-    shown = {(each.dataset_name, each.metric_type): each.metric_value for each in card.data.eval_results}
+    shown = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert shown == {("code", "ce"): 1.75, ("code", "teacher_ce"): 1.5, ("prose", "ce"): 3.0}
 
 
@@ -62,8 +62,14 @@ def test_a_report_that_does_not_compare_says_why(tmp_path: Path) -> None:
     (tmp_path / "report.json").write_text(json.dumps(report))
     card = write_card(tmp_path)
     assert "not compared with its teacher token by token: other tokens." in card.text
-    assert "| code | student | 2 |  |  | 1 (0.9 to 1.1) |" in card.text
+    assert "| code | student | 2 | | | 1 (0.9 to 1.1) |" in card.text
     assert "How like" not in card.text
+
+
+def test_only_what_was_not_measured_is_called_so(tmp_path: Path) -> None:
+    parts = {"tasks": {"tasks": {"arc": {}}, "skipped": {"gone": "no network"}}, "bias": {"skipped": "no such pairs"}}
+    (tmp_path / "report.json").write_text(json.dumps({"date": "2026-11-25", "domains": {}} | parts))
+    assert "Not measured: what it writes, bias, speed and memory." in write_card(tmp_path).text
 
 
 def test_a_card_is_written_anew_unless_somebody_has_made_it_their_own(tmp_path: Path) -> None:

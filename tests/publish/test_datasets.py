@@ -20,7 +20,7 @@ from llm_distill.cache.codec import encode
 from llm_distill.cache.manifest import identity, write_manifest
 from llm_distill.cache.methods import describe_method
 from llm_distill.cache.store import ShardWriter
-from llm_distill.publish.datasets import dataset_card
+from llm_distill.publish.datasets import cache_card
 
 METHOD = TopK(k=16)
 
@@ -45,8 +45,8 @@ def make_cache(folder: Path, *, shards: int = 2, texts: int = 4, rows: int = 50,
         writer = ShardWriter(folder, METHOD, identity(manifest))
         for text in range(texts):
             log_p = (3 * torch.randn(rows, 512, generator=generator)).log_softmax(-1)
-            kept = METHOD(log_p, torch.rand(rows, 2, generator=generator))
-            writer.add(hashlib.md5(f"{shard} {text}".encode()).digest(), rows, encode(METHOD, kept))
+            kept_tokens = METHOD(log_p, torch.rand(rows, 2, generator=generator))
+            writer.add(hashlib.md5(f"{shard} {text}".encode()).digest(), rows, encode(METHOD, kept_tokens))
         writer.close()
     cache = TeacherCache(folder)
     cache.record_contents()
@@ -87,11 +87,11 @@ def test_a_pushed_cache_is_downloaded_and_decodes_to_the_same(hub: Hub, home: Pa
         """
         push()
         from llm_distill.cache.codec import decode
-        ours, theirs = TeacherCache(home + "/cache"), TeacherCache.open(repo)
-        assert theirs.path != ours.path and theirs.verify() == [] and theirs.manifest == ours.manifest
-        assert len(theirs) == len(ours) == 8 and theirs.num_rows == 400
-        for key, columns in ours.examples():
-            for mine, read in zip(decode(ours.method, [columns]), decode(ours.method, [theirs.load(key)])):
+        local, pulled = TeacherCache(home + "/cache"), TeacherCache.open(repo)
+        assert pulled.path != local.path and pulled.verify() == [] and pulled.manifest == local.manifest
+        assert len(pulled) == len(local) == 8 and pulled.num_rows == 400
+        for key, columns in local.examples():
+            for mine, read in zip(decode(local.method, [columns]), decode(local.method, [pulled.load(key)])):
                 assert mine.equal(read)
         print("the same")
         push()
@@ -118,26 +118,34 @@ def test_a_pushed_cache_is_downloaded_and_decodes_to_the_same(hub: Hub, home: Pa
 def test_a_stream_reads_what_is_needed(hub: Hub, home: Path) -> None:
     cache = make_cache(home / "cache", texts=60, rows=400)
     hub.files[REPO] = {path.name: path.read_bytes() for path in (home / "cache").iterdir()}
-    hub.files[REPO]["README.md"] = dataset_card(cache, REPO, {}).encode()
+    hub.files[REPO]["README.md"] = cache_card(cache, REPO, {}).encode()
     first = next(cache.examples())[0]
     program = f"""
-        theirs = TeacherCache.open("hf://datasets/" + repo)
+        pulled = TeacherCache.open("hf://datasets/" + repo)
         tell("mark")
-        theirs.load(bytes.fromhex("{first.hex()}"))
+        pulled.load(bytes.fromhex("{first.hex()}"))
         tell("mark")
-        ours = TeacherCache(home + "/cache")
-        assert len(theirs) == len(ours) == 120 and theirs.num_rows == ours.num_rows
-        assert all(theirs.load(key) == columns for key, columns in ours.examples()) and theirs.verify() == []
+        local = TeacherCache(home + "/cache")
+        assert len(pulled) == len(local) == 120 and pulled.num_rows == local.num_rows
+        assert all(pulled.load(key) == columns for key, columns in local.examples()) and pulled.verify() == []
 
         from datasets import load_dataset
         rows = list(load_dataset(repo, split="train", streaming=True))
-        assert {{row["key"] for row in rows}} == {{key for key, _ in ours.examples()}}
+        assert {{row["key"] for row in rows}} == {{key for key, _ in local.examples()}}
         print(sum(row["rows"] for row in rows))
         """
     assert python(hub, home, program) == ["48000"]
     opened, first_read = hub.marks
     assert opened < 0.2 * cache.num_bytes, "footers"
     assert first_read - opened < 0.4 * cache.num_bytes, "one group of rows of one shard"
+
+
+def test_a_teacher_of_whom_more_is_known_is_another_one(hub: Hub, home: Path) -> None:
+    make_cache(home / "cache")
+    make_cache(home / "other", teacher={"model": TEACHER, "revision": REVISION, "dtype": "bfloat16"})
+    hub.files[REPO] = {path.name: path.read_bytes() for path in (home / "other").iterdir()}
+    (refused,) = python(hub, home, "push()")
+    assert "holds another teacher cache: teacher.bits: the cache has None, asked for is 4." in refused
 
 
 def test_a_repository_of_something_else_is_left_alone(hub: Hub, home: Path) -> None:
@@ -234,13 +242,13 @@ def test_a_push_that_broke_off_goes_on(hub: Hub, home: Path, transfer: str) -> N
 
 def test_the_card_says_what_it_is(tmp_path: Path) -> None:
     cache = make_cache(tmp_path / PERSON, texts=2000, rows=1, shards=1)
-    card = DatasetCard(dataset_card(cache, REPO, {"license": "other", "license_name": "qwen"}))
+    card = DatasetCard(cache_card(cache, REPO, {"license": "other", "license_name": "qwen"}))
     data = card.data.to_dict()
     assert data["configs"] == [{"config_name": "default", "data_files": "shard-*.parquet"}]
     assert (data["license"], data["license_name"], data["size_categories"]) == ("other", "qwen", ["1K<n<10K"])
     assert {"llm-distill", "knowledge-distillation", "teacher-cache"} <= set(data["tags"])
     assert data["base_model"] == [TEACHER]
-    for said in (
+    for text in (
         f"| teacher | [{TEACHER}](https://huggingface.co/{TEACHER}), {REVISION}, bfloat16, 4 bits |",
         "| tokenizer: vocabulary | 5eed5eed5eed5eed |",
         "| kept of each distribution | `TopK(k=16, mass=1.0, threshold=0.0, step=0.0078125)` |",
@@ -253,14 +261,14 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
         f"teacher_cache: {REPO}\nmax_length: 1024\npacking: false\n",
         f"`hf://datasets/{REPO}`",
     ):
-        assert said in card.text, said
+        assert text in card.text, text
     assert PERSON not in str(card)
 
 
 def test_the_card_of_teachers_of_one_s_own(tmp_path: Path) -> None:
     teachers = [{"model": "mine", "revision": None, "dtype": "float32"}, {"architecture": "LlamaForCausalLM"}]
     cache = make_cache(tmp_path / "cache", teacher={"ensemble": teachers, "weights": [0.5, 0.5]}, fidelity=None)
-    card = DatasetCard(dataset_card(cache, REPO, {}))
+    card = DatasetCard(cache_card(cache, REPO, {}))
     assert {"license", "base_model"}.isdisjoint(card.data.to_dict())
     assert "The teacher's is not known here. It governs" in card.text
     assert "| teacher | `mine`, float32 |\n| teacher | `LlamaForCausalLM` |\n" in card.text

@@ -152,7 +152,7 @@ def test_what_cannot_be_exported_is_named(
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     save(tmp_path / "words", "llama", words)
     output = str(tmp_path / "out")
-    for arguments, said in {
+    for arguments, message in {
         (tmp_path / "gemma", "--format", "gguf"): "family gemma2 cannot be exported as GGUF here, only llama",
         (tmp_path / "yarn", "--format", "gguf"): "rope_type=llama3 is not supported",
         (tmp_path / "words", "--format", "gguf"): "the tokenizer is none whose form in GGUF is known",
@@ -162,8 +162,8 @@ def test_what_cannot_be_exported_is_named(
         (tmp_path / "words", "--format", "gguf", "--dtype", "int8"): "tokenizer",
         (tmp_path / "gemma", "--formats", "onnx"): "Did you mean 'format'",
     }.items():
-        line = refused(capsys, export, [*(str(each) for each in arguments), "--output", output])
-        assert said in line
+        line = refused(capsys, export, [*(str(argument) for argument in arguments), "--output", output])
+        assert message in line
     assert not Path(output).exists()
 
 

@@ -17,8 +17,7 @@ from commands import as_flags, write_rows
 from hub_server import PERSON, TOKEN, Hub, python, shard_name
 from huggingface_hub import ModelCard
 
-from llm_distill.cli.parsing import parse_train
-from llm_distill.leaks import leak, public_command, public_value, refuse_leaks
+from llm_distill.cli.parsing import parse
 
 REPO = "somebody/student"
 TRAIN = """
@@ -68,19 +67,19 @@ def run(hub: Hub, home: Path, program: str, *arguments: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs_so_far(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders of runs, by their options: a run takes some seconds."""
-    return tmp_path_factory.mktemp("kept")
+    return tmp_path_factory.mktemp("runs")
 
 
 @pytest.fixture
-def trained(lab: Hub, home: Path, kept: Path) -> Train:
+def trained(lab: Hub, home: Path, runs_so_far: Path) -> Train:
     """The folder of a run of two steps, by a person who has everything in their home."""
 
     def train(**options: Any) -> Path:
         key = hashlib.sha256(repr(options).encode()).hexdigest()[:8]
-        if (kept / key).is_dir() and not options.keys() & {"output_dir", "push_to_hub"}:
-            return shutil.copytree(kept / key, home / "out")
+        if (runs_so_far / key).is_dir() and not options.keys() & {"output_dir", "push_to_hub"}:
+            return shutil.copytree(runs_so_far / key, home / "out")
         defaults = {
             "model_name_or_path": "lab/student",
             "teacher_model_name_or_path": "lab/teacher",
@@ -88,13 +87,13 @@ def trained(lab: Hub, home: Path, kept: Path) -> Train:
             "output_dir": home / "out",
             "max_steps": 2,
             "learning_rate": 0.01,
-            "use_cpu": True,
+            "bf16": False,
             "report_to": "none",
             "save_steps": 1,
         }
         run(lab, home, TRAIN, json.dumps(as_flags(defaults | options)))
         if "output_dir" not in options:
-            shutil.copytree(home / "out", kept / key)
+            shutil.copytree(home / "out", runs_so_far / key)
         return home / "out"
 
     return train
@@ -104,7 +103,7 @@ def push(hub: Hub, home: Path, *commands: list[str | Path], **environment: str) 
     """What each `llm-distill push …` says, one after the other."""
     arguments = json.dumps([[str(part) for part in command] for command in commands])
     lines = python(hub, home, PUSH, arguments, **{"HF_HUB_DISABLE_XET": "1"} | environment)
-    return [" ".join(said.split()) for said in "\n".join(lines).split("---\n")[1:]]
+    return [" ".join(output.split()) for output in "\n".join(lines).split("---\n")[1:]]
 
 
 def logits(hub: Hub, home: Path, *names: str | Path) -> list[torch.Tensor]:
@@ -155,8 +154,8 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
     folder = trained()
     assert (folder / "checkpoint-2" / "optimizer.pt").is_file()
     report = write_report(home / "report")
-    (said,) = push(lab, home, [folder, REPO, "--report", report, "--dataset", "lab/code"])
-    assert said.endswith(f"Pushed to {lab.url}/{REPO}")
+    (output,) = push(lab, home, [folder, REPO, "--report", report, "--dataset", "lab/code"])
+    assert output.endswith(f"Pushed to {lab.url}/{REPO}")
     assert_clean(lab, home)
     expected = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
     about = {"README.md", "distillation.json", "run.yaml", "report.json", "report.md", "calibration.png"}
@@ -170,12 +169,12 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
     assert card.data.license == "apache-2.0"
     assert card.data.datasets == ["lab/code"]
     assert {"llm-distill", "knowledge-distillation", "distilled-from:lab/teacher"} <= set(card.data.tags)
-    shown = {(each.dataset_name, each.metric_type): each.metric_value for each in card.data.eval_results}
+    shown = {(result.dataset_name, result.metric_type): result.metric_value for result in card.data.eval_results}
     assert shown["prose", "bits_per_byte"] == 4.8 / 3
     assert shown["code", "acceptance"] == 0.3
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
     assert yaml.safe_load(card.data.to_yaml())["model-index"][0]["name"] == "student"
-    for said in (
+    for text in (
         "from `lab/teacher`",
         "[lab/teacher](https://huggingface.co/lab/teacher)",
         "| code | teacher | 1,234 | 4.4 (3.96 to 4.84) |",
@@ -187,7 +186,7 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
         "dataset_name: data.jsonl\n",
         "llm-distill train --model_name_or_path lab/student --teacher_model_name_or_path lab/teacher --dataset_name",
     ):
-        assert said in card.text, said
+        assert text in card.text, text
 
     before, puts = dict(lab.files[REPO]), dict(lab.puts)
     push(lab, home, [folder / "checkpoint-2", REPO])  # the same run, and it is not sent again
@@ -200,7 +199,7 @@ def test_the_yaml_in_the_card_is_the_run(lab: Hub, home: Path, trained: Train) -
     folder = trained(divergence="jsd", divergence_kwargs='{"beta": 0.3}', use_peft=True, lora_r=4)
     options = yaml.safe_load((folder / "run.yaml").read_text())
     assert "max_grad_norm" not in options, "a default"
-    script, args, model = parse_train(["--config", str(folder / "run.yaml")])
+    script, args, model, _ = parse("train", ["--config", str(folder / "run.yaml")])
     assert (args.divergence_kwargs, args.max_steps, model.lora_r) == ({"beta": 0.3}, 2, 4)
     assert (script.dataset_name, args.output_dir) == ("data.jsonl", "out")
 
@@ -209,18 +208,18 @@ def test_the_yaml_in_the_card_is_the_run(lab: Hub, home: Path, trained: Train) -
 def test_adapters_are_pushed_as_they_are_or_merged(lab: Hub, home: Path, trained: Train, merge: bool) -> None:
     folder = trained(use_peft=True, lora_r=4, lora_target_modules="all-linear")
     flags = ["--merge_adapters"] if merge else []
-    (said,) = push(lab, home, [folder, REPO, *flags])
-    assert "Pushed to" in said
+    (output,) = push(lab, home, [folder, REPO, *flags])
+    assert "Pushed to" in output
     assert_clean(lab, home)
     assert ("model.safetensors" in lab.files[REPO]) == merge != ("adapter_model.safetensors" in lab.files[REPO])
     torch.testing.assert_close(*logits(lab, home, REPO, folder), atol=1e-5, rtol=1e-5)
     card = ModelCard(lab.files[REPO]["README.md"].decode())
     assert card.data.base_model_relation == ("finetune" if merge else "adapter")
     push(lab, home, [folder, REPO, *([] if merge else ["--merge_adapters"])])
-    theirs = {name for name in lab.files[REPO] if name.endswith("safetensors") or "config" in name}
+    names = {name for name in lab.files[REPO] if name.endswith("safetensors") or "config" in name}
     tokenizer, adapters = {"tokenizer_config.json"}, {"adapter_model.safetensors", "adapter_config.json"}
     whole = {"model.safetensors", "config.json", "generation_config.json"}
-    assert theirs == tokenizer | (adapters if merge else whole), "those of the other form are gone"
+    assert names == tokenizer | (adapters if merge else whole), "those of the other form are gone"
 
 
 def test_adapters_on_a_local_model_are_refused_with_the_way_out(
@@ -240,8 +239,8 @@ def test_a_broken_connection_goes_on_and_sends_nothing_twice(lab: Hub, home: Pat
     folder = trained()
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     lab.cut = {"README.md"}  # after the weights
-    (said,) = push(lab, home, [folder, REPO])
-    assert "broke off. What has arrived stays" in said
+    (output,) = push(lab, home, [folder, REPO])
+    assert "broke off. What has arrived stays" in output
     assert lab.puts == {shard_name(weights): 1}
     assert not lab.commits
     lab.cut = set()
@@ -253,12 +252,13 @@ def test_a_broken_connection_goes_on_and_sends_nothing_twice(lab: Hub, home: Pat
 def test_other_peoples_work_is_left_alone_without_force(lab: Hub, home: Path, trained: Train) -> None:
     folder = trained()
     lab.files[REPO] = {".gitattributes": b"", "model.safetensors": b"theirs", "pytorch_model.bin": b"theirs"}
-    (said,) = push(lab, home, [folder, REPO])
-    assert re.search(r"has other things in it, such as model.safetensors.*--force", said)
+    (output,) = push(lab, home, [folder, REPO])
+    assert re.search(r"has other things in it, such as model.safetensors.*--force", output)
     record = json.loads((folder / "distillation.json").read_text()) | {"objective.temperature": 2.0}
     lab.files[REPO] = {".gitattributes": b"", "distillation.json": json.dumps(record).encode(), "merges.txt": b""}
     refused, pushed = push(lab, home, [folder, REPO], [folder, REPO, "--force"])
-    assert re.search(r"holds another run: objective.temperature was 2.0, is 1.0.*--force", refused)
+    changes = "objective.temperature: the repository has 2.0, asked for is 1.0"
+    assert re.search(f"holds another distilled student: {changes}.*--force", refused)
     assert "Pushed to" in pushed
     assert "merges.txt" not in lab.files[REPO], "of the other's tokenizer"
 
@@ -281,20 +281,41 @@ def test_what_cannot_be_is_said_before_anything_is_sent(lab: Hub, home: Path, tr
         (folder,): "repo_id",
         (leaky, REPO): "generation_config.json, note: the local path",
     }
-    told = push(lab, home, *(list(arguments) for arguments in refused))
-    for said, expected in zip(told, refused.values(), strict=True):
-        assert expected in said
-        assert said.endswith("exit 2")
-        assert "Traceback" not in said
+    outputs = push(lab, home, *(list(arguments) for arguments in refused))
+    for output, expected in zip(outputs, refused.values(), strict=True):
+        assert expected in output
+        assert output.endswith("exit 2")
+        assert "Traceback" not in output
     assert not lab.commits
     assert REPO not in lab.files
+
+
+def test_a_push_may_go_on_in_the_background_under_a_title_of_its_own(lab: Hub, home: Path, trained: Train) -> None:
+    """What can be refused is refused at once; the process that only starts the upload does not end before it."""
+    trained()
+    program = """
+    import sys
+    from huggingface_hub import run_as_future
+    from llm_distill.publish.student import prepare_push
+
+    home, repo = sys.argv[1:3]
+    try:
+        prepare_push(home + "/out", "others/student")
+    except ValueError as error:
+        print(error)
+    run_as_future(prepare_push(home + "/out", "somebody/student", model_name="A Title"))
+    """
+    assert "does not let you write to others/student" in "".join(run(lab, home, program))
+    assert "\n# A Title\n" in lab.files[REPO]["README.md"].decode()
+    assert "model.safetensors" in lab.files[REPO]
+    assert_clean(lab, home)
 
 
 def test_without_a_network_all_work_stays(lab: Hub, home: Path, trained: Train) -> None:
     folder = trained()
     before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-    (said,) = push(lab, home, [folder, REPO], HF_HUB_OFFLINE="1")
-    assert re.search("HF_HUB_OFFLINE is set.*exit 2", said)
+    (output,) = push(lab, home, [folder, REPO], HF_HUB_OFFLINE="1")
+    assert re.search("HF_HUB_OFFLINE is set.*exit 2", output)
     assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
@@ -303,7 +324,7 @@ def test_training_pushes_and_refuses_early(lab: Hub, home: Path, trained: Train)
     trained(**hub_id)
     assert len(lab.commits) == 1
     assert_clean(lab, home)
-    with pytest.raises(AssertionError, match=r"holds another run: objective.divergence"):
+    with pytest.raises(AssertionError, match=r"holds another distilled student: objective.divergence"):
         trained(**hub_id, divergence="reverse_kl", output_dir=home / "other")
     assert not list((home / "other").rglob("*.safetensors"))
     with pytest.raises(AssertionError, match="does not let you write to others/student"):
@@ -315,40 +336,3 @@ def test_a_card_that_somebody_has_made_their_own_stays(lab: Hub, home: Path, tra
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\nMine.\n")
     push(lab, home, [folder, REPO])
     assert lab.files[REPO]["README.md"].endswith(b"Mine.\n")
-
-
-@pytest.mark.parametrize(
-    ("text", "found"),
-    [
-        ("hf_abcdefghijklmnopqrstuvwxyz", "key"),
-        ("https://me:secret@example.com/x", "key"),
-        ("-----BEGIN RSA PRIVATE KEY-----", "key"),
-        ("see /home/me/models/llama", "/home/me/models/llama"),
-        (str(Path(__file__)), "local path"),
-        ("https://huggingface.co/home/me/models", None),
-        ("/usr/bin/python", None),
-        ("and/or, 1/2, </s>, a /b", None),
-        ("{% if message.role == 'user' %}", None),
-    ],
-)
-def test_what_is_secret_or_local_is_found(text: str, found: str | None) -> None:
-    what = leak(text)
-    assert what is None if found is None else found in what
-
-
-def test_the_pieces_of_a_vocabulary_are_no_leaks(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"/home/me/x": 1}}}))
-    refuse_leaks(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"a": [{"b": "/home/me/x"}]}))
-    with pytest.raises(ValueError, match=r"config.json, a\[0\].b: the local path /home/me/x"):
-        refuse_leaks(tmp_path)
-
-
-def test_options_are_told_without_places_and_secrets(tmp_path: Path) -> None:
-    assert public_value({"teacher": str(tmp_path), "hub_token": "hf_x", "n": [1, "Qwen/Qwen3-8B"]}) == {
-        "teacher": tmp_path.name,
-        "n": [1, "Qwen/Qwen3-8B"],
-    }
-    assert public_value("http://10.0.0.1:8000/v1") == "http://HOST/v1"
-    command = ["--hub_token", "hf_x", "--output_dir=/home/me/out", "--teacher", "/home/me/big", "--token=abc"]
-    assert public_command(command) == ["--hub_token", "…", "--output_dir=out", "--teacher", "big", "--token=…"]

@@ -32,11 +32,11 @@ from trl.chat_template_utils import get_training_chat_template, has_generation_m
 from llm_distill.cache.methods import make_method
 from llm_distill.cli.capture import capture
 from llm_distill.cli.generate import generate
-from llm_distill.cli.parsing import parse_capture, parse_generate, parse_train
+from llm_distill.cli.parsing import parse
 from llm_distill.cli.train import train
 from llm_distill.heads import LMHead
-from llm_distill.models import hidden_of_counted_rows, vocabulary_size
-from llm_distill.rows import counted_rows
+from llm_distill.models import kept_of, vocabulary_size
+from llm_distill.rows import View, counted_rows
 from llm_distill.teachers import LiveTeacher
 
 KINDS = ("live", "cached", "sequence")
@@ -100,10 +100,7 @@ def require_trained(folder: Path, start: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("pair", PAIRS)
 def test_training_is_what_the_command_takes(pair: str, kind: str) -> None:
-    given = ["--config", str(recipe(pair, kind))]
-    with pytest.raises(ValueError, match="bf16"):  # which a machine without a GPU is told
-        parse_train(given)
-    script, args, model = parse_train([*given, "--use_cpu", "true"])
+    script, args, model, _ = parse("train", ["--config", str(recipe(pair, kind))])
     student, teacher = models_of(pair)
     assert (model.model_name_or_path, model.dtype, args.bf16) == (student, "float32", True)
     assert args.teacher_model_name_or_path == (None if kind == "sequence" else teacher)
@@ -123,7 +120,7 @@ def test_every_step_has_as_many_tokens(pair: str, kind: str) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_capturing_is_what_the_command_takes(pair: str) -> None:
-    _, args, _, options = parse_capture(["--config", str(recipe(pair, "cached")), "--use_cpu", "true"])
+    _, args, _, options = parse("capture", ["--config", str(recipe(pair, "cached"))])
     method = make_method(options.cache_method, **options.cache_kwargs)
     assert method.name in (("hybrid",) if args.divergence == "forward_kl" else ("top_k", "hidden"))
     assert "cache_method" in options_of(pair, "cached")
@@ -131,7 +128,7 @@ def test_capturing_is_what_the_command_takes(pair: str) -> None:
 
 @pytest.mark.parametrize("pair", PAIRS)
 def test_generating_is_what_the_command_takes(pair: str) -> None:
-    script, config = parse_generate(["--config", str(recipe(pair, "generate"))])
+    script, config = parse("generate", ["--config", str(recipe(pair, "generate"))])
     assert (config.teacher_model_name_or_path, script.dataset_name) == (models_of(pair)[1], DATA[pair])
     assert config.teacher_load_in_4bit == options_of(pair, "live").get("teacher_load_in_4bit", False)
     assert next(iter(config.make_filters())) == "finished"
@@ -168,7 +165,7 @@ def test_the_head_gives_the_logits_and_packed_texts_do_not_see_each_other(
     head = LMHead.of(tiny, vocabulary_size(own))
     texts = torch.randint(0, 300, (2, 12), generator=torch.Generator().manual_seed(0))
     rows = counted_rows(texts)
-    apart = hidden_of_counted_rows(tiny, head, {"input_ids": texts, "labels": texts})
+    apart = kept_of(tiny, head, View.of({"input_ids": texts, "labels": texts})).hidden
     with torch.no_grad():
         logits = tiny(input_ids=texts).logits[rows.sample, rows.position]
         torch.testing.assert_close(head(apart), logits[:, : head.vocab_size])
@@ -179,7 +176,7 @@ def test_the_head_gives_the_logits_and_packed_texts_do_not_see_each_other(
             "labels": labels.view(1, -1),
             "position_ids": torch.arange(12).repeat(1, 2),
         }
-        together = hidden_of_counted_rows(tiny, head, packed)
+        together = kept_of(tiny, head, View.of(packed)).hidden
     torch.testing.assert_close(together, apart)
 
 
@@ -261,7 +258,7 @@ def test_a_teacher_that_reads_pictures_is_asked_for_text_in_four_bits(
         teacher.fit_to(own)
         assert type(teacher.model).__name__ == "Gemma3ForConditionalGeneration"
         assert teacher.head.vocab_size == len(own) - 1  # without the placeholder
-        hidden.append(teacher.score({"input_ids": texts, "labels": texts}).hidden)
+        hidden.append(teacher.score(View.of({"input_ids": texts, "labels": texts})).hidden)
     assert packed.describe()["bits"] == 4
     assert torch.cosine_similarity(*hidden, dim=-1).mean() > 0.9
 
@@ -301,5 +298,4 @@ def test_the_readme_names_every_yaml_and_configurations_that_exist(pair: str) ->
     for accelerate, script, flags in launched:
         load_config_from_file(accelerate)
         assert Path(script).is_file()
-        parse = parse_capture if script.endswith("capture.py") else parse_train
-        parse([*flags.split(), "--use_cpu", "true"])
+        parse("capture" if script.endswith("capture.py") else "train", flags.split())

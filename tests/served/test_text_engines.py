@@ -15,8 +15,8 @@ from servers import RunningServer
 
 from llm_distill import LiveTeacher
 from llm_distill.generation import Prompt, Sampling, TransformersEngine, generate, prompts_of
-from llm_distill.generation.endpoint import EndpointEngine
-from llm_distill.generation.engines import Answer
+from llm_distill.generation.engines.base import Answer
+from llm_distill.generation.engines.endpoint import EndpointEngine
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0)
 TEXTS = ["import os", "def f(x):", "class A(B):\n    def", "for line in file:", "return self.name", "x = [1, 2"]
@@ -51,7 +51,7 @@ def test_vllm_behind_its_server_writes_the_same(
     with FaultyProxy(vllm_server.url, faults, slow_seconds=0.5, retry_after=0.2) as proxy:
         served = "teacher"
         engine = EndpointEngine(f"{proxy.url}/v1", served, GREEDY, concurrency=3, log_probs=True)
-        report = generate(engine, prompts, tmp_path / "run", GREEDY)
+        report = generate(engine, prompts, tmp_path / "run")
         assert report.complete
         assert proxy.met.total() == len(faults) - 1
     for answer in EndpointEngine(f"{vllm_server.url}/v1", served, GREEDY, log_probs=True).write(prompts):
@@ -73,10 +73,10 @@ def test_vllm_offline_writes_the_same(served_model: Path, live: dict[str, Answer
     command = [VLLM.with_name("python"), Path(__file__).with_name("write_with_vllm.py"), served_model, asked, answered]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads(answered.read_text())
-    assert "longer than the teacher's context of 128" in found.pop("abc " * 200)
-    for text, ((ids, written, mean_log_prob),) in found.items():
+    answers = json.loads(answered.read_text())
+    assert "longer than the teacher's context of 128" in answers.pop("abc " * 200)
+    for text, ((ids, written, mean_log_prob),) in answers.items():
         (expected,) = live[text].completions
         assert (ids, written) == (expected.ids, expected.text)
         assert mean_log_prob == pytest.approx(expected.mean_log_prob, abs=1e-3)
-    assert set(found) == set(TEXTS)
+    assert set(answers) == set(TEXTS)

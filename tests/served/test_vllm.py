@@ -10,7 +10,7 @@ import pytest
 import torch
 from launch_vllm import serving_vllm
 from proxy import FAULTS, FaultyProxy
-from runs import logged, make_trainer
+from runs import fill_cache, logged, make_trainer
 from servers import RunningServer
 from tiny import VOCAB
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
@@ -18,7 +18,7 @@ from worker import make_rows
 
 from llm_distill import DistillationTrainer, ServedTeacher, TeacherCache
 from llm_distill.cache import TopK
-from llm_distill.capture.run import capture
+from llm_distill.rows import View
 
 FINE = 2**-17
 """Steps of √p in a cache whose losses are to be exact ones."""
@@ -45,7 +45,7 @@ def losses(folder: Path, tokenizer: PreTrainedTokenizerBase, student: str, **opt
 def cached(folder: Path, tokenizer: PreTrainedTokenizerBase, student: str, teacher: Path, k: int) -> str:
     """The folder of a cache that the live teacher has filled with its top k."""
     trainer = make_trainer(folder, tokenizer, student, teacher_model_name_or_path=str(teacher))
-    capture(trainer, folder / "cache", TopK(k, step=FINE))
+    fill_cache(trainer, folder / "cache", TopK(k, step=FINE))
     return str(folder / "cache")
 
 
@@ -110,7 +110,7 @@ def test_a_run_that_cannot_go_on_says_why_and_keeps_what_it_has(
         options: dict[str, Any] = {"teacher_server_url": proxy.url, "dataloader_num_workers": 1}
         first = make_trainer(tmp_path, tokenizer, student, **options)
         first.train_dataset = make_rows([]).select(range(2))
-        cache = capture(first, tmp_path / "cache", TopK(20))
+        cache = fill_cache(first, tmp_path / "cache", TopK(20))
         options |= {"teacher_cache": str(cache.path), "on_miss": "live", "teacher_server_timeout": 2.0}
         options |= {"max_steps": 12, "save_strategy": "steps", "save_steps": 1}
         trainer = make_trainer(tmp_path, tokenizer, student, **options)
@@ -138,7 +138,7 @@ def test_what_is_served_is_written_into_the_cache_and_needs_no_server_again(
     half = make_trainer(tmp_path, tokenizer, student, **served)
     half.train_dataset = make_rows([]).select(range(12))
     cache = str(tmp_path / "served_cache")
-    capture(half, cache, TopK(20, step=FINE))
+    fill_cache(half, cache, TopK(20, step=FINE))
     options: dict[str, Any] = {"teacher_cache": cache, "max_steps": 12}
     grown = losses(tmp_path / "a", tokenizer, student, on_miss="live", **served, **options)
     assert len(TeacherCache(cache)) == 24
@@ -164,7 +164,7 @@ def test_the_longest_text_that_is_allowed_is_answered(
     teacher = ServedTeacher(vllm_server.url)
     teacher.fit_to(tokenizer)
     tokens = torch.ones(1, teacher.max_length, dtype=torch.long)
-    assert len(teacher.score({"input_ids": tokens, "labels": tokens})) == 254
+    assert len(teacher.score(View.of({"input_ids": tokens, "labels": tokens}))) == 254
 
 
 def test_vllms_limit_of_twenty_is_explained(tokenizer: PreTrainedTokenizerBase, default_server: RunningServer) -> None:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from transformers import AutoTokenizer
 
-from llm_distill.generation.engines import Sampling
+from llm_distill.generation.engines.base import Sampling
+from llm_distill.generation.engines.vllm import VLLMEngine
 from llm_distill.generation.prompts import prompts_of
-from llm_distill.generation.vllm import VLLMEngine
 
 if __name__ == "__main__":
     model, asked, answered = sys.argv[1:]
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     engine = VLLMEngine(model, tokenizer, sampling, score=True, dtype="float32", max_model_len=128)
     prompts = prompts_of({"prompt": text} for text in json.loads(Path(asked).read_text()))
     answers = {
-        answer.prompt.content: [[each.ids, each.text, each.mean_log_prob] for each in answer.completions]
+        answer.prompt.content: [[written.ids, written.text, written.mean_log_prob] for written in answer.completions]
         or answer.refused
         for answer in engine.write(list(prompts))
     }

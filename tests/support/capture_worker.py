@@ -33,9 +33,9 @@ TEXTS, TEXTS_PER_SHARD = 240, 16
 class Slow(LiveTeacher):
     pause = 0.0
 
-    def score(self, batch: Any) -> Any:
+    def score(self, *args: Any) -> Any:
         time.sleep(self.pause)
-        return super().score(batch)
+        return super().score(*args)
 
 
 def make_texts(count: int) -> Dataset:
@@ -75,7 +75,7 @@ def main() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     print("captures", flush=True)
     try:
-        capture(trainer, folder / "cache", TopK(8), examples_per_shard=TEXTS_PER_SHARD)
+        capture(trainer.teacher, trainer.data, folder / "cache", TopK(8), examples_per_shard=TEXTS_PER_SHARD)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)  # it held for the log too
 

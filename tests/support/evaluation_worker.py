@@ -1,7 +1,7 @@
 """Compares two saved models on texts, generations, a task and pairs: what the test of ranks launches.
 
 Usage: evaluation_worker.py MODELS TASKS OUT. MODELS has the folders `teacher` and `student`, TASKS what `write_task`
-wrote. Writes OUT/found-RANK.json.
+wrote. Writes OUT/comparison-RANK.json.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from worker import make_rows
 
 from llm_distill import LiveTeacher
 from llm_distill.evaluation.bias import compare_bias
+from llm_distill.evaluation.compare import HeldOutTexts
 from llm_distill.evaluation.domains import measure_domain
 from llm_distill.evaluation.generations import compare_generations
 from llm_distill.evaluation.harness import run_tasks
+from llm_distill.models import LanguageModel
 from llm_distill.ranks import ranks
 
 TASK = """
@@ -52,22 +54,21 @@ def write_task(folder: Path) -> Path:
 
 def compare(models: Path, tasks: Path) -> dict[str, Any]:
     state = ranks()
-    loaded = {name: LiveTeacher.load(str(models / name)) for name in ("teacher", "student")}
+    loaded = {name: LanguageModel.load(str(models / name)) for name in ("teacher", "student")}
     for model in loaded.values():
         model.model.to(state.device)
-    rows = {"dataset": make_rows([2]), "collate": DataCollatorForLanguageModeling(pad_token_id=0)}
-    tokenizer = loaded["student"].tokenizer
-    domain = measure_domain({"student": loaded["student"].model}, loaded["teacher"], tokenizer=tokenizer, **rows)
+    texts = HeldOutTexts(make_rows([2]), DataCollatorForLanguageModeling(pad_token_id=0), loaded["student"].tokenizer)
+    domain = measure_domain({"student": loaded["student"].model}, LiveTeacher(loaded["teacher"]), texts)
     domain.pop("passages", None)  # looked at by one rank alone
     return {
         "domain": domain,
-        "generations": compare_generations(loaded, PROMPTS, max_new_tokens=8, batch_size=2),
-        "tasks": run_tasks(loaded, "colours", include_path=tasks),
-        "bias": compare_bias(loaded, batch_size=5),
+        "generations": compare_generations(loaded, PROMPTS, max_new_tokens=8),
+        "tasks": run_tasks(loaded, ["colours"], include_path=tasks),
+        "bias": compare_bias(loaded),
     }
 
 
 if __name__ == "__main__":
     models, tasks, out = map(Path, sys.argv[1:])
-    found = compare(models, tasks)
-    (out / f"found-{ranks().process_index}.json").write_text(json.dumps(found))
+    comparison = compare(models, tasks)
+    (out / f"comparison-{ranks().process_index}.json").write_text(json.dumps(comparison))

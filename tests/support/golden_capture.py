@@ -25,4 +25,4 @@ def filled_cache(folder: Path, tokenizer: PreTrainedTokenizerBase, teacher: Live
         eval_dataset=make_rows([]).select(range(5)),
         processing_class=tokenizer,
     )
-    return capture(trainer, folder / "cache", make_method(method, **PARAMETERS[method]))
+    return capture(teacher, trainer.data, folder / "cache", make_method(method, **PARAMETERS[method]))

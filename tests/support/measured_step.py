@@ -1,7 +1,7 @@
 """What training steps take of a process's memory, beside the estimate: one JSON list for a JSON list of tasks.
 
 A task: `student`, `teacher` (fields of a `LlamaConfig`, or of a `Qwen3MoeConfig` with `num_experts`), `options` of the
-configuration, `lora`.
+configuration, `lora`, `device` (cpu).
 """
 
 from __future__ import annotations
@@ -53,17 +53,19 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def measured(task: dict[str, Any]) -> dict[str, Any]:
+    device = task.get("device", "cpu")
     options = {"max_length": LENGTH, "per_device_train_batch_size": 8, "loss_buffer_mib": 16} | task.get("options", {})
+    options["use_cpu"] = device == "cpu"
     small = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
     train(task | {name: task[name] | small for name in ("student", "teacher")}, options)  # imports and compiles
-    with peak_memory("cpu") as taken:
+    with peak_memory(device) as taken:
         train(task, options)
     estimate = estimate_memory(
         model_config(**task["student"]),
         model_config(**task["teacher"]),
         make_config(tempfile.mkdtemp(), **options),
         peft_config=LoraConfig(**task["lora"]) if "lora" in task else None,
-        device="cpu",
+        device=device,
         teacher_dtype="float32",
     )
     return {"measured": taken["mib"], "estimated": estimate.total / 2**20, "parts": str(estimate)}

@@ -12,8 +12,11 @@ from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from worker import make_rows
 
-from llm_distill import DistillationTrainer
-from llm_distill.rows import Batch, counted_rows
+from llm_distill import DistillationTrainer, TeacherCache
+from llm_distill.cache.methods import Method
+from llm_distill.capture.run import capture
+from llm_distill.models import rows_at
+from llm_distill.rows import Batch, View
 from llm_distill.teachers import Teacher
 
 
@@ -51,6 +54,13 @@ def save(model: PreTrainedModel, folder: Path, tokenizer: PreTrainedTokenizerBas
     return folder
 
 
+def fill_cache(
+    trainer: DistillationTrainer, folder: Path | str, method: Method, teacher: Teacher | None = None, **options: Any
+) -> TeacherCache:
+    """A cache of what a trainer's teacher says about its texts."""
+    return capture(teacher or trainer.teacher, trainer.data, folder, method, **options)
+
+
 def first_batch(trainer: DistillationTrainer) -> Batch:
     """What the first step of `make_trainer`'s run learns from."""
     return trainer.data_collator([trainer.train_dataset[index] for index in range(2)])
@@ -62,9 +72,14 @@ def without_labels(batch: Batch) -> dict[str, Tensor]:
 
 def counted_logits(model: nn.Module, batch: Batch) -> Tensor:
     """What the model's own forward says at the rows that count; a learned prompt in front does not count."""
-    rows, time = counted_rows(batch["labels"]), batch["labels"].shape[1]
+    return logits_at(model, View.of(batch))
+
+
+def logits_at(model: nn.Module, view: View) -> Tensor:
+    """The same of a view."""
+    time = view.inputs["input_ids"].shape[1]
     with torch.no_grad():
-        return model(**without_labels(batch)).logits[:, -time:][rows.sample, rows.position]
+        return rows_at(model(**view.inputs).logits[:, -time:], view.positions)
 
 
 def logged(trainer: DistillationTrainer, name: str) -> list[float]:

@@ -23,12 +23,17 @@ from transformers import PreTrainedModel
 
 from llm_distill.divergences import make_divergence
 from llm_distill.heads import LMHead
-from llm_distill.losses.in_forward import Lesson, add_lesson_forward
-from llm_distill.losses.objective import Objective
-from llm_distill.rows import count_rows, counted_rows
+from llm_distill.losses.features import HiddenStates
+from llm_distill.losses.in_forward import LossRequest, add_loss_forward
+from llm_distill.losses.objective import HeadLoss, Objective
+from llm_distill.rows import View, count_rows
+from llm_distill.students.modules import add_modules
 from llm_distill.teachers import LiveTeacher
 
 ROWS_OF_RANK = [3, 1]
+OBJECTIVE = Objective(
+    HeadLoss(make_divergence("jsd"), temperature=2.0, ce_weight=0.5), (HiddenStates({1: 2, 2: 1}, weight=0.5),)
+)
 
 
 def make_batch() -> tuple[Tensor, Tensor]:
@@ -53,16 +58,15 @@ def gradients(
     student: PreTrainedModel, teacher: LiveTeacher, ids: Tensor, labels: Tensor, ranks: int, num_rows: Tensor
 ) -> dict[str, Tensor]:
     """Two steps' gradients added up, the second with the parameters gathered anew."""
-    head = LMHead.of(student)
-    add_lesson_forward(student, head)
-    objective = Objective(make_divergence("jsd"), temperature=2.0, ce_weight=0.5)
+    add_loss_forward(student, LMHead.of(student))
     for _ in range(2):
         batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-        signal = teacher.score(batch)
-        lesson = Lesson(objective, counted_rows(labels), labels.shape[1], signal, num_rows)
-        output = student(input_ids=ids, use_cache=False, lesson=lesson)["loss"]
-        loss = lesson.exact(output.to(torch.bfloat16))  # as FSDP2 casts it under mixed precision
-        assert torch.equal(loss.detach(), lesson.value)
+        view = View.of(batch)
+        signal = teacher.score(view, OBJECTIVE.teacher_needs)
+        request = LossRequest(OBJECTIVE, view.positions, labels.shape[1], signal, num_rows)
+        output = student(input_ids=ids, use_cache=False, loss_request=request)["loss"]
+        loss = request.exact(output.to(torch.bfloat16))  # as FSDP2 casts it under mixed precision
+        assert torch.equal(loss.detach(), request.value)
         (loss * ranks).backward()
     grads = {name: p.grad for name, p in student.named_parameters()}
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g) for name, g in grads.items()}
@@ -76,7 +80,9 @@ def fsdp2() -> SimpleNamespace:
 
 def make_models(tied: bool) -> tuple[PreTrainedModel, LiveTeacher]:
     student = tiny_llama(1, hidden=16, tie_word_embeddings=tied).double()
-    return student, LiveTeacher(tiny_llama(2).double())
+    teacher = LiveTeacher(tiny_llama(2).double())
+    add_modules(student, OBJECTIVE.make_modules(student, teacher.models))
+    return student, teacher
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from runs import copied_state, first_batch, logged, make_trainer
+from runs import copied_state, fill_cache, first_batch, logged, make_trainer
 from tiny import VOCAB, make_config, tiny_llama
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from worker import make_rows
@@ -21,9 +21,8 @@ from worker import make_rows
 from llm_distill import CachedTeacher, DistillationTrainer, LiveTeacher, TeacherCache
 from llm_distill.cache import Hidden, Hybrid, Sampled, TopK
 from llm_distill.cache.methods import Method
-from llm_distill.capture.run import capture
 from llm_distill.files import locked
-from llm_distill.rows import SIGNAL
+from llm_distill.rows import SIGNAL, View
 from llm_distill.signals import HiddenSignal, SparseSignal
 
 EXACT = TopK(VOCAB, step=2**-17)
@@ -40,7 +39,7 @@ def captured(tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTok
 
     def fill(method: Method, name: str = "cache", **options: Any) -> Path:
         options = {"teacher_model_name_or_path": str(saved / "teacher")} | options
-        capture(make_trainer(tmp_path, tokenizer, student, **options), tmp_path / name, method)
+        fill_cache(make_trainer(tmp_path, tokenizer, student, **options), tmp_path / name, method)
         return tmp_path / name
 
     return fill
@@ -91,7 +90,7 @@ def test_hidden_states_of_a_bfloat16_teacher_are_the_teacher(
     live = train(tmp_path / "a", tokenizer, student, **options)
     cached = train(tmp_path / "b", tokenizer, student, teacher_cache=str(cache))
     assert logged(cached, "loss") == pytest.approx(logged(live, "loss"), rel=1e-2)  # batches of another length
-    signal = cached.teacher.score(first_batch(cached))
+    signal = cached.teacher.score(View.of(first_batch(cached)))
     assert isinstance(signal, HiddenSignal)
     assert signal.hidden.dtype == signal.head.module.weight.dtype == torch.bfloat16
 
@@ -107,7 +106,7 @@ def test_packed_training_reads_what_was_captured_unpacked(
             processing_class=tokenizer,
         )
 
-    capture(trainer(teacher_model_name_or_path=str(saved / "teacher")), tmp_path / "cache", EXACT)
+    fill_cache(trainer(teacher_model_name_or_path=str(saved / "teacher")), tmp_path / "cache", EXACT)
     packed = {"packing": True, "packing_strategy": "bfd", "max_steps": 3}
     live = trainer(teacher_model_name_or_path=str(saved / "teacher"), **packed)
     cached = trainer(teacher_cache=str(tmp_path / "cache"), **packed)
@@ -157,7 +156,7 @@ def half(tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokeniz
     """A cache of the first half of the rows."""
     trainer = make_trainer(tmp_path, tokenizer, student, teacher_model_name_or_path=str(saved / "teacher"))
     trainer.train_dataset = make_rows([]).select(range(12))
-    capture(trainer, tmp_path / "half", EXACT)
+    fill_cache(trainer, tmp_path / "half", EXACT)
     return str(tmp_path / "half")
 
 
@@ -342,9 +341,9 @@ def test_scores_without_a_loader(
 ) -> None:
     trainer = make_trainer(tmp_path, tokenizer, student, teacher_cache=str(captured(TopK(8))))
     batch = trainer.data_collator.collate([trainer.train_dataset[index] for index in range(2)])
-    signal = CachedTeacher(str(tmp_path / "cache")).score(batch)
+    signal = CachedTeacher(str(tmp_path / "cache")).score(View.of(batch))
     assert isinstance(signal, SparseSignal)
-    assert torch.equal(signal.ids, trainer.teacher.score(first_batch(trainer)).ids)
+    assert torch.equal(signal.ids, trainer.teacher.score(View.of(first_batch(trainer))).ids)
 
 
 def test_the_students_own_base_can_be_asked_for_what_is_missing(
@@ -353,7 +352,7 @@ def test_the_students_own_base_can_be_asked_for_what_is_missing(
     lora = {"peft_config": LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)}
     first = make_trainer(tmp_path, tokenizer, student, teacher_adapters_off=True, **lora)
     first.train_dataset = make_rows([]).select(range(12))
-    capture(first, tmp_path / "cache", EXACT)
+    fill_cache(first, tmp_path / "cache", EXACT)
     options = {
         "teacher_adapters_off": True,
         "teacher_cache": str(tmp_path / "cache"),

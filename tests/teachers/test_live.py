@@ -13,7 +13,7 @@ import torch
 from families import tiny_model
 from peft import LoraConfig, PeftConfig, PromptTuningConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from runs import copied_state, counted_logits, first_batch, logged, make_trainer, save, without_labels
+from runs import copied_state, counted_logits, first_batch, logged, logits_at, make_trainer, save, without_labels
 from tiny import VOCAB, tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +21,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 from llm_distill import DistillationTrainer, EnsembleTeacher, LiveTeacher, Teacher
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
-from llm_distill.rows import Batch
+from llm_distill.models import HEAD, Needs
+from llm_distill.rows import View
 from llm_distill.signals import MixtureSignal, SparseSignal
 
 LORA = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)  # adapters that do something at once
@@ -55,7 +56,7 @@ def test_a_mixture_of_experts_teaches_a_dense_student_and_stays_as_it_was(
     batch = first_batch(trainer)
     assert model.config.output_router_logits is False
     assert getattr(model(**without_labels(batch)), "router_logits", None) is None
-    signal = trainer.teacher.score(batch)
+    signal = trainer.teacher.score(View.of(batch))
     torch.testing.assert_close(signal.head(signal.hidden), counted_logits(model, batch), rtol=1e-5, atol=1e-5)
 
 
@@ -83,7 +84,7 @@ def test_a_quantised_teacher_is_quantised_and_close_to_itself(
     assert str(checkpoint.parent) not in json.dumps(description)
 
     batch = first_batch(trainer)
-    signal = trainer.teacher.score(batch)
+    signal = trainer.teacher.score(View.of(batch))
     torch.testing.assert_close(signal.head(signal.hidden), counted_logits(model, batch), rtol=1e-4, atol=1e-4)
     assert 0 < kl(counted_logits(plain.model, batch), signal.head(signal.hidden)) < 0.2
 
@@ -104,7 +105,7 @@ def test_a_head_in_4_bits_gives_the_models_logits(checkpoint: Path) -> None:
     ids = torch.arange(24).reshape(2, 12)
     batch = {"input_ids": ids, "labels": ids}
     counted_logits(model, batch)  # on some CPUs, bitsandbytes now rearranges the weights
-    signal = LiveTeacher(model).score(batch)
+    signal = LiveTeacher(model).score(View.of(batch))
     torch.testing.assert_close(signal.head(signal.hidden), counted_logits(model, batch), rtol=1e-4, atol=1e-4)
 
 
@@ -179,10 +180,10 @@ def test_with_its_adapters_off_the_student_is_its_base_model(
         ce_weight=1.0,
     )
     before, batch = copied_state(trainer.model), first_batch(trainer)
-    expected = LiveTeacher(tiny_llama(1).double(), tokenizer).score(batch)
+    expected = LiveTeacher(tiny_llama(1).double(), tokenizer).score(View.of(batch))
     for training in (True, False):
         trainer.model.train(training)
-        signal = trainer.teacher.score(batch)
+        signal = trainer.teacher.score(View.of(batch))
         torch.testing.assert_close(signal.hidden, expected.hidden, rtol=0, atol=0)
         torch.testing.assert_close(signal.head(signal.hidden), expected.head(expected.hidden), rtol=0, atol=0)
         assert {module.training for module in trainer.model.modules()} == {training}
@@ -229,7 +230,7 @@ def test_a_head_that_is_trained_beside_the_adapters_teaches_as_it_was(
     wrapper = trainer.model.get_output_embeddings()
     trainer.train()
     batch, original = first_batch(trainer), tiny_llama(1).double()
-    signal, student = trainer.teacher.score(batch), LMHead.of(trainer.model)
+    signal, student = trainer.teacher.score(View.of(batch)), LMHead.of(trainer.model)
     assert signal.head.module is wrapper.original_module
     assert student.module is wrapper.modules_to_save["default"]
     assert torch.equal(signal.head.module.weight, original.lm_head.weight)
@@ -254,7 +255,7 @@ def test_an_ensemble_is_the_mixture_of_its_members(tmp_path: Path, tokenizer: Pr
     student = tiny_llama(1, hidden=16).double()
     trainer = make_trainer(tmp_path, tokenizer, student, ensemble, loss_temperature=2.0, divergence="reverse_kl")
     batch = first_batch(trainer)
-    assert isinstance(ensemble.score(batch), MixtureSignal)
+    assert isinstance(ensemble.score(View.of(batch)), MixtureSignal)
     logits = [counted_logits(member.model, batch) for member in members]
     student_logits = counted_logits(student, batch)
 
@@ -289,8 +290,8 @@ class TopK(Teacher):
     def __init__(self, model: PreTrainedModel, k: int) -> None:
         self.model, self.k = model.eval(), k
 
-    def score(self, batch: Batch) -> SparseSignal:
-        log_p, ids = counted_logits(self.model, batch).log_softmax(-1).sort(descending=True)
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
+        log_p, ids = logits_at(self.model, view).log_softmax(-1).sort(descending=True)
         log_tail = log_p[:, self.k :].logsumexp(-1)  # of nothing: −inf
         return SparseSignal(ids[:, : self.k], log_p[:, : self.k], log_tail, log_p.shape[-1])
 
@@ -301,13 +302,13 @@ class TopK(Teacher):
 class Sampled(TopK):
     """Gives one token drawn from each row."""
 
-    def score(self, batch: Batch) -> SparseSignal:
-        ids = counted_logits(self.model, batch).softmax(-1).multinomial(1)
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
+        ids = logits_at(self.model, view).softmax(-1).multinomial(1)
         return SparseSignal(ids, torch.zeros(ids.shape, dtype=torch.float64), None, VOCAB)
 
     def check(self, divergence: Divergence, temperature: float) -> None:
         tokens = torch.ones(1, 2, dtype=torch.long)
-        self.score({"input_ids": tokens, "labels": tokens}).check(divergence, temperature)
+        self.score(View.of({"input_ids": tokens, "labels": tokens})).check(divergence, temperature)
 
 
 def losses_with(

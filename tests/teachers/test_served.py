@@ -36,8 +36,8 @@ from llm_distill.cli import main
 from llm_distill.config import DistillationConfig
 from llm_distill.divergences import ForwardKL
 from llm_distill.losses.fused.logits import logits_in_chunks
-from llm_distill.teachers.replicas import Replicas, parse_urls
-from llm_distill.teachers.served import fitted, top_tokens_of
+from llm_distill.rows import View
+from llm_distill.teachers.served import fit_to_vocabulary, parse_urls, read_top_tokens
 
 SCRIPT = Path(protocol_server.__file__)
 Start = Callable[..., RunningServer]
@@ -107,7 +107,7 @@ def top_k_losses(folder: Path, tokenizer: PreTrainedTokenizerBase, student: str,
     """Of a run from a cache that the live teacher has filled."""
     cache = str(folder / "exact_cache")
     trainer = make_trainer(folder, tokenizer, student, teacher_model_name_or_path=str(teacher))
-    capture(trainer, cache, TopK(k, step=2**-17))
+    capture(trainer.teacher, trainer.data, cache, TopK(k, step=2**-17))
     return logged(train(folder / "cached", tokenizer, student, teacher_cache=cache), "loss")
 
 
@@ -168,10 +168,14 @@ def test_a_check_asks_a_few_texts_and_says_what_cannot_be_compared(
         train_dataset=texts.select(range(8)),
         processing_class=tokenizer,
     )
-    found = {finding.what: finding for finding in trainer.check().findings}
-    assert (found["teacher"].level, found["time"].level, found["divergence"].level) == ("green", "green", "green")
-    assert found["loss"].level == "skipped"
-    assert "a part of its distribution" in found["loss"].said
+    findings = {finding.what: finding for finding in trainer.check().findings}
+    assert (findings["teacher"].level, findings["time"].level, findings["divergence"].level) == (
+        "green",
+        "green",
+        "green",
+    )
+    assert findings["loss"].level == "skipped"
+    assert "a part of its distribution" in findings["loss"].said
 
 
 def test_evaluation_asks_too(
@@ -195,7 +199,7 @@ def test_exactly_the_top_k_and_the_mass_of_the_others(
     log_p = _log_p(trainer.teacher, batch)
     served = ServedTeacher(server, k=7)
     served.fit_to(tokenizer)
-    signal = served.score(batch)
+    signal = served.score(View.of(batch))
     top = log_p.topk(7)
     assert torch.equal(signal.ids.sort(-1).values, top.indices.sort(-1).values)
     assert torch.allclose(signal.log_probs, log_p.gather(-1, signal.ids), atol=1e-5)
@@ -212,7 +216,7 @@ def test_logits_past_the_tokenizer_take_no_part(
     url = start(folders / "padded", max_logprobs=k).url
     teacher, batch = ServedTeacher(url, k=k), first_batch(live)
     teacher.fit_to(tokenizer)
-    signal = teacher.score(batch)
+    signal = teacher.score(View.of(batch))
     assert int(signal.ids.max()) < VOCAB
     assert torch.allclose(signal.log_probs.exp().sum(-1) + signal.log_tail.exp(), torch.ones(len(signal)), atol=1e-5)
 
@@ -228,22 +232,22 @@ def test_logits_past_the_tokenizer_take_no_part(
 
 def test_a_row_without_a_token_of_the_student_is_refused() -> None:
     with pytest.raises(ValueError, match="likeliest tokens are all past the 4"):
-        fitted(np.array([[5, 6]]), np.log([[0.5, 0.4]]), 4)
+        fit_to_vocabulary(np.array([[5, 6]]), np.log([[0.5, 0.4]]), 4)
 
 
 def test_a_token_of_the_text_outside_the_top_belongs_to_the_tail() -> None:
-    said = [None, {"9": {"logprob": -5.0, "rank": 77}, "3": {"logprob": -0.5, "rank": 1}}]
-    ids, log_p = top_tokens_of(said, np.array([1]), 2)
-    log_p, tail = fitted(ids, log_p, 10)
+    tokens = [None, {"9": {"logprob": -5.0, "rank": 77}, "3": {"logprob": -0.5, "rank": 1}}]
+    ids, log_p = read_top_tokens(tokens, np.array([1]), 2)
+    log_p, tail = fit_to_vocabulary(ids, log_p, 10)
     assert ids[0, 0] == 3
     assert log_p.tolist() == [[-0.5, -np.inf]]
     assert tail[0] == pytest.approx(np.log(1 - np.exp(-0.5)))
 
 
 def test_mass_that_rounding_hides_is_little_and_not_none() -> None:
-    _, tail = fitted(np.array([[0, 1], [0, 1]]), np.log([[0.5, 0.5 + 1e-9], [0.5, 0.4]]), 3)
+    _, tail = fit_to_vocabulary(np.array([[0, 1], [0, 1]]), np.log([[0.5, 0.5 + 1e-9], [0.5, 0.4]]), 3)
     assert -20 < tail[0] < -16
-    _, nothing = fitted(np.array([[0, 1]]), np.log([[0.5, 0.5]]), 2)
+    _, nothing = fit_to_vocabulary(np.array([[0, 1]]), np.log([[0.5, 0.5]]), 2)
     assert nothing[0] == -np.inf
 
 
@@ -270,7 +274,7 @@ def test_retry_after_is_honoured(saved: Path, tokenizer: PreTrainedTokenizerBase
         teacher = ServedTeacher(proxy.url)
         teacher.fit_to(tokenizer)
         proxy.faults.append("429")
-        teacher.score(_batch([[1, 2, 3]]))
+        teacher.score(View.of(_batch([[1, 2, 3]])))
         assert proxy.times[-1] - proxy.times[-2] > 1.5
 
 
@@ -321,12 +325,12 @@ def test_work_is_shared_and_a_dead_server_is_told_of_once(
         teacher = ServedTeacher([one.url, two.url])
         teacher.fit_to(tokenizer)
         batch = _batch([[1, 2, 3, 4]] * 20)
-        teacher.score(batch)
+        teacher.score(View.of(batch))
         assert min(one.passed, two.passed) > 5
         two.faults.extend(["reset"] * 1000)
         with caplog.at_level(logging.WARNING, "llm_distill"):
             for _ in range(5):
-                teacher.score(batch)
+                teacher.score(View.of(batch))
     assert [record.message.split(" fails")[0] for record in caplog.records] == [f"the teacher's server {two.url}"]
     assert "1 others go on" in caplog.text
     assert two.met["reset"] < 30, "a dead server is left alone for longer each time"
@@ -360,7 +364,7 @@ def test_a_refusal_does_not_wait_for_the_other_requests(tokenizer: PreTrainedTok
         proxy.faults.extend(["slow", "other_model"])
         began = time.monotonic()
         with pytest.raises(ValueError, match="'another' has answered"):
-            teacher.score(_batch([[1, 2, 3], [4, 5, 6]]))
+            teacher.score(View.of(_batch([[1, 2, 3], [4, 5, 6]])))
         assert time.monotonic() - began < 10
 
 
@@ -370,7 +374,7 @@ def test_one_of_two_servers_is_down_at_the_start(
     teacher = ServedTeacher(f"{server},http://127.0.0.1:9")
     teacher.fit_to(tokenizer)
     assert "127.0.0.1:9" in caplog.text
-    assert len(teacher.score(_batch([[1, 2, 3]]))) == 2
+    assert len(teacher.score(View.of(_batch([[1, 2, 3]])))) == 2
 
 
 @pytest.mark.parametrize(
@@ -396,7 +400,7 @@ def test_a_text_past_the_servers_context_is_refused(tokenizer: PreTrainedTokeniz
     assert teacher.max_length == 127  # of 128 positions, one for the token that is always written
     teacher.fit_to(tokenizer)
     with pytest.raises(ValueError, match="a sequence of 128 tokens, longer than the teacher's context of 127"):
-        teacher.score(_batch([[1] * 128]))
+        teacher.score(View.of(_batch([[1] * 128])))
 
 
 def test_the_key_comes_from_the_environment_and_is_never_shown(
@@ -406,7 +410,7 @@ def test_the_key_comes_from_the_environment_and_is_never_shown(
     monkeypatch.setenv("OPENAI_API_KEY", "a-good-key")
     teacher = ServedTeacher(url)
     teacher.fit_to(tokenizer)
-    assert "a-good-key" not in repr(vars(teacher)) + repr(vars(teacher._replicas)) + json.dumps(teacher.describe())
+    assert "a-good-key" not in repr(vars(teacher)) + repr(vars(teacher._servers)) + json.dumps(teacher.describe())
     monkeypatch.setenv("OPENAI_API_KEY", "a-bad-key")
     with pytest.raises(ValueError, match=f"{url} refuses the key in OPENAI_API_KEY") as error:
         ServedTeacher(url).fit_to(tokenizer)
@@ -430,13 +434,13 @@ def test_a_teacher_travels_to_other_processes(tokenizer: PreTrainedTokenizerBase
     teacher = ServedTeacher(server)
     teacher.fit_to(tokenizer)
     batch = _batch([[1, 2, 3]])
-    assert torch.equal(pickle.loads(pickle.dumps(teacher)).score(batch).ids, teacher.score(batch).ids)
+    assert torch.equal(pickle.loads(pickle.dumps(teacher)).score(View.of(batch)).ids, teacher.score(View.of(batch)).ids)
 
 
 def test_a_batch_in_which_nothing_counts(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
     teacher = ServedTeacher(server)
     teacher.fit_to(tokenizer)
-    assert len(teacher.score({**_batch([[1, 2, 3]]), "labels": torch.full((1, 3), -100)})) == 0
+    assert len(teacher.score(View.of({**_batch([[1, 2, 3]]), "labels": torch.full((1, 3), -100)}))) == 0
 
 
 def test_a_temperature_and_an_ensemble_are_refused(server: str) -> None:
@@ -454,7 +458,7 @@ def test_a_temperature_and_an_ensemble_are_refused(server: str) -> None:
         ({"teacher_server_url": "http://a", "teacher_load_in_4bit": True}, "teacher_server_url has loaded the teacher"),
         ({"teacher_server_url": "http://a", "teacher_model_revision": "x"}, "teacher_server_url has loaded"),
         ({"teacher_server_url": "http://a", "teacher_adapters_off": True}, "teacher_server_url is the teacher"),
-        ({"teacher_server_url": "http://a", "teacher_server_k": 0}, "teacher_server_k=0 and .*both must be positive"),
+        ({"teacher_server_url": "http://a", "teacher_server_k": 0}, "teacher_server_k must be at least 1, got 0"),
     ],
 )
 def test_options_without_effect_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -521,11 +525,11 @@ def test_the_command_line_captures_from_a_server(
     texts.select(range(12)).to_json(tmp_path / "texts.jsonl")
     command = ["capture", "--model_name_or_path", student, "--dataset_name", str(tmp_path / "texts.jsonl")]
     command += ["--teacher_server_url", server, "--output_dir", str(tmp_path / "out"), "--max_length", "64"]
-    command += ["--use_cpu", "true", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
+    command += ["--bf16", "false", "--report_to", "none", "--teacher_cache", str(tmp_path / "cache")]
     with pytest.raises(SystemExit):
         main(command)
-    said = "TopK(k=32, mass=1.0, threshold=0.0, step=0.0078125) keeps more than the 20 likeliest"
-    assert said in capsys.readouterr().err
+    message = "TopK(k=32, mass=1.0, threshold=0.0, step=0.0078125) keeps more than the 20 likeliest"
+    assert message in capsys.readouterr().err
     main([*command, "--cache_kwargs", "{k: 20}"])
     assert len(TeacherCache(tmp_path / "cache")) == 12
     assert TeacherCache(tmp_path / "cache").manifest["teacher"] == {"model": "teacher", "served": "vllm", "k": 20}
@@ -538,7 +542,7 @@ def test_more_than_the_top_k_cannot_be_captured(
 ) -> None:
     trainer = make_trainer(tmp_path, tokenizer, student, teacher_server_url=server)
     with pytest.raises(ValueError, match="keeps more than the 20 likeliest tokens"):
-        capture(trainer, tmp_path / "cache", method)
+        capture(trainer.teacher, trainer.data, tmp_path / "cache", method)
     assert not (tmp_path / "cache").exists()
 
 
@@ -546,7 +550,7 @@ def test_more_than_the_top_k_cannot_be_added(
     tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokenizerBase, server: str
 ) -> None:
     trainer = make_trainer(tmp_path, tokenizer, student, teacher_server_url=server, teacher_server_k=30)
-    cache = capture(trainer, tmp_path / "cache", TopK(30))
+    cache = capture(trainer.teacher, trainer.data, tmp_path / "cache", TopK(30))
     with pytest.raises(ValueError, match="keeps more than the 20 likeliest tokens"):
         CachedTeacher(cache, "live", ServedTeacher(server, k=20))
 
@@ -557,15 +561,8 @@ def test_a_request_that_hangs_is_asked_again(server: str, tokenizer: PreTrainedT
         teacher.fit_to(tokenizer)
         proxy.faults.append("slow")
         began = time.monotonic()
-        teacher.score(_batch([[1, 2, 3]]))
+        teacher.score(View.of(_batch([[1, 2, 3]])))
         assert time.monotonic() - began < 8
-
-
-def test_replicas_do_not_wait_past_the_time_allowed() -> None:
-    began = time.monotonic()
-    with pytest.raises(ConnectionError, match=r"http://127.0.0.1:9: .*refused"):
-        Replicas("http://127.0.0.1:9", timeout=1).ask("/v1/completions", {})
-    assert time.monotonic() - began < 3
 
 
 def _batch(ids: list[list[int]]) -> dict[str, torch.Tensor]:
@@ -574,6 +571,6 @@ def _batch(ids: list[list[int]]) -> dict[str, torch.Tensor]:
 
 
 def _log_p(teacher: Any, batch: Any) -> torch.Tensor:
-    signal = teacher.score(batch)
+    signal = teacher.score(View.of(batch))
     chunks = logits_in_chunks(signal.hidden, signal.head, 1.0)
     return torch.cat([part.scores.float() - part.log_total[:, None] for part in chunks])

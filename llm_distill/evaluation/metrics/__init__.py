@@ -32,13 +32,14 @@ def scores_of(num_bytes: NDArray[np.int64] | None = None, **columns: Iterable[An
     """Back from rows."""
     rows = {name: [np.asarray(row, dtype=np.float32) for row in values] for name, values in columns.items()}
     lengths = [len(row) for row in next(iter(rows.values()))]
-    if any([len(row) for row in each] != lengths for each in rows.values()):
+    if any([len(row) for row in texts] != lengths for texts in rows.values()):
         raise ValueError(f"{', '.join(rows)}: each text must have as many tokens in one as in the others.")
+    text = np.repeat(np.arange(len(lengths)), lengths)
     return Scores(
-        text=np.repeat(np.arange(len(lengths)), lengths),
-        row=np.repeat(np.arange(len(lengths)), lengths),
+        text=text,
+        row=text,
         position=np.concatenate([np.arange(length) for length in lengths]),
-        token=np.zeros(sum(lengths), dtype=np.int64),
+        token=np.zeros_like(text),
         num_bytes=np.zeros(len(lengths), dtype=np.int64) if num_bytes is None else num_bytes,
-        columns={name: np.concatenate(each) for name, each in rows.items()},
+        columns={name: np.concatenate(texts) for name, texts in rows.items()},
     )

@@ -23,7 +23,14 @@ from torch import Tensor
 
 from llm_distill.divergences import Divergence
 from llm_distill.losses.fused.formula import Language, UntranslatableError, translate
-from llm_distill.losses.fused.job import Choice, Few, Job, Projection, RowStatistics
+from llm_distill.losses.fused.task import (
+    Chunk,
+    HeadLossTask,
+    Projection,
+    RowStatistics,
+    TokenChoice,
+    TopTokens,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,158 +62,177 @@ FLAGS = (
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bfloat16"}
 
 
+def _pointers(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_void_p) for name in names]
+
+
+def _numbers(*names: str) -> list[tuple[str, type]]:
+    return [(name, ctypes.c_double) for name in names]
+
+
+VOCAB = ("vocab", ctypes.c_long)
+DENSE_METRICS = (
+    *("kd", "entropy", "kl", "acceptance", "top1_agreement", "confidence", "teacher_confidence"),
+    *("ce", "teacher_ce", "correct", "teacher_correct"),
+)
+
+
+# What the functions of `row_kernels.cpp` are called with: the structures of the same names there.
+
+
+class Side(ctypes.Structure):
+    _fields_ = [*_pointers("raw", "bias"), *_numbers("scale", "cap"), ("stride", ctypes.c_long)]
+
+
+class Dense(ctypes.Structure):
+    _fields_ = [
+        ("student", Side),
+        ("teacher", Side),
+        *_pointers("gradient", "targets", "log_outside"),
+        *_numbers("temperature", "kd_slope", "ce_weight", "outside_weight"),
+        *_pointers(*DENSE_METRICS, "log_total"),
+        VOCAB,
+    ]
+
+
+class Statistics(ctypes.Structure):
+    _fields_ = [
+        ("student", Side),
+        *_numbers("temperature", "most", "threshold"),
+        *_pointers("start", "maximum", "log_total", "tempered_log_total", "mean", "values", "ids"),
+        VOCAB,
+    ]
+
+
+class Gradient(ctypes.Structure):
+    _fields_ = [
+        ("student", Side),
+        *_pointers("gradient"),
+        *_numbers("temperature"),
+        *_pointers("maximum", "slope", "log_total", "slope_T", "tempered_log_total"),
+        VOCAB,
+    ]
+
+
+class Halves(ctypes.Structure):
+    _fields_ = [*_pointers("high", "low", "product"), *_numbers("is_last"), VOCAB]
+
+
 class Kernels:
-    """The compiled functions for one divergence and type of logits."""
+    """The compiled functions for one divergence and type of logits: a back end, of one teacher at most."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        pointer, number = ctypes.c_void_p, ctypes.c_double
-        side = [("raw", pointer), ("bias", pointer), ("scale", number), ("cap", number)]
-        self.Side = type("Side", (ctypes.Structure,), {"_fields_": side})
-        self.Dense = self._structure(
-            "student teacher | gradient targets | temperature kd_slope ce_weight | "
-            "kd entropy kl acceptance agreement confidence teacher_confidence ce teacher_ce correct teacher_correct"
-        )
-        self.Statistics = self._structure(
-            "student | | temperature most threshold | start maximum log_total tempered_log_total mean values ids"
-        )
-        self.Gradient = self._structure(
-            "student | gradient | temperature | maximum slope log_total slope_T tempered_log_total"
-        )
-        self.Halves = self._structure("| high low product | is_last |")
 
-    def _structure(self, fields: str) -> type[ctypes.Structure]:
-        kinds = (self.Side, ctypes.c_void_p, ctypes.c_double, ctypes.c_void_p)
-        listed = [(name, kind) for kind, names in zip(kinds, fields.split("|"), strict=True) for name in names.split()]
-        return type("Arguments", (ctypes.Structure,), {"_fields_": [*listed, ("vocab", ctypes.c_long)]})
-
-    def run(self, name: str, arguments: ctypes.Structure, rows: int) -> None:
+    def _run(self, name: str, arguments: ctypes.Structure, rows: int) -> None:
         """All rows, shared out over torch's number of threads. The interpreter is free meanwhile."""
-        run = getattr(self._library, name)
-        run(ctypes.byref(arguments), ctypes.c_long(rows), ctypes.c_int(torch.get_num_threads()))
+        function = getattr(self._library, name)
+        function(ctypes.byref(arguments), ctypes.c_long(rows), ctypes.c_int(torch.get_num_threads()))
+
+    def dense(self, task: HeadLossTask, chunk: Chunk) -> None:
+        """As `torch_backend.dense`."""
+        raw, metrics = chunk.raw, {name: metric[chunk.rows] for name, metric in task.metrics.items()}
+        targets = None if task.targets is None else task.targets[chunk.rows].contiguous()
+        log_total = None if chunk.log_outside is None else torch.empty_like(chunk.log_outside)
+        arguments = Dense(
+            student=_side(task.student, raw),
+            teacher=_side(task.teachers[0], chunk.teacher_raw[0]),
+            gradient=_matrix(chunk.gradient, like=raw),
+            targets=_pointer(targets),
+            log_outside=_pointer(chunk.log_outside),
+            temperature=task.temperature,
+            kd_slope=task.kd_slope,
+            ce_weight=task.ce_weight,
+            outside_weight=task.outside_weight,
+            log_total=_pointer(log_total),
+            vocab=raw.shape[1],
+            **{name: _pointer(metrics.get(name)) for name in DENSE_METRICS},
+        )
+        self._run("dense", arguments, len(raw))
+        metrics["kd"] *= task.squared
+        if chunk.log_outside is not None and log_total is not None:
+            task.record_outside(chunk.rows, chunk.log_outside, log_total)
+
+    def statistics(self, task: HeadLossTask, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
+        """As `torch_backend.statistics`."""
+        return self.statistics_and_tokens(task, raw, TokenChoice(0))[0]
+
+    def statistics_and_tokens(
+        self,
+        task: HeadLossTask,
+        raw: Float[Tensor, "rows vocab"],
+        choice: TokenChoice,
+        start: Float[Tensor, " rows"] | None = None,
+    ) -> tuple[RowStatistics, TopTokens]:
+        """The same, and the logits of a few tokens while the row is at hand; of equal ones the first are the likeliest.
+
+        Args:
+            start: of each row's draw, from 0 to 1; needed with a threshold.
+        """
+        statistics = RowStatistics(*task.metrics["entropy"].new_empty(4, len(raw)))
+        values = statistics.maximum.new_empty(len(raw), choice.most)
+        tokens = TopTokens(values, torch.empty_like(values, dtype=torch.long), raw.shape[1])
+        start = None if start is None else start.to(values.dtype).contiguous()
+        arguments = Statistics(
+            student=_side(task.student, raw),
+            temperature=task.temperature,
+            most=choice.most,
+            threshold=choice.threshold,
+            start=_pointer(start),
+            values=_pointer(tokens.values),
+            ids=_pointer(tokens.ids),
+            vocab=raw.shape[1],
+            **{name: _pointer(value) for name, value in statistics._asdict().items()},
+        )
+        self._run("statistics", arguments, len(raw))
+        return statistics, tokens
+
+    def softmax_gradient(
+        self,
+        task: HeadLossTask,
+        raw: Float[Tensor, "rows vocab"],
+        gradient: Float[Tensor, "rows vocab"],
+        statistics: RowStatistics,
+        slope: Float[Tensor, " rows"],
+        slope_T: Float[Tensor, " rows"] | None,
+    ) -> None:
+        """As `torch_backend.softmax_gradient`."""
+        slope, slope_T = slope.contiguous(), None if slope_T is None else slope_T.contiguous()
+        arguments = Gradient(
+            student=_side(task.student, raw),
+            gradient=_matrix(gradient, like=raw),
+            temperature=task.temperature,
+            slope=_pointer(slope),
+            maximum=_pointer(statistics.maximum),
+            log_total=_pointer(statistics.log_total),
+            slope_T=_pointer(slope_T),
+            tempered_log_total=_pointer(statistics.tempered_log_total),
+            vocab=raw.shape[1],
+        )
+        self._run("gradient", arguments, len(raw))
+
+    def add_halves(
+        self,
+        high: Float[Tensor, "rows width"],
+        low: Int[Tensor, "rows width"],
+        product: Float[Tensor, "rows width"],
+        *,
+        is_last: bool,
+    ) -> None:
+        """Adds bfloat16 to float32 numbers of which `high` are the upper 16 bits, as bfloat16, and `low` the others.
+        The last time `high` becomes the sum rounded to the nearest bfloat16.
+        """
+        high_low_product = {"high": _pointer(high), "low": _pointer(low), "product": _pointer(product)}
+        self._run("add_halves", Halves(**high_low_product, is_last=is_last, vocab=high.shape[1]), len(high))
 
 
-def kernels_of(job: Job) -> Kernels | None:
+def kernels_of(task: HeadLossTask) -> Kernels | None:
     """Those of its passes over rows, on a CPU and with one teacher at most."""
-    sides = [job.student, *job.teachers]
-    if len(sides) > 2 or job.student.hidden.device.type != "cpu":
+    sides = [task.student, *task.teachers]
+    if len(sides) > 2 or task.student.hidden.device.type != "cpu":
         return None
     is_plain = all(side.head.is_linear and side.bias is None for side in sides)
-    return compiled(job.divergence, sides[0].hidden.dtype, sides[-1].hidden.dtype, is_plain)
-
-
-def dense(
-    job: Job,
-    rows: slice,
-    raw: Float[Tensor, "rows vocab"],
-    teacher_raw: list[Tensor],
-    gradient: Float[Tensor, "rows vocab"] | None,
-) -> None:
-    """As `torch_backend.dense`, of one teacher."""
-    kernels = kernels_of(job)
-    assert kernels is not None
-    values = {name: metric[rows] for name, metric in job.metrics.items()}
-    targets = None if job.targets is None else job.targets[rows].contiguous()
-    arguments = kernels.Dense(
-        student=_side(kernels, job.student, raw),
-        teacher=_side(kernels, job.teachers[0], teacher_raw[0]),
-        gradient=_pointer(gradient),
-        targets=_pointer(targets),
-        temperature=job.temperature,
-        kd_slope=job.kd_slope,
-        ce_weight=job.ce_weight,
-        kd=_pointer(values["kd"]),
-        entropy=_pointer(values["entropy"]),
-        kl=_pointer(values["kl"]),
-        acceptance=_pointer(values["acceptance"]),
-        agreement=_pointer(values["top1_agreement"]),
-        confidence=_pointer(values["confidence"]),
-        teacher_confidence=_pointer(values["teacher_confidence"]),
-        ce=_pointer(values.get("ce")),
-        teacher_ce=_pointer(values.get("teacher_ce")),
-        correct=_pointer(values.get("correct")),
-        teacher_correct=_pointer(values.get("teacher_correct")),
-        vocab=raw.shape[1],
-    )
-    kernels.run("dense", arguments, len(raw))
-    values["kd"] *= job.squared
-
-
-def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
-    """As `torch_backend.statistics`."""
-    return statistics_and_few(job, raw, Choice(0))[0]
-
-
-def statistics_and_few(
-    job: Job, raw: Float[Tensor, "rows vocab"], choice: Choice, start: Float[Tensor, " rows"] | None = None
-) -> tuple[RowStatistics, Few]:
-    """The same, and the logits of a few tokens while the row is at hand; of equal ones the first are the likeliest.
-
-    Args:
-        start: of each row's draw, from 0 to 1; needed with a threshold.
-    """
-    kernels = kernels_of(job)
-    assert kernels is not None
-    result = RowStatistics(*job.metrics["entropy"].new_empty(4, len(raw)))
-    values = result.maximum.new_empty(len(raw), choice.most)
-    few = Few(values, torch.empty_like(values, dtype=torch.long), raw.shape[1])
-    start = None if start is None else start.to(values.dtype).contiguous()
-    arguments = kernels.Statistics(
-        student=_side(kernels, job.student, raw),
-        temperature=job.temperature,
-        most=choice.most,
-        threshold=choice.threshold,
-        start=_pointer(start),
-        **{name: _pointer(value) for name, value in result._asdict().items()},
-        values=_pointer(few.values),
-        ids=_pointer(few.ids),
-        vocab=raw.shape[1],
-    )
-    kernels.run("statistics", arguments, len(raw))
-    return result, few
-
-
-def softmax_gradient(
-    job: Job,
-    raw: Float[Tensor, "rows vocab"],
-    gradient: Float[Tensor, "rows vocab"],
-    found: RowStatistics,
-    slope: Float[Tensor, " rows"],
-    slope_T: Float[Tensor, " rows"] | None,
-) -> None:
-    """As `torch_backend.softmax_gradient`."""
-    kernels = kernels_of(job)
-    assert kernels is not None
-    slope, slope_T = slope.contiguous(), None if slope_T is None else slope_T.contiguous()
-    arguments = kernels.Gradient(
-        student=_side(kernels, job.student, raw),
-        gradient=_pointer(gradient),
-        temperature=job.temperature,
-        slope=_pointer(slope),
-        maximum=_pointer(found.maximum),
-        log_total=_pointer(found.log_total),
-        slope_T=_pointer(slope_T),
-        tempered_log_total=_pointer(found.tempered_log_total),
-        vocab=raw.shape[1],
-    )
-    kernels.run("gradient", arguments, len(raw))
-
-
-def add_halves(
-    job: Job,
-    high: Float[Tensor, "rows width"],
-    low: Int[Tensor, "rows width"],
-    product: Float[Tensor, "rows width"],
-    *,
-    is_last: bool,
-) -> None:
-    """Adds bfloat16 to float32 numbers of which `high` are the upper 16 bits, as bfloat16, and `low` the others. The
-    last time `high` becomes the sum rounded to the nearest bfloat16.
-    """
-    kernels = kernels_of(job)
-    assert kernels is not None
-    pointers = {name: _pointer(each) for name, each in (("high", high), ("low", low), ("product", product))}
-    kernels.run("add_halves", kernels.Halves(**pointers, is_last=is_last, vocab=high.shape[1]), len(high))
+    return compiled(task.divergence, sides[0].hidden.dtype, sides[-1].hidden.dtype, is_plain)
 
 
 @functools.cache
@@ -250,9 +276,23 @@ def compiled(divergence: Divergence, student: torch.dtype, teacher: torch.dtype,
         return None
 
 
-def _side(kernels: Kernels, projection: Projection, raw: Tensor) -> ctypes.Structure:
+def _side(projection: Projection, raw: Float[Tensor, "rows vocab"]) -> Side:
     head = projection.head
-    return kernels.Side(_pointer(raw), _pointer(projection.bias), head.scale, head.soft_cap or 0.0)
+    return Side(
+        raw=_matrix(raw, like=raw),
+        bias=_pointer(projection.bias),
+        scale=head.scale,
+        cap=head.soft_cap or 0.0,
+        stride=raw.stride(0),
+    )
+
+
+def _matrix(tensor: Tensor | None, like: Tensor) -> int | None:
+    """The address of a matrix whose rows lie as far apart as those of another."""
+    if tensor is None:
+        return None
+    assert tensor.stride() == like.stride() == (like.stride(0), 1) or not len(tensor)
+    return tensor.data_ptr()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

@@ -12,7 +12,6 @@ import functools
 import importlib.util
 from collections.abc import Iterator
 from contextlib import ExitStack
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -22,10 +21,11 @@ from torch import Tensor
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
 from llm_distill.losses.fused import cpp_backend, torch_backend
-from llm_distill.losses.fused.job import Job, Projection, statistics_dtype
+from llm_distill.losses.fused.cpp_backend import Kernels
 from llm_distill.losses.fused.products import WeightGradient, chunk_buffers, logits_dtype, multiply
 from llm_distill.losses.fused.sparse import sparse
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+from llm_distill.losses.fused.task import Backend, Chunk, HeadLossTask, Projection, statistics_dtype
+from llm_distill.signals import Signal, SparseSignal
 
 BUFFER_MIB = {"cpu": 256, "accelerator": 1024}
 """What the buffers of a chunk may take, where that is more than MIN_CHUNK_ROWS rows."""
@@ -50,6 +50,11 @@ def fused_head_loss(
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]:
     """Σ_rows (kd_weight · T² · D(p‖q at T) + ce_weight · CE at 1) / num_rows, and what it was made of.
 
+    Where the student's output matrix has rows past the vocabulary, as most padded ones do, the divergence is that over
+    the vocabulary, and each term has −log (1 − m) beside it, with m the student's mass on those rows at temperature 1:
+    what the vocabulary lacks because of them. So they learn to get none, and the cross-entropy is the usual one over
+    all rows. A teacher's own such rows are ignored.
+
     Args:
         student_hidden: what goes into the student's output projection.
         student_head: the student's head; its weight and bias get gradients if they require them.
@@ -64,21 +69,22 @@ def fused_head_loss(
 
     Returns:
         The loss, a scalar to call `backward` on, and detached values per row, in nats unless said otherwise:
-        `kd` (the divergence as it enters the loss, before its weight), `ce`, `entropy` (the student's) and, where the
-        signal knows them, `kl` (forward KL at temperature 1), `teacher_ce`, `top1_agreement` (0 or 1), `acceptance`
-        (Σ min(p, q), the share of tokens that speculative decoding would accept; arXiv:2211.17192), `confidence` and
-        `teacher_confidence` (the probability of the likeliest token), `correct` and `teacher_correct` (0 or 1, whether
-        that one came next).
+        `kd` (the divergence as it enters the loss, before its weight), `entropy` (the student's); with targets `ce` and
+        `correct` (0 or 1, whether the likeliest token came next); with rows past the vocabulary `outside_mass` (m) and
+        `outside_loss` (−log (1 − m), which `ce` includes); and where the signal knows them `kl` (forward KL at
+        temperature 1), `teacher_ce`, `teacher_correct`, `top1_agreement` (0 or 1), `acceptance` (Σ min(p, q), the share
+        of tokens that speculative decoding would accept; arXiv:2211.17192), `confidence` and `teacher_confidence` (the
+        probability of the likeliest token).
 
     Raises:
         ValueError: shapes, devices or vocabularies that do not fit; a signal that cannot serve the divergence.
     """
     _check(student_hidden, student_head, signal, divergence, temperature, ce_weight, targets)
     with ExitStack() as opened:
-        weight, bias = opened.enter_context(student_head.weights())
+        weight, bias = opened.enter_context(student_head.weights(past_vocabulary=True))
         weight, bias = weight.to(student_hidden.device), None if bias is None else bias.to(student_hidden.device)
         student = opened_projection(student_head, student_hidden.detach(), weight.detach(), bias)
-        job = Job(
+        task = HeadLossTask(
             student=student,
             signal=signal,
             teachers=_opened_teachers(signal, statistics_dtype(student.hidden.dtype), opened),
@@ -90,8 +96,8 @@ def fused_head_loss(
             targets=targets,
         )
         num_rows = max(len(student_hidden), 1) if num_rows is None else num_rows
-        loss = _FusedHeadLoss.apply(student_hidden, weight, bias, job, num_rows, buffer_mib, torch.is_grad_enabled())
-    return loss, job.metrics
+        loss = _FusedHeadLoss.apply(student_hidden, weight, bias, task, num_rows, buffer_mib, torch.is_grad_enabled())
+    return loss, task.metrics
 
 
 class _FusedHeadLoss(torch.autograd.Function):
@@ -103,7 +109,7 @@ class _FusedHeadLoss(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        job: Job,
+        task: HeadLossTask,
         num_rows: Tensor | int,
         buffer_mib: int | None,
         wants_gradients: bool,
@@ -115,23 +121,26 @@ class _FusedHeadLoss(torch.autograd.Function):
         if needs_bias:
             assert bias is not None
             d_bias = torch.zeros_like(bias, dtype=statistics_dtype(bias.dtype))
+        backend = choose_backend(task)
         with torch.cuda.device_of(hidden), torch.autocast(hidden.device.type, enabled=False):
-            for rows, d_logits in _chunks(job, buffer_mib, needs_hidden or needs_weight or needs_bias):
+            for rows, d_logits in _chunks(task, backend, buffer_mib, needs_hidden or needs_weight or needs_bias):
                 if d_logits is None:
                     continue
                 if d_bias is not None:
                     d_bias += d_logits.sum(0, dtype=d_bias.dtype)
                 if d_hidden is not None:
-                    d_hidden[rows] = d_logits @ job.student.weight
+                    d_hidden[rows] = d_logits @ task.student.weight
                 if needs_weight:
                     if d_weight is None:
-                        d_weight = WeightGradient(weight, job, -(-len(hidden) // len(d_logits)))
-                    d_weight.add(d_logits, job.student.hidden[rows])
+                        kernels = backend if isinstance(backend, Kernels) else None
+                        num_chunks = -(-len(hidden) // len(d_logits))
+                        d_weight = WeightGradient(weight, task.student.hidden.dtype, num_chunks, kernels)
+                    d_weight.add(d_logits, task.student.hidden[rows])
         no_rows = torch.zeros_like(weight) if needs_weight and d_weight is None else None
         ctx.gradients = (d_hidden, d_weight.total if d_weight else no_rows, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.num_rows = num_rows
-        return job.loss() / num_rows
+        return task.loss() / num_rows
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -144,41 +153,52 @@ class _FusedHeadLoss(torch.autograd.Function):
         return *result, None, None, None, None
 
 
-def _chunks(job: Job, buffer_mib: int | None, wants_gradients: bool) -> Iterator[tuple[slice, Tensor | None]]:
-    """Fills the job's metrics, chunk by chunk; gives the rows of each and the gradient on the student's raw logits."""
-    student, vocab_size = job.student, job.student.head.vocab_size
+def _chunks(
+    task: HeadLossTask, backend: Backend, buffer_mib: int | None, wants_gradients: bool
+) -> Iterator[tuple[slice, Tensor | None]]:
+    """Fills the task's metrics, chunk by chunk; gives the rows of each and the gradient on the student's product."""
+    student, vocab_size = task.student, task.student.head.vocab_size
     device, compute = student.hidden.device, student.hidden.dtype
-    dtypes = [logits_dtype(side.hidden.dtype, device) for side in (student, *job.teachers)]
-    backend, in_place = choose_backend(job), dtypes[0] == compute
+    columns = [(len(side.weight), logits_dtype(side.hidden.dtype, device)) for side in (student, *task.teachers)]
+    in_place = columns[0][1] == compute
     if not in_place:
-        dtypes.append(compute)  # of the gradient
+        columns.append((len(student.weight), compute))  # of the gradient
     total = len(student.hidden)
-    most = chunk_rows(vocab_size, dtypes, device, buffer_mib)
+    most = chunk_rows(len(student.weight), [dtype for _, dtype in columns], device, buffer_mib)
     chunks, tile = max(-(-total // most), 1), _tile(most, device)
     size = min(-(-total // (tile * chunks)) * tile, most, total)  # all of about the same size: a small one is slow
-    with chunk_buffers((size, vocab_size), dtypes, device) as buffers:
+    with chunk_buffers(size, columns, device) as buffers:
         for start in range(0, total, max(size, 1)):
             rows = slice(start, min(start + size, total))
-            logits, *others = (buffer[: rows.stop - start] for buffer in buffers)
-            multiply(student.hidden[rows], student.weight.T, out=logits)
-            for teacher, out in zip(job.teachers, others, strict=False):
+            product, *others = (buffer[: rows.stop - start] for buffer in buffers)
+            multiply(student.hidden[rows], student.weight.T, out=product)
+            for teacher, out in zip(task.teachers, others, strict=False):
                 multiply(teacher.hidden[rows], teacher.weight.T, out=out)
-            gradient = None if not wants_gradients else logits if in_place else others[-1]
-            if job.teachers:
-                backend.dense(job, rows, logits, others[: len(job.teachers)], gradient)
+            gradient = None if not wants_gradients else product if in_place else others[-1]
+            chunk = Chunk(
+                rows=rows,
+                raw=product[:, :vocab_size],
+                teacher_raw=others[: len(task.teachers)],
+                gradient=None if gradient is None else gradient[:, :vocab_size],
+                log_outside=torch_backend.log_outside(task, product[:, vocab_size:]) if student.has_outside else None,
+            )
+            if task.teachers:
+                backend.dense(task, chunk)
             else:
-                sparse(backend, job, rows, logits, gradient)
+                sparse(backend, task, chunk)
+            if student.has_outside and gradient is not None:
+                torch_backend.outside_gradient(task, rows, product[:, vocab_size:], gradient[:, vocab_size:])
             yield rows, gradient
 
 
-def choose_backend(job: Job) -> ModuleType:
+def choose_backend(task: HeadLossTask) -> Backend:
     """What the passes over rows run in: compiled where it can be, torch otherwise (and for mixtures)."""
-    device = job.student.hidden.device
-    if device.type == "cuda" and len(job.teachers) <= 1 and triton_is_available():
+    device = task.student.hidden.device
+    if device.type == "cuda" and len(task.teachers) <= 1 and triton_is_available():
         from llm_distill.losses.fused import triton_backend
 
-        return triton_backend if triton_backend.can_run(job.divergence, device) else torch_backend
-    return cpp_backend if cpp_backend.kernels_of(job) else torch_backend
+        return triton_backend if triton_backend.can_run(task.divergence, device) else torch_backend
+    return cpp_backend.kernels_of(task) or torch_backend
 
 
 @functools.cache
@@ -212,13 +232,8 @@ def opened_projection(
 @torch.no_grad()
 def _opened_teachers(signal: Signal | None, statistics: torch.dtype, stack: ExitStack) -> list[Projection]:
     """The heads of a signal's members, opened once for all rows."""
-    members: tuple[HiddenSignal, ...] = ()
-    if isinstance(signal, HiddenSignal):
-        members = (signal,)
-    elif isinstance(signal, MixtureSignal):
-        members = signal.signals
     opened = []
-    for member in members:
+    for member in () if signal is None else signal.members:
         weight, bias = stack.enter_context(member.head.weights())
         opened.append(opened_projection(member.head, member.hidden, weight, bias, statistics))
     return opened
@@ -266,8 +281,7 @@ def _check(
             f"the student's head has {head.vocab_size:,} tokens and the signal {signal.vocab_size:,}. Give both the "
             "tokenizer's: LMHead.of(model, vocab_size=len(tokenizer))."
         )
-    tensors = [signal.ids] if isinstance(signal, SparseSignal) else []
-    tensors += [s.hidden for s in ((signal,) if isinstance(signal, HiddenSignal) else getattr(signal, "signals", ()))]
+    tensors = [signal.ids] if isinstance(signal, SparseSignal) else [member.hidden for member in signal.members]
     if any(tensor.device != hidden.device for tensor in tensors):
         raise ValueError(f"student_hidden is on {hidden.device}, the signal on {[str(t.device) for t in tensors]}.")
     signal.check(divergence, temperature)

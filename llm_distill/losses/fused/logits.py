@@ -11,23 +11,22 @@ from torch import Tensor
 
 from llm_distill.divergences import ForwardKL
 from llm_distill.heads import LMHead
-from llm_distill.losses.fused import cpp_backend
+from llm_distill.losses.fused.cpp_backend import Kernels
 from llm_distill.losses.fused.head_loss import choose_backend, chunk_rows, opened_projection
-from llm_distill.losses.fused.job import Choice, Few, Job
 from llm_distill.losses.fused.products import chunk_buffers, logits_dtype, multiply
+from llm_distill.losses.fused.task import HeadLossTask, TokenChoice, TopTokens
 
 TILE_BYTES = 2**22
-"""What is looked at together on a CPU: it stays in the cache."""
+"""How many logits are given at a time on a CPU: so many stay in its cache."""
 
 
 class Logits(NamedTuple):
-    """Of some rows, one after the other."""
+    """The logits of some rows, with what makes probabilities of them: log p = scores − log_total."""
 
     rows: slice
-    scores: Float[Tensor, "rows vocab"] | Few
-    """Divided by T. Overwritten by the next."""
+    scores: Float[Tensor, "rows vocab"] | TopTokens
+    """Logits over T. The next rows are written over them."""
     log_total: Float[Tensor, " rows"]
-    """log p = scores − log_total."""
     entropy: Float[Tensor, " rows"]
     """At temperature 1, in nats."""
 
@@ -37,7 +36,7 @@ def logits_in_chunks(
     hidden: Float[Tensor, "rows hidden"],
     head: LMHead,
     temperature: float,
-    choice: Choice | None = None,
+    choice: TokenChoice | None = None,
     start: Float[Tensor, " rows"] | None = None,
 ) -> Iterator[Logits]:
     """One product of the head, one pass for the statistics; nothing of `[rows, vocab]` is kept.
@@ -52,26 +51,27 @@ def logits_in_chunks(
         choice = choice._replace(most=min(choice.most, head.vocab_size))
     with head.weights() as (weight, bias), torch.autocast(device.type, enabled=False):
         student = opened_projection(head, hidden, weight, bias)
-        job = Job(student, None, [], ForwardKL(), temperature, 0.0, 1.0, 0.0, None)
+        task = HeadLossTask(student, None, [], ForwardKL(), temperature, 0.0, 1.0, 0.0, None)
         dtype = logits_dtype(student.hidden.dtype, device)
-        backend = choose_backend(job)
+        backend = choose_backend(task)
         size = min(chunk_rows(head.vocab_size, [dtype], device, None), max(len(hidden), 1))
         tile = size if device.type != "cpu" else max(1, TILE_BYTES // (head.vocab_size * dtype.itemsize))
-        with chunk_buffers((size, head.vocab_size), [dtype], device) as (buffer,):
+        with chunk_buffers(size, [(head.vocab_size, dtype)], device) as (buffer,):
             for begin in range(0, len(hidden), size):
                 all_rows = slice(begin, min(begin + size, len(hidden)))
                 part = student.hidden[all_rows]
                 raw = buffer[: len(part)]
                 multiply(part, student.weight.T, out=raw)
-                found, few = (
-                    cpp_backend.statistics_and_few(job, raw, choice, None if start is None else start[all_rows])
-                    if choice is not None and backend is cpp_backend
-                    else (backend.statistics(job, raw), None)
-                )
-                log_total = found.maximum / temperature + found.tempered_log_total
-                entropy = found.log_total - found.mean
-                if few is not None:
-                    yield Logits(all_rows, few._replace(values=few.values / temperature), log_total, entropy)
+                tokens = None
+                if choice is not None and isinstance(backend, Kernels):
+                    starts = None if start is None else start[all_rows]
+                    statistics, tokens = backend.statistics_and_tokens(task, raw, choice, starts)
+                else:
+                    statistics = backend.statistics(task, raw)
+                log_total = statistics.maximum / temperature + statistics.tempered_log_total
+                entropy = statistics.log_total - statistics.mean
+                if tokens is not None:
+                    yield Logits(all_rows, tokens._replace(values=tokens.values / temperature), log_total, entropy)
                     continue
                 for first in range(0, len(part), tile):
                     of = slice(first, first + tile)
@@ -85,15 +85,15 @@ GROUP = 16
 """Tokens whose maximum is looked at first when the likeliest are sought."""
 
 
-def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> Few:
+def top_tokens(scores: Float[Tensor, "rows vocab"], k: int) -> TopTokens:
     """As `scores.topk(k)`, on a CPU in less time: the k largest lie in the k groups of largest maximum."""
     rows, vocab = scores.shape
     groups, k = vocab // GROUP, min(k, vocab)
     if scores.device.type != "cpu" or groups < 4 * k:
-        return Few(*scores.topk(k), vocab)
+        return TopTokens(*scores.topk(k), vocab)
     whole = scores[:, : groups * GROUP].view(rows, GROUP, groups)  # a group's tokens lie far apart: amax is vectorised
     best = whole.amax(1).topk(k, sorted=False).indices
     ids = (best[:, :, None] + groups * torch.arange(GROUP)).flatten(1)
     ids = torch.cat([ids, torch.arange(groups * GROUP, vocab).expand(rows, -1)], -1)
     values, order = scores.gather(-1, ids).topk(k)
-    return Few(values, ids.gather(-1, order), vocab)
+    return TopTokens(values, ids.gather(-1, order), vocab)

@@ -13,8 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_distill.losses.fused import cpp_backend
-from llm_distill.losses.fused.job import Job
+from llm_distill.losses.fused.cpp_backend import Kernels
 
 VOCAB_TILE = {"cpu": 2**11, "accelerator": 2**15}
 """Rows of dW that are added up at a time where the product cannot add in float32 by itself."""
@@ -33,22 +32,26 @@ def new_buffer(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
-_kept: list[Tensor] = []
-KEPT_BYTES = 2**29
-"""What a process keeps at most; a larger chunk is given back."""
+_spare_memory: list[Tensor] = []
+SPARE_BYTES = 2**29
+"""How much memory a process keeps between two calls at most."""
 
 
 @contextmanager
-def chunk_buffers(shape: tuple[int, int], dtypes: list[torch.dtype], device: torch.device) -> Iterator[list[Tensor]]:
-    """A matrix of this shape in each dtype. On a CPU they are kept for the next call, as an accelerator's allocator
-    does: to map new memory in every step would take as long as a tenth of the products.
+def chunk_buffers(
+    rows: int, columns: list[tuple[int, torch.dtype]], device: torch.device
+) -> Iterator[list[Float[Tensor, "rows columns"]]]:
+    """Matrices of as many rows, with a number of columns and a dtype each. On a CPU their memory is kept for the next
+    call, as an accelerator's allocator does: to map new memory in every step would take as long as a tenth of the
+    products.
     """
     if device.type != "cpu":
-        yield [torch.empty(shape, dtype=dtype, device=device) for dtype in dtypes]
+        yield [torch.empty(rows, number, dtype=dtype, device=device) for number, dtype in columns]
         return
-    ends = list(itertools.accumulate(-(-math.prod(shape) * dtype.itemsize // 64) * 64 for dtype in dtypes))
+    sizes = [rows * number * dtype.itemsize for number, dtype in columns]
+    ends = list(itertools.accumulate(-(-size // 64) * 64 for size in sizes))
     try:
-        memory = _kept.pop()
+        memory = _spare_memory.pop()
     except IndexError:  # the first call, or another thread's
         memory = torch.empty(0, dtype=torch.uint8)
     if len(memory) < ends[-1]:
@@ -57,11 +60,11 @@ def chunk_buffers(shape: tuple[int, int], dtypes: list[torch.dtype], device: tor
     starts = [0, *ends[:-1]]
     try:
         yield [
-            memory[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
-            for start, dtype in zip(starts, dtypes, strict=True)
+            memory[start : start + size].view(dtype).view(rows, number)
+            for start, size, (number, dtype) in zip(starts, sizes, columns, strict=True)
         ]
     finally:
-        _kept[:] = [memory] if len(memory) <= KEPT_BYTES else []
+        _spare_memory[:] = [memory] if len(memory) <= SPARE_BYTES else []
 
 
 def multiply(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Float[Tensor, "n m"]) -> None:
@@ -75,22 +78,25 @@ def multiply(a: Float[Tensor, "n k"], b: Float[Tensor, "k m"], out: Float[Tensor
 
 
 class WeightGradient:
-    """dW = Σ d_logitsᵀ · hidden over the chunks of a job, summed in float32 at least.
+    """dW = Σ d_logitsᵀ · hidden over the chunks of a task, summed in float32 at least.
 
     `total` is in the weight's dtype from the start where nothing is lost by it. So it is with one or two products in
     bfloat16: each is a sum in float32 inside, and the second is added to the first before it is rounded. Where there
     are more, and it is compiled, `total` has the upper halves of the float32 sums and `rest` the lower ones.
     """
 
-    def __init__(self, weight: Float[Tensor, "vocab width"], job: Job, num_products: int) -> None:
-        compute = job.student.hidden.dtype
+    def __init__(
+        self, weight: Float[Tensor, "vocab width"], compute: torch.dtype, num_products: int, kernels: Kernels | None
+    ) -> None:
+        """`compute` is the dtype of the products, and `kernels` the compiled ones, where there are some."""
         is_narrow = weight.dtype == compute == torch.bfloat16
-        becomes_dw = is_narrow and bool(num_products <= 2 or cpp_backend.kernels_of(job))
-        has_rest = becomes_dw and num_products > 2
+        becomes_dw = is_narrow and (num_products <= 2 or kernels is not None)
         dtype = weight.dtype if becomes_dw else torch.promote_types(weight.dtype, torch.float32)
         self.total = torch.empty(weight.shape, dtype=dtype, device=weight.device)
-        self.rest = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device) if has_rest else None
-        self._job, self._num_products, self._num_added = job, num_products, 0
+        self.rest: Tensor | None = None
+        if becomes_dw and num_products > 2:
+            self.rest = torch.zeros(weight.shape, dtype=torch.int16, device=weight.device)
+        self._kernels, self._num_products, self._num_added = kernels, num_products, 0
 
     def add(self, d_logits: Float[Tensor, "rows vocab"], hidden: Float[Tensor, "rows width"]) -> None:
         """One product more; after the last, `total` is dW."""
@@ -112,12 +118,12 @@ class WeightGradient:
                 multiply(d_logits[:, start : start + len(tile)].T, hidden, out=part)
                 if first:
                     tile.copy_(part)
-                elif self.rest is None:
+                elif self.rest is None or self._kernels is None:
                     tile.add_(part)
                 else:
                     rest = self.rest[start : start + size]
                     is_last = self._num_added == self._num_products
-                    cpp_backend.add_halves(self._job, tile, rest, part, is_last=is_last)
+                    self._kernels.add_halves(tile, rest, part, is_last=is_last)
 
 
 @functools.cache

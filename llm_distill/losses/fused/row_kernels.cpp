@@ -59,6 +59,7 @@ inline real abs_(real x) { return x < 0 ? -x : x; }
 inline real sign_(real x) { return (x > 0 ? real(1) : real(0)) - (x < 0 ? real(1) : real(0)); }
 inline real max_(real a, real b) { return a > b ? a : b; }
 inline real min_(real a, real b) { return a < b ? a : b; }
+inline real floored(real x) { return x < NOTHING ? NOTHING : x; }  // log 0 as a number; NaN stays NaN
 
 inline real read(float x) { return x; }
 inline real read(double x) { return real(x); }
@@ -83,15 +84,18 @@ struct Side {  // logits = post_process(raw + bias)
     void* raw;  // [rows, vocab]
     const real* bias;  // [vocab] or null
     double scale, cap;  // cap = 0: none
+    long stride;  // from one row of `raw` to the next
 };
 
 struct Dense {
     Side student, teacher;
-    student_logit* gradient;  // [rows, vocab], may be the student's raw logits; null: not wanted
+    student_logit* gradient;  // [rows, vocab], as far apart as the student's raw logits, or these; null: not wanted
     const int64_t* targets;  // [rows] or null
-    double temperature, kd_slope, ce_weight;
+    const real* log_outside;  // [rows], log Σ e^z over the student's rows past the vocabulary; null: there are none
+    double temperature, kd_slope, ce_weight, outside_weight;
     real *kd, *entropy, *kl, *acceptance, *agreement, *confidence, *teacher_confidence;  // [rows]
     real *ce, *teacher_ce, *correct, *teacher_correct;  // [rows]; unused without targets
+    real* log_total;  // [rows], log Σ e^z over the vocabulary; unused without `log_outside`
     long vocab;
 };
 
@@ -107,7 +111,7 @@ struct Statistics {
 
 struct Gradient {
     Side student;
-    student_logit* gradient;
+    student_logit* gradient;  // [rows, vocab], as far apart as the student's raw logits
     double temperature;
     const real *maximum, *slope, *log_total, *slope_T, *tempered_log_total;  // [rows]; slope_T null: the first pair alone
     long vocab;
@@ -145,7 +149,7 @@ struct Logits {
 // A row's logits: where they are the raw ones, read from the product as they are; otherwise made in `scratch`.
 template <class logit>
 auto logits_of(const Side& side, long row, long V, real* scratch) {
-    const logit* raw = static_cast<const logit*>(side.raw) + row * V;
+    const logit* raw = static_cast<const logit*>(side.raw) + row * side.stride;
 #if IS_PLAIN
     return Logits<logit>{raw};
 #else
@@ -190,7 +194,10 @@ template <class Row>
 void store(const Side& side, Row z, const real* d, long V, student_logit* out) {
     const real scale = side.scale, cap = side.cap;
     SIMD(omp simd)
-    for (long i = 0; i < V; i++) write(out + i, d[i] * (cap ? scale * (1 - (z[i] / cap) * (z[i] / cap)) : scale));
+    for (long i = 0; i < V; i++) {
+        const real t = z[i] / cap < -1 ? -1 : z[i] / cap;  // tanh; where the logit is NOTHING the slope is 0
+        write(out + i, d[i] * (cap ? scale * (1 - t * t) : scale));
+    }
 }
 
 // A side of a row after `exponentials`: log_softmax(i) = (z[i] − maximum) / T − log_total, softmax(i) = exps[i] · scale.
@@ -213,7 +220,8 @@ void compare(const Softmax s, const Softmax t, long V, Student z, Teacher y, rea
         real h = 0, k = 0, both = 0, v = 0, slopes = 0;
         SIMD(omp simd reduction(+ : h, k, both, v, slopes) reduction(max : nearest))
         EACH {
-            const real q = q_[i] * s.scale, p = p_[i] * t.scale, to_z = z[i] - s.maximum, to_y = y[i] - t.maximum;
+            const real q = q_[i] * s.scale, p = p_[i] * t.scale;
+            const real to_z = floored(z[i] - s.maximum), to_y = floored(y[i] - t.maximum);
             const real log_q = to_z * s.inverse_T - s.log_total, log_p = to_y * t.inverse_T - t.log_total;
             if (LIKENESS) {
                 h += q * log_q;
@@ -236,9 +244,10 @@ void compare(const Softmax s, const Softmax t, long V, Student z, Teacher y, rea
 
 // One row against the teacher's. q_ and p_ hold first exponentials, then q and ψ.
 template <class Student, class Teacher>
-void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p_, real* ce_) {
+void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p_, real* q_1) {
     const long V = a.vocab;
     const bool tempered = a.temperature != 1, with_ce = a.gradient && a.ce_weight != 0;
+    const bool with_q_1 = a.gradient && (a.ce_weight != 0 || a.log_outside);  // q at temperature 1 is in the gradient
     const real inverse_T = 1 / a.temperature, kd_slope = a.kd_slope, ce_weight = a.ce_weight;
     const Softmax q(z, V, maximum_of(z, V), 1, q_), p(y, V, maximum_of(y, V), 1, p_);
     Sums sums;
@@ -253,10 +262,16 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
         a.ce[row] = q.log_total - z_target, a.teacher_ce[row] = p.log_total - y_target;
         a.correct[row] = z_target == 0, a.teacher_correct[row] = y_target == 0;
     }
+    real on_q_1 = ce_weight;
+    if (a.log_outside) {
+        const double log_total = double(q.maximum) + q.log_total;
+        a.log_total[row] = log_total;
+        on_q_1 -= a.outside_weight / (1 + std::exp(log_total - a.log_outside[row]));
+    }
     if (tempered) {
-        if (with_ce) {
+        if (with_q_1) {
             SIMD(omp simd)
-            for (long i = 0; i < V; i++) ce_[i] = ce_weight * q.scale * q_[i];
+            for (long i = 0; i < V; i++) q_1[i] = on_q_1 * q.scale * q_[i];
         }
         const Softmax q_T(z, V, q.maximum, inverse_T, q_), p_T(y, V, p.maximum, inverse_T, p_);
         compare<false, true>(q_T, p_T, V, z, y, q_, p_, sums);
@@ -264,15 +279,15 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
     a.kd[row] = sums.value;
     if (!a.gradient) return;
 
-    const real on_q = -kd_slope * real(sums.slopes) + (tempered ? 0 : ce_weight);
-    student_logit* out = a.gradient + row * V;
-    if (!with_ce && IS_PLAIN) {
+    const real on_q = -kd_slope * real(sums.slopes) + (tempered ? 0 : on_q_1);
+    student_logit* out = a.gradient + row * a.student.stride;
+    if (!with_ce && !(tempered && with_q_1) && IS_PLAIN) {
         SIMD(omp simd)
         for (long i = 0; i < V; i++) write(out + i, kd_slope * p_[i] + on_q * q_[i]);
         return;
     }
     SIMD(omp simd)
-    for (long i = 0; i < V; i++) p_[i] = kd_slope * p_[i] + on_q * q_[i] + (tempered && with_ce ? ce_[i] : 0);
+    for (long i = 0; i < V; i++) p_[i] = kd_slope * p_[i] + on_q * q_[i] + (tempered && with_q_1 ? q_1[i] : 0);
     if (with_ce) p_[a.targets[row]] -= ce_weight;
     store(a.student, z, p_, V, out);
 }
@@ -280,10 +295,10 @@ void dense_row(const Dense& a, long row, Student z, Teacher y, real* q_, real* p
 void dense_rows(const Dense& a, long first, long last) {
     const long V = a.vocab;
     std::unique_ptr<real[]> memory(new real[5 * V]);
-    real *q_ = memory.get(), *p_ = q_ + V, *ce_ = p_ + V, *z_ = ce_ + V, *y_ = z_ + V;
+    real *q_ = memory.get(), *p_ = q_ + V, *q_1 = p_ + V, *z_ = q_1 + V, *y_ = z_ + V;
     for (long row = first; row < last; row++)
         dense_row(a, row, logits_of<student_logit>(a.student, row, V, z_), logits_of<teacher_logit>(a.teacher, row, V, y_),
-                  q_, p_, ce_);
+                  q_, p_, q_1);
 }
 
 const long LANES = 256, STRIP = 64;
@@ -375,7 +390,7 @@ void statistics_row(const Statistics& a, long row, Row z, real* lane, Token* tok
         EACH {
             const real e = exp_negative(z[i] - maximum);
             sum += e;
-            mean += e * (z[i] - maximum);
+            mean += e * floored(z[i] - maximum);
         }
         total += sum, weighted += mean;
         if (!tempered) continue;
@@ -393,7 +408,7 @@ void statistics_row(const Statistics& a, long row, Row z, real* lane, Token* tok
 template <class Row>
 void gradient_row(const Gradient& a, long row, Row z, real* d) {
     const long V = a.vocab;
-    student_logit* out = a.gradient + row * V;
+    student_logit* out = a.gradient + row * a.student.stride;
     const real inverse_T = 1 / a.temperature, maximum = a.maximum[row], slope = a.slope[row], log_total = a.log_total[row];
     if (a.slope_T) {
         const real slope_T = a.slope_T[row], log_total_T = a.tempered_log_total[row];

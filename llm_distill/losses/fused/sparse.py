@@ -7,14 +7,12 @@ exact however little it is.
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_distill.divergences import Divergence
-from llm_distill.losses.fused.job import NOTHING, Job, put
+from llm_distill.losses.fused.task import NOTHING, Backend, Chunk, HeadLossTask, is_likeliest, set_tokens
 from llm_distill.signals import SparseSignal
 
 SMALLEST = -87.0
@@ -22,61 +20,59 @@ SMALLEST = -87.0
 the reverse KL would be infinite."""
 
 
-def sparse(
-    backend: ModuleType,
-    job: Job,
-    rows: slice,
-    raw: Float[Tensor, "rows vocab"],
-    gradient: Float[Tensor, "rows vocab"] | None,
-) -> None:
-    """Fills `job.metrics[rows]`, and `gradient` if it is there. Writes over `raw`.
-
-    Args:
-        backend: the module with `statistics` and `softmax_gradient`.
-        rows: which rows of the job the chunk is.
-        raw: the student's product, before bias and post-processing.
-        gradient: where that of Σ rows on `raw` goes; may be `raw` itself.
-    """
-    if isinstance(job.signal, SparseSignal) and job.signal.log_tail is not None:
-        _with_tail(backend, job, job.signal, job.signal.log_tail[rows], rows, raw, gradient)
+def sparse(backend: Backend, task: HeadLossTask, chunk: Chunk) -> None:
+    """Fills the metrics of the chunk, and its gradient if it is wanted. Writes over `chunk.raw`."""
+    if task.sparse_signal is not None and task.sparse_signal.log_tail is not None:
+        _with_tail(backend, task, task.sparse_signal, task.sparse_signal.log_tail[chunk.rows], chunk)
     else:
-        _without_tail(backend, job, job.signal, rows, raw, gradient)
+        _without_tail(backend, task, chunk)
 
 
-def _without_tail(
-    backend: ModuleType, job: Job, signal: object, rows: slice, raw: Tensor, gradient: Tensor | None
-) -> None:
+def _without_tail(backend: Backend, task: HeadLossTask, chunk: Chunk) -> None:
     """Samples, whose loss is the cross-entropy with their weights, or nothing but the targets."""
-    T, metrics = job.temperature, job.metrics
-    found = backend.statistics(job, raw)
-    metrics["entropy"][rows] = found.log_total - found.mean
-    ids, weights = _named(job, signal, rows, found.mean)
-    logits = job.student.logits_at(raw, ids)
-    log_q = logits - found.maximum[:, None] - found.log_total[:, None]
-    log_q_T = (logits - found.maximum[:, None]) / T - found.tempered_log_total[:, None]
-    samples = ids.shape[1] - (job.targets is not None)
-    if job.targets is not None:
+    T, metrics, signal, rows = task.temperature, task.metrics, task.sparse_signal, chunk.rows
+    whole = backend.statistics(task, chunk.raw)
+    metrics["entropy"][rows] = whole.log_total - whole.mean
+    ids, weights = _named_tokens(task, rows, whole.mean)
+    logits = task.student.logits_at(chunk.raw, ids)
+    log_q = logits - whole.maximum[:, None] - whole.log_total[:, None]
+    log_q_T = (logits - whole.maximum[:, None]) / T - whole.tempered_log_total[:, None]
+    samples = ids.shape[1] - (task.targets is not None)
+    if task.targets is not None:
         metrics["ce"][rows] = -log_q[:, -1]
-    if isinstance(signal, SparseSignal):
-        metrics["kd"][rows] = -job.squared * (weights * log_q_T)[:, :samples].sum(-1)
+        metrics["correct"][rows] = is_likeliest(logits[:, -1], whole.maximum).to(log_q.dtype)
+    if signal is not None:
+        metrics["kd"][rows] = -task.squared * (weights * log_q_T)[:, :samples].sum(-1)
         if "kl" in metrics and signal.entropy is not None:
             metrics["kl"][rows] = metrics["kd"][rows] - signal.entropy[rows]
-    if gradient is None:
+    slope = _softmax_slope(task, chunk, whole.maximum + whole.log_total)
+    if chunk.gradient is None:
         return
-    slope, slope_T = torch.full_like(found.mean, job.ce_weight), job.kd_slope * weights[:, :samples].sum(-1)
-    backend.softmax_gradient(job, raw, gradient, found, *((slope + slope_T, None) if T == 1 else (slope, slope_T)))
-    weights = torch.cat([job.kd_slope * weights[:, :samples], job.ce_weight * weights[:, samples:]], -1)
+    slope_T = task.kd_slope * weights[:, :samples].sum(-1)
+    slopes = (slope + slope_T, None) if T == 1 else (slope, slope_T)
+    backend.softmax_gradient(task, chunk.raw, chunk.gradient, whole, *slopes)
+    weights = torch.cat([task.kd_slope * weights[:, :samples], task.ce_weight * weights[:, samples:]], -1)
     d_logits = slope[:, None] * log_q.exp() + slope_T[:, None] * log_q_T.exp() - _summed_by_id(ids, weights)
-    put(gradient, ids, d_logits * job.student.head.post_process_slope(logits))
+    set_tokens(chunk.gradient, ids, d_logits * task.student.head.post_process_slope(logits))
 
 
-def _named(job: Job, signal: object, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_slope(task: HeadLossTask, chunk: Chunk, log_total: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
+    """What multiplies softmax(z) at temperature 1 in the gradient of all but the divergence. Records what is past the
+    vocabulary, whose normaliser is `log_total`.
+    """
+    slope = torch.full_like(log_total, task.ce_weight)
+    if chunk.log_outside is None:
+        return slope
+    return slope - task.outside_weight * task.record_outside(chunk.rows, chunk.log_outside, log_total)
+
+
+def _named_tokens(task: HeadLossTask, rows: slice, like: Tensor) -> tuple[Tensor, Tensor]:
     """The samples and, as the last column, the targets: ids and weights."""
     ids, weights = [], []
-    if isinstance(signal, SparseSignal):
+    if (signal := task.sparse_signal) is not None:
         ids, weights = [signal.ids[rows]], [signal.log_probs[rows].to(like.dtype).exp()]  # padding has weight 0
-    if job.targets is not None:
-        ids, weights = [*ids, job.targets[rows, None]], [*weights, torch.ones_like(like)[:, None]]
+    if task.targets is not None:
+        ids, weights = [*ids, task.targets[rows, None]], [*weights, torch.ones_like(like)[:, None]]
     if not ids:
         return torch.zeros(len(like), 0, dtype=torch.long, device=like.device), like.new_zeros(len(like), 0)
     return torch.cat(ids, -1), torch.cat(weights, -1)
@@ -91,16 +87,10 @@ def _summed_by_id(ids: Int[Tensor, "rows k"], weights: Float[Tensor, "rows k"]) 
 
 
 def _with_tail(
-    backend: ModuleType,
-    job: Job,
-    signal: SparseSignal,
-    log_tail: Tensor,
-    rows: slice,
-    raw: Tensor,
-    gradient: Tensor | None,
+    backend: Backend, task: HeadLossTask, signal: SparseSignal, log_tail: Float[Tensor, " rows"], chunk: Chunk
 ) -> None:
     """The teacher's top tokens and the mass of all others."""
-    T, metrics, student = job.temperature, job.metrics, job.student
+    T, metrics, student, rows, raw = task.temperature, task.metrics, task.student, chunk.rows, chunk.raw
     present = ~(signal.log_probs[rows] <= NOTHING)  # so that NaN is seen
     # Padding repeats the first token, so that it marks no other as taken.
     ids = torch.where(present, signal.ids[rows], signal.ids[rows, :1])
@@ -109,44 +99,47 @@ def _with_tail(
     log_tail = log_tail.to(log_p.dtype)
     if ids.shape[1] < signal.vocab_size:
         log_tail = log_tail.clamp(min=SMALLEST)
-    target = None if job.targets is None else job.targets[rows, None]
+    target = None if task.targets is None else task.targets[rows, None]
     target_logits = None if target is None else student.logits_at(raw, target)
-    put(raw, ids, torch.full_like(top_logits, NOTHING))
-    outside = backend.statistics(job, raw)
+    set_tokens(raw, ids, torch.full_like(top_logits, NOTHING))
+    rest = backend.statistics(task, raw)
 
     # At temperature 1: what is reported, and the cross-entropy. All relative to the highest logit of the row.
-    highest = torch.maximum(outside.maximum, top_logits.amax(-1))
+    highest = torch.maximum(rest.maximum, top_logits.amax(-1))
     inside = torch.where(present, top_logits - highest[:, None], NOTHING)
-    outside_maximum = outside.maximum - highest
-    log_outside = outside_maximum + outside.log_total
-    log_sum = torch.logaddexp(log_outside, inside.logsumexp(-1))
-    q_outside, q_inside = (log_outside - log_sum).exp(), (inside - log_sum[:, None]).exp()
-    mean_outside = q_outside * (outside_maximum.clamp(min=NOTHING) + outside.mean)
-    metrics["entropy"][rows] = log_sum - mean_outside - (q_inside * inside).sum(-1)
+    rest_maximum = rest.maximum - highest
+    log_rest = rest_maximum + rest.log_total
+    log_sum = torch.logaddexp(log_rest, inside.logsumexp(-1))
+    q_rest, q_inside = (log_rest - log_sum).exp(), (inside - log_sum[:, None]).exp()
+    mean_rest = q_rest * (rest_maximum.clamp(min=NOTHING) + rest.mean)
+    metrics["entropy"][rows] = log_sum - mean_rest - (q_inside * inside).sum(-1)
     if target_logits is not None:
         metrics["ce"][rows] = log_sum - (target_logits[:, 0] - highest)
+        metrics["correct"][rows] = is_likeliest(target_logits[:, 0], highest).to(inside.dtype)
     teachers_first = inside.gather(-1, log_p.argmax(-1, keepdim=True))[:, 0]
     metrics["top1_agreement"][rows] = (teachers_first == 0).to(inside.dtype)
+    softmax_slope = _softmax_slope(task, chunk, highest + log_sum)
 
     # At temperature T: the divergence of the k + 1 cells.
-    log_outside_T = outside_maximum / T + outside.tempered_log_total
-    kd, d_inside, d_outside = _cells(job.divergence, log_p, log_tail, inside / T, log_outside_T)
-    metrics["kd"][rows] = job.squared * kd
-    if gradient is None:
+    log_rest_T = rest_maximum / T + rest.tempered_log_total
+    kd, d_inside, d_rest = _cells(task.divergence, log_p, log_tail, inside / T, log_rest_T)
+    metrics["kd"][rows] = task.squared * kd
+    if chunk.gradient is None:
         return
-    d_inside, slope_T = job.kd_slope * d_inside + job.ce_weight * q_inside, job.kd_slope * d_outside
-    d_inside, slope = torch.where(present, d_inside, d_inside[:, :1]), job.ce_weight * q_outside
-    backend.softmax_gradient(job, raw, gradient, outside, *((slope + slope_T, None) if T == 1 else (slope, slope_T)))
-    if target is not None and target_logits is not None and job.ce_weight:
-        d_inside = d_inside - job.ce_weight * (ids == target).to(d_inside.dtype)
-        shifted = target_logits - outside.maximum[:, None]
-        log_share, log_share_T = shifted - outside.log_total[:, None], shifted / T - outside.tempered_log_total[:, None]
-        alone = slope[:, None] * log_share.exp() + slope_T[:, None] * log_share_T.exp() - job.ce_weight
+    d_inside, slope_T = task.kd_slope * d_inside + softmax_slope[:, None] * q_inside, task.kd_slope * d_rest
+    d_inside, slope = torch.where(present, d_inside, d_inside[:, :1]), softmax_slope * q_rest
+    slopes = (slope + slope_T, None) if T == 1 else (slope, slope_T)
+    backend.softmax_gradient(task, raw, chunk.gradient, rest, *slopes)
+    if target is not None and target_logits is not None and task.ce_weight:
+        d_inside = d_inside - task.ce_weight * (ids == target).to(d_inside.dtype)
+        shifted = target_logits - rest.maximum[:, None]
+        log_share, log_share_T = shifted - rest.log_total[:, None], shifted / T - rest.tempered_log_total[:, None]
+        alone = slope[:, None] * log_share.exp() + slope_T[:, None] * log_share_T.exp() - task.ce_weight
         column = (ids == target).int().argmax(-1, keepdim=True)
         in_top = ids.gather(-1, column) == target
         d_target = torch.where(in_top, d_inside.gather(-1, column), alone)
-        put(gradient, target, d_target * student.head.post_process_slope(target_logits))
-    put(gradient, ids, d_inside * student.head.post_process_slope(top_logits))
+        set_tokens(chunk.gradient, target, d_target * student.head.post_process_slope(target_logits))
+    set_tokens(chunk.gradient, ids, d_inside * student.head.post_process_slope(top_logits))
 
 
 def _cells(
@@ -154,7 +147,7 @@ def _cells(
     log_p: Float[Tensor, "rows k"],
     log_p_tail: Float[Tensor, " rows"],
     inside: Float[Tensor, "rows k"],
-    log_outside: Float[Tensor, " rows"],
+    log_rest: Float[Tensor, " rows"],
 ) -> tuple[Float[Tensor, " rows"], Float[Tensor, "rows k"], Float[Tensor, " rows"]]:
     """The divergence of k + 1 cells (the tokens, and all else lumped into one) and its gradient.
 
@@ -163,12 +156,12 @@ def _cells(
 
     Args:
         inside: the student's scaled logits at the tokens.
-        log_outside: the logsumexp of all its others.
+        log_rest: the logsumexp of all its others.
 
     Returns:
         The value, the gradient on the k logits, and what the tail's tokens share.
     """
-    log_q = torch.cat([inside, log_outside[:, None]], -1).log_softmax(-1).clamp(min=NOTHING)
+    log_q = torch.cat([inside, log_rest[:, None]], -1).log_softmax(-1).clamp(min=NOTHING)
     log_p = torch.cat([log_p, log_p_tail[:, None]], -1).clamp(min=NOTHING)
     q = log_q.exp()
     phi, psi = divergence.terms(log_p.exp(), q, log_p, log_q)

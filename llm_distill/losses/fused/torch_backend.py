@@ -13,92 +13,110 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from llm_distill.losses.fused.job import Job, RowStatistics
-from llm_distill.signals import MixtureSignal
+from llm_distill.losses.fused.task import NOTHING, Chunk, HeadLossTask, RowStatistics
 
 BLOCK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**23}
 """Logits worked on at a time: 2 MiB and 32 MiB a temporary, of which there are about ten."""
 
 
-def dense(
-    job: Job,
-    rows: slice,
-    raw: Float[Tensor, "rows vocab"],
-    teacher_raw: list[Tensor],
-    gradient: Float[Tensor, "rows vocab"] | None,
-) -> None:
-    """The loss against a teacher's full distribution: fills `job.metrics[rows]`, and `gradient` if it is there.
-
-    Args:
-        rows: which rows of the job the chunk is.
-        raw: the student's product, before bias and post-processing.
-        teacher_raw: that of each teacher, [rows, vocab].
-        gradient: where that of Σ rows on `raw` goes; may be `raw` itself.
+def dense(task: HeadLossTask, chunk: Chunk) -> None:
+    """The loss against a teacher's full distribution: fills the metrics of the chunk, and its gradient if it is
+    wanted.
     """
-    T, head = job.temperature, job.student.head
-    for block in _blocks(raw):
-        here = slice(rows.start + block.start, rows.start + block.stop)
-        targets = None if job.targets is None else job.targets[here, None]
-        logits = job.student.logits(raw[block])
-        parts = [
-            teacher.logits(y[block]).to(logits.dtype) for teacher, y in zip(job.teachers, teacher_raw, strict=True)
+    T, head = task.temperature, task.student.head
+    for block in _blocks(chunk.raw):
+        rows = slice(chunk.rows.start + block.start, chunk.rows.start + block.stop)
+        targets = None if task.targets is None else task.targets[rows, None]
+        logits = task.student.logits(chunk.raw[block])
+        teacher_logits = [
+            teacher.logits(raw[block]).to(logits.dtype)
+            for teacher, raw in zip(task.teachers, chunk.teacher_raw, strict=True)
         ]
         log_q, q = _log_softmax(logits)
-        log_p, p = _log_mixture(job, parts, 1.0)
-        _record(job, here, targets, log_p, p, log_q, q)
+        log_p, p = _log_mixture(task, teacher_logits, 1.0)
+        _record(task, rows, targets, log_p, p, log_q, q)
+        outside_slope = None
+        if chunk.log_outside is not None:
+            outside_mass = task.record_outside(rows, chunk.log_outside[block], logits.logsumexp(-1))
+            outside_slope = task.outside_weight * outside_mass[:, None]
         log_q_T, q_T = (log_q, q) if T == 1 else _log_softmax(logits / T)
-        log_p_T, p_T = (log_p, p) if T == 1 else _log_mixture(job, parts, T)
-        phi, psi = job.divergence.terms(p_T, q_T, log_p_T, log_q_T)
-        job.metrics["kd"][here] = job.squared * phi.sum(-1)
-        if gradient is None:
+        log_p_T, p_T = (log_p, p) if T == 1 else _log_mixture(task, teacher_logits, T)
+        phi, psi = task.divergence.terms(p_T, q_T, log_p_T, log_q_T)
+        task.metrics["kd"][rows] = task.squared * phi.sum(-1)
+        if chunk.gradient is None:
             continue
-        d_logits = (psi * job.kd_slope).addcmul_(q_T, -job.kd_slope * psi.sum(-1, keepdim=True))
-        if job.ce_weight:
+        d_logits = (psi * task.kd_slope).addcmul_(q_T, -task.kd_slope * psi.sum(-1, keepdim=True))
+        if outside_slope is not None:
+            d_logits.addcmul_(q, outside_slope, value=-1)
+        if task.ce_weight:
             assert targets is not None
-            d_logits.add_(q, alpha=job.ce_weight)
-            d_logits.scatter_add_(-1, targets, torch.full_like(targets, -job.ce_weight, dtype=q.dtype))
-        gradient[block] = d_logits if head.is_linear else d_logits.mul_(head.post_process_slope(logits))
+            d_logits.add_(q, alpha=task.ce_weight)
+            d_logits.scatter_add_(-1, targets, torch.full_like(targets, -task.ce_weight, dtype=q.dtype))
+        chunk.gradient[block] = d_logits if head.is_linear else d_logits.mul_(head.post_process_slope(logits))
 
 
-def statistics(job: Job, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
+def statistics(task: HeadLossTask, raw: Float[Tensor, "rows vocab"]) -> RowStatistics:
     """What a sparse signal and the cross-entropy need to know of full rows."""
-    found = []
+    blocks = []
     for block in _blocks(raw):
-        logits = job.student.logits_of_included(raw[block])
+        logits = task.student.logits(raw[block])
         maximum = logits.amax(-1)
-        logits = logits - maximum[:, None]
+        logits = (logits - maximum[:, None]).clamp_(min=NOTHING)
         q = logits.softmax(-1)
         log_total = -q.amax(-1).log()  # the maximum has the share 1 / total
         mean = torch.linalg.vecdot(q, logits)
-        T = job.temperature
+        T = task.temperature
         tempered_log_total = log_total if T == 1 else -(logits / T).softmax(-1).amax(-1).log()
-        found.append(torch.stack([maximum, log_total, tempered_log_total, mean]))
-    return RowStatistics(*torch.cat(found, -1))
+        blocks.append(torch.stack([maximum, log_total, tempered_log_total, mean]))
+    return RowStatistics(*torch.cat(blocks, -1))
 
 
 def softmax_gradient(
-    job: Job,
+    task: HeadLossTask,
     raw: Float[Tensor, "rows vocab"],
     gradient: Float[Tensor, "rows vocab"],
-    found: RowStatistics,
+    statistics: RowStatistics,
     slope: Float[Tensor, " rows"],
     slope_T: Float[Tensor, " rows"] | None,
 ) -> None:
     """Gradient = (slope · softmax(z) + slope_T · softmax(z / T)) · ∂z/∂raw, both over the tokens not excluded."""
-    head = job.student.head
+    head = task.student.head
     for block in _blocks(raw):
-        logits = job.student.logits_of_included(raw[block])
-        shifted = logits - found.maximum[block, None]
-        d_logits = _exp(shifted - found.log_total[block, None]).mul_(slope[block, None])
+        logits = task.student.logits(raw[block])
+        shifted = logits - statistics.maximum[block, None]
+        d_logits = _exp(shifted - statistics.log_total[block, None]).mul_(slope[block, None])
         if slope_T is not None:
-            q_T = _exp(shifted / job.temperature - found.tempered_log_total[block, None])
+            q_T = _exp(shifted / task.temperature - statistics.tempered_log_total[block, None])
             d_logits.addcmul_(q_T, slope_T[block, None])
         gradient[block] = d_logits if head.is_linear else d_logits.mul_(head.post_process_slope(logits))
 
 
-def _record(job: Job, rows: slice, targets: Tensor | None, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor) -> None:
+def log_outside(task: HeadLossTask, raw: Float[Tensor, "rows outside"]) -> Float[Tensor, " rows"]:
+    """The logarithm of Σ exp z over the student's rows past the vocabulary, of their product."""
+    return torch.cat([_outside_logits(task, raw[block]).logsumexp(-1) for block in _blocks(raw)])
+
+
+def outside_gradient(
+    task: HeadLossTask, rows: slice, raw: Float[Tensor, "rows outside"], gradient: Float[Tensor, "rows outside"]
+) -> None:
+    """The loss's gradient on that product, which may be `gradient` itself: outside_weight times the softmax over all
+    rows of the matrix.
+    """
+    slope = task.outside_weight * task.metrics["outside_mass"][rows, None]
+    for block in _blocks(raw):
+        logits = _outside_logits(task, raw[block])
+        gradient[block] = logits.softmax(-1) * slope[block] * task.student.head.post_process_slope(logits)
+
+
+def _outside_logits(task: HeadLossTask, raw: Tensor) -> Tensor:
+    return task.student.logits(raw, first=task.student.head.vocab_size).clamp(min=NOTHING)
+
+
+def _record(
+    task: HeadLossTask, rows: slice, targets: Tensor | None, log_p: Tensor, p: Tensor, log_q: Tensor, q: Tensor
+) -> None:
     """How alike the two distributions are at temperature 1, whatever is being minimised."""
-    metrics = job.metrics
+    metrics = task.metrics
     metrics["entropy"][rows] = -torch.linalg.vecdot(q, log_q)
     metrics["kl"][rows] = torch.linalg.vecdot(p, log_p - log_q)
     metrics["acceptance"][rows] = torch.minimum(p, q).sum(-1)
@@ -114,17 +132,19 @@ def _record(job: Job, rows: slice, targets: Tensor | None, log_p: Tensor, p: Ten
         metrics["teacher_correct"][rows] = (at_p == highest_p)[:, 0].to(q.dtype)
 
 
-def _log_mixture(job: Job, parts: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
+def _log_mixture(task: HeadLossTask, logits: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
     """The logarithms and the probabilities p = Σ wᵢ softmax(zᵢ / T)."""
-    if not isinstance(job.signal, MixtureSignal):
-        return _log_softmax(parts[0] if temperature == 1 else parts[0] / temperature)
-    pairs = zip(parts, job.signal.weights, strict=True)
+    assert task.signal is not None
+    if len(logits) == 1:
+        return _log_softmax(logits[0] if temperature == 1 else logits[0] / temperature)
+    pairs = zip(logits, task.signal.weights, strict=True)
     log_p = torch.stack([(z / temperature).log_softmax(-1) + math.log(w) for z, w in pairs]).logsumexp(0)
+    log_p.clamp_(min=NOTHING)
     return log_p, _exp(log_p)
 
 
 def _log_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
-    log_q = logits.log_softmax(-1)
+    log_q = logits.log_softmax(-1).clamp_(min=NOTHING)
     return log_q, _exp(log_q)
 
 

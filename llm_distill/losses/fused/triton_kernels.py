@@ -42,6 +42,12 @@ def _tanh(x):
 
 
 @triton.jit
+def _slope_of_tanh(tanh):
+    tanh = tl.maximum(tanh, -1.0)  # less where the logit is NOTHING: there it is 0
+    return 1 - tanh * tanh
+
+
+@triton.jit
 def _logits(
     RAW,
     BIAS,
@@ -64,17 +70,17 @@ def _logits(
         z = z * scale
         if HAS_CAP:
             z = cap * _tanh(z / cap)
-    return tl.where(raw < EXCLUDED, NOTHING, z).to(REAL)
+    return tl.where((raw < EXCLUDED) | (z < EXCLUDED), NOTHING, z).to(REAL)
 
 
 @triton.jit
 def statistics_kernel(
-    RAW, BIAS, MAXIMUM, LOG_TOTAL, TEMPERED_LOG_TOTAL, MEAN, V, scale, cap, inverse_T,
+    RAW, BIAS, MAXIMUM, LOG_TOTAL, TEMPERED_LOG_TOTAL, MEAN, V, stride, scale, cap, inverse_T,
     HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    RAW += row * V
+    RAW += row * stride
     # Each place in the block has a running maximum and sums relative to it: nothing is exchanged before the end.
     maximum = tl.full((BLOCK,), 2 * NOTHING, REAL)
     total, total_T, weighted = tl.zeros((BLOCK,), REAL), tl.zeros((BLOCK,), REAL), tl.zeros((BLOCK,), REAL)
@@ -103,22 +109,24 @@ def statistics_kernel(
 
 @triton.jit
 def dense_kernel(
-    Z, Y, Z_BIAS, Y_BIAS, GRADIENT, TARGETS, Z_MAX, LOG_Z, LOG_Z_T, Y_MAX, LOG_Y, LOG_Y_T,
+    Z, Y, Z_BIAS, Y_BIAS, GRADIENT, TARGETS, OUTSIDE_SLOPE, Z_MAX, LOG_Z, LOG_Z_T, Y_MAX, LOG_Y, LOG_Y_T,
     KD, KL, ACCEPTANCE, AGREEMENT,
-    V, z_scale, z_cap, y_scale, y_cap, inverse_T, kd_slope, ce_weight, slope_sum,
+    V, z_stride, z_scale, z_cap, y_stride, y_scale, y_cap, inverse_T, kd_slope, ce_weight, slope_sum,
     Z_HAS_BIAS: tl.constexpr, Z_PLAIN: tl.constexpr, Z_HAS_CAP: tl.constexpr,
     Y_HAS_BIAS: tl.constexpr, Y_PLAIN: tl.constexpr, Y_HAS_CAP: tl.constexpr,
-    FORMULA: tl.constexpr, WANTS_GRADIENT: tl.constexpr, WITH_CE: tl.constexpr, SLOPE_SUM_KNOWN: tl.constexpr,
-    TEMPERED: tl.constexpr,
+    FORMULA: tl.constexpr, WANTS_GRADIENT: tl.constexpr, WITH_CE: tl.constexpr, WITH_OUTSIDE: tl.constexpr,
+    SLOPE_SUM_KNOWN: tl.constexpr, TEMPERED: tl.constexpr,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    Z += row * V
-    Y += row * V
-    GRADIENT += row * V
+    Z += row * z_stride
+    Y += row * y_stride
+    if WANTS_GRADIENT:
+        GRADIENT += row * z_stride
     log_z, log_z_T, z_max = tl.load(LOG_Z + row), tl.load(LOG_Z_T + row), tl.load(Z_MAX + row)
     log_y, log_y_T, y_max = tl.load(LOG_Y + row), tl.load(LOG_Y_T + row), tl.load(Y_MAX + row)
     target = tl.load(TARGETS + row) if WITH_CE else 0
+    outside_slope = tl.load(OUTSIDE_SLOPE + row) if WITH_OUTSIDE else 0.0
     value, slopes, kl = tl.zeros((BLOCK,), REAL), tl.zeros((BLOCK,), REAL), tl.zeros((BLOCK,), REAL)
     both, nearest = tl.zeros((BLOCK,), REAL), tl.full((BLOCK,), 2 * NOTHING, REAL)
     sum_of_slopes = tl.zeros((), REAL) + slope_sum
@@ -148,10 +156,12 @@ def dense_kernel(
                 d = kd_slope * (psi - q * sum_of_slopes)
                 if WITH_CE:
                     d += ce_weight * (q_1 - tl.where(columns == target, 1.0, 0.0).to(REAL))
+                if WITH_OUTSIDE:
+                    d -= outside_slope * q_1
                 if not Z_PLAIN:
                     d *= z_scale
                     if Z_HAS_CAP:
-                        d *= 1 - (z / z_cap) * (z / z_cap)
+                        d *= _slope_of_tanh(z / z_cap)
                 tl.store(GRADIENT + columns, d, mask=inside)
         if number == 0 and not SLOPE_SUM_KNOWN:
             sum_of_slopes = tl.sum(slopes, 0)
@@ -163,13 +173,13 @@ def dense_kernel(
 
 @triton.jit
 def softmax_gradient_kernel(
-    RAW, BIAS, GRADIENT, MAXIMUM, LOG_TOTAL, TEMPERED_LOG_TOTAL, SLOPE, SLOPE_T, V, scale, cap, inverse_T,
+    RAW, BIAS, GRADIENT, MAXIMUM, LOG_TOTAL, TEMPERED_LOG_TOTAL, SLOPE, SLOPE_T, V, stride, scale, cap, inverse_T,
     HAS_BIAS: tl.constexpr, PLAIN: tl.constexpr, HAS_CAP: tl.constexpr, TEMPERED: tl.constexpr,
     REAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    z = _logits(RAW + row * V, BIAS, columns, V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
+    z = _logits(RAW + row * stride, BIAS, columns, V, scale, cap, HAS_BIAS, PLAIN, HAS_CAP, REAL)
     to_z = z - tl.load(MAXIMUM + row)
     d = tl.load(SLOPE + row) * tl.exp(to_z - tl.load(LOG_TOTAL + row))
     if TEMPERED:
@@ -177,5 +187,5 @@ def softmax_gradient_kernel(
     if not PLAIN:
         d *= scale
         if HAS_CAP:
-            d *= 1 - (z / cap) * (z / cap)
-    tl.store(GRADIENT + row * V + columns, d, mask=columns < V)
+            d *= _slope_of_tanh(z / cap)
+    tl.store(GRADIENT + row * stride + columns, d, mask=columns < V)

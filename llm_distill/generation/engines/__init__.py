@@ -1,0 +1,1 @@
+"""Who writes: one interface, and behind it transformers, vLLM, or an endpoint."""

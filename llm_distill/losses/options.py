@@ -1,0 +1,73 @@
+"""What a person can choose of the objective."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from llm_distill.options import Options, option, parse_mapping, parse_mappings
+
+
+@dataclass
+class ObjectiveOptions(Options):
+    """How far the student is from what the teacher says, and from the text."""
+
+    heading = "the objective"
+
+    divergence: str = option(
+        "forward_kl",
+        "How far the student is from the teacher is measured by forward_kl (the student is to cover what the teacher "
+        "finds likely), reverse_kl (it is to avoid what the teacher finds unlikely), jsd, skew_kl, skew_reverse_kl, "
+        "tvd or alpha_beta.",
+    )
+    divergence_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "These are the parameters of the divergence, as JSON or YAML: beta of jsd (the teacher's share, 0.5 by "
+        "default), lam of the skew divergences (0.1), alpha and beta of alpha_beta (0.2 and 0.7).",
+        needs="kd_weight",
+        parse=parse_mapping,
+    )
+    loss_temperature: float = option(
+        1.0,
+        "The temperature T divides the logits of both models in the divergence. Above 1, unlikely tokens weigh more.",
+        needs="kd_weight",
+        positive=True,
+    )
+    squared_temperature: bool = option(
+        True,
+        "The divergence is multiplied by T squared, so that its gradient keeps its size at every temperature (Hinton "
+        "et al., 2015).",
+    )
+    kd_weight: float = option(
+        1.0, "This is the weight of the divergence. At 0 the teacher is consulted in evaluation alone."
+    )
+    ce_weight: float = option(0.0, "This is the weight of the cross-entropy with the text itself (hard labels).")
+    losses: list[dict[str, Any]] | str | None = option(
+        None,
+        "More terms stand beside divergence and cross-entropy, as JSON or YAML: a list of {name, weight, …}. There is "
+        "`hidden`, the mean squared error between hidden states of the layers in layers: {4: 8} (student's: teacher's, "
+        "counted from 1).",
+        parse=parse_mappings,
+    )
+    loss_buffer_mib: int | None = option(
+        None,
+        "The logits of one chunk of rows take this much memory, in MiB. By default it is 1024 on a GPU and 256 on a "
+        "CPU, and 128 rows at least. Less memory is slower, because the head is read more often.",
+        at_least=1,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        weights = (self.kd_weight, self.ce_weight)
+        if not (all(0 <= weight < math.inf for weight in weights) and (any(weights) or self.losses)):
+            raise ValueError(
+                f"kd_weight={self.kd_weight} and ce_weight={self.ce_weight}: both must be finite, neither may be "
+                "negative, and one must be positive."
+            )
+
+    def conflicts(self) -> dict[str, Any]:
+        return super().conflicts() | {
+            "squared_temperature=False (at loss_temperature=1 it is 1 anyway)": not self.squared_temperature
+            and self.loss_temperature == 1,
+        }

@@ -1,0 +1,97 @@
+"""The record that a run keeps of itself: what it is, how it went, what others may know of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitInfo, HfApi
+from peft import PeftModel
+from transformers import PreTrainedModel, TrainerState
+from transformers.trainer import TRAINING_ARGS_NAME
+from transformers.trainer_utils import get_last_checkpoint
+
+from llm_distill.config import DistillationConfig
+from llm_distill.leaks import public_value
+from llm_distill.losses.objective import Objective
+from llm_distill.publish.card import write_model_card
+from llm_distill.publish.hub import TAGS, hub_errors
+from llm_distill.publish.record import RESUMED, circumstances, require_same_run, run_options, run_record, write_run
+from llm_distill.publish.student import push_student, require_place
+from llm_distill.students.build import name_of, revision_of
+from llm_distill.teachers import Teacher
+
+
+class RunRecord:
+    """Of one trainer. What it finds in the output folder when it is made is an earlier run's."""
+
+    def __init__(self, args: DistillationConfig, student: Any, teacher: Any) -> None:
+        self.args, self.folder = args, Path(args.output_dir)
+        self.command: list[str] | None = None
+        """By default that of this process."""
+        name = teacher if isinstance(teacher, str) else getattr(getattr(teacher, "config", None), "_name_or_path", None)
+        given = {"teacher_model_name_or_path": name} if name else {}
+        self.options = run_options(args, model_name_or_path=name_of(student), **given)
+        self.record: dict[str, Any] = {}
+        self._earlier = get_last_checkpoint(args.output_dir) if self.folder.is_dir() else None
+
+    def begin(
+        self, student: PreTrainedModel | PeftModel, objective: Objective, teacher: Teacher | None, data: Any
+    ) -> None:
+        """Notes what is distilled from what, before anything is learned."""
+        self.record = run_record(objective, teacher, student, revision_of(self.args))
+        if hasattr(data, "__len__"):
+            self.record["data.texts"] = len(data)
+        student.add_model_tags(TAGS)
+
+    def name_data(self, name: str | None) -> None:
+        """A Hub id, of which the card tells; of a local place the last part."""
+        if name is not None:
+            self.record["data.name"] = public_value(name)
+            if not os.path.exists(name):
+                self.record["run.dataset"] = name
+
+    def require_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
+        """Raises ValueError if training can neither start nor go on like this in this output folder."""
+        if not resume_from_checkpoint and self._earlier:
+            raise ValueError(
+                f"{self._earlier} is of an earlier run. Go on from it with resume_from_checkpoint=True "
+                "(--resume_from_checkpoint true), or choose another output_dir."
+            )
+        if resume_from_checkpoint:
+            latest = get_last_checkpoint(self.args.output_dir) if self.folder.is_dir() else None
+            checkpoint = latest if resume_from_checkpoint is True else resume_from_checkpoint
+            if checkpoint is None or not os.path.isdir(checkpoint):
+                where = f"in {self.folder}" if checkpoint is None else f"at {checkpoint}"
+                raise ValueError(f"there is no checkpoint {where} to resume from.")
+            require_same_run(checkpoint, self.record)
+        self._earlier = None  # from here on, what lies there is ours
+
+    def require_place(self, repo_id: str) -> None:
+        """Raises ValueError if another run's student is in that repository, or there is no right to write."""
+        with hub_errors(repo_id):
+            api, compared = HfApi(token=self.args.hub_token), (*RESUMED, "student.")
+            require_place(api, repo_id, self.record, compared, revision=self.args.hub_revision)
+
+    def write(self, folder: Path, state: TrainerState, ranks: int) -> None:
+        """`distillation.json` and `run.yaml` into a folder with a student, in place of the trainer's pickle."""
+        (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+        if folder.is_dir():
+            how = circumstances(self.command, state.global_step, state.log_history, ranks)
+            write_run(folder, self.record | how, self.options)
+
+    def write_card(self, state: TrainerState, ranks: int, name: str | None, tags: str | list[str] | None) -> None:
+        """The model card, with the record that it is written from."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.write(self.folder, state, ranks)
+        title = name or (self.args.hub_model_id or self.folder.absolute().name).split("/")[-1]
+        write_model_card(self.folder, name=title, tags=[tags] if isinstance(tags, str) else tags)
+
+    def push(self, repo_id: str | None, **options: Any) -> CommitInfo:
+        """Uploads the folder as `push_student` does; options that are not given are those of the configuration."""
+        args, tags = self.args, options.pop("tags", None)
+        defaults = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
+        given = {name: value for name, value in options.items() if value is not None}
+        where = repo_id or args.hub_model_id or self.folder.absolute().name
+        return push_student(self.folder, where, tags=[tags] if isinstance(tags, str) else tags, **(defaults | given))

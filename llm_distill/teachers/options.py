@@ -1,0 +1,99 @@
+"""What a person can choose of the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from llm_distill.options import Options, is_chosen, option, parse_mapping
+
+LOADING = ("teacher_model_revision", "teacher_model_init_kwargs", "teacher_load_in_4bit", "teacher_load_in_8bit")
+"""Options that act where the teacher is loaded here."""
+
+
+@dataclass
+class TeacherModelOptions(Options):
+    """Which model the teacher is and how it is loaded, for training and for writing alike."""
+
+    heading = "the teacher"
+
+    teacher_model_name_or_path: str | None = option(
+        None,
+        "The teacher is this model: a model id on the Hub, a folder, or the name that a server or an endpoint gives "
+        "it. To train from its distributions, its tokenizer must be the student's.",
+    )
+    teacher_model_revision: str | None = option(None, "The teacher is of this branch, tag or commit.")
+    teacher_model_init_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "AutoModelForCausalLM.from_pretrained gets these arguments when the teacher is loaded, as JSON or YAML. Its "
+        "dtype is the checkpoint's own unless one is given here.",
+        parse=parse_mapping,
+    )
+    teacher_load_in_4bit: bool = option(False, "The teacher is loaded in 4 bits (bitsandbytes, NF4).")
+    teacher_load_in_8bit: bool = option(
+        False, "The teacher is loaded in 8 bits (bitsandbytes).", needs={"teacher_load_in_4bit": (False,)}
+    )
+
+    def conflicts(self) -> dict[str, Any]:
+        assert isinstance(self.teacher_model_init_kwargs, dict), "it is parsed"
+        return super().conflicts() | {
+            "teacher_model_revision (teacher_model_init_kwargs has another)": self.teacher_model_revision
+            and "revision" in self.teacher_model_init_kwargs
+        }
+
+
+@dataclass
+class TeacherOptions(TeacherModelOptions):
+    """Who the teacher of a training run is: a model, a server, what was stored of either, or the student's own base."""
+
+    teacher_adapters_off: bool = option(
+        False,
+        "The teacher is the student's own base model with its LoRA adapters off. This keeps a fine-tuned student near "
+        "what it was, at no extra memory. Use it with ce_weight.",
+        needs="kd_weight",
+    )
+    teacher_server_url: str | None = option(
+        None,
+        "The teacher is behind vLLM's server at http://host:port, or behind several with commas between, which share "
+        "the work. No weights are loaded, and teacher_model_name_or_path is the name that it is served by. A key is "
+        "read from OPENAI_API_KEY.",
+        parse=lambda _, value: ",".join(value) if isinstance(value, list) else value,
+    )
+    teacher_server_k: int = option(
+        20,
+        "The server tells the probabilities of this many tokens of each row, and all other tokens are one more cell. "
+        "vLLM allows 20 unless it was started with --max-logprobs.",
+        needs="teacher_server_url",
+        at_least=1,
+    )
+    teacher_server_timeout: float = option(
+        600.0,
+        "A request is tried again for this many seconds, on any of the servers, before the run ends.",
+        needs="teacher_server_url",
+        positive=True,
+    )
+    teacher_cache: str | None = option(
+        None,
+        "The teacher's answers are read from what `llm-distill capture` has stored: a folder, a dataset repository on "
+        "the Hub, or hf://datasets/… to read them over the network. No teacher is loaded, and one that is named must "
+        "be the one that was stored.",
+        needs="kd_weight",
+    )
+    on_miss: str = option(
+        "error",
+        "A text that is not in teacher_cache ends the run (error), is left out of the loss (skip), or is given to the "
+        "teacher, which is loaded for it and whose answer is added to the cache (live).",
+        choices=("error", "skip", "live"),
+        needs="teacher_cache",
+    )
+
+    def conflicts(self) -> dict[str, Any]:
+        is_served = self.teacher_server_url is not None
+        unused = [name for name in LOADING if is_served and is_chosen(self, name)]
+        return super().conflicts() | {
+            "teacher_adapters_off (teacher_server_url is the teacher)": self.teacher_adapters_off and is_served,
+            "teacher_adapters_off (teacher_cache has the answers)": self.teacher_adapters_off
+            and self.teacher_cache is not None
+            and self.on_miss != "live",
+            f"{', '.join(unused)} (teacher_server_url has loaded the teacher)": unused,
+        }
