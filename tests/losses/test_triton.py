@@ -35,7 +35,9 @@ from llm_distill.signals import HiddenSignal
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert os.environ["TRITON_INTERPRET"] == "1", "conftest.py sets it before Triton is imported"
     monkeypatch.setattr(head_loss, "choose_backend", lambda _: triton_backend)
-    monkeypatch.setattr(head_loss, "chunk_rows", lambda *_: 32)
+    monkeypatch.setattr(head_loss, "chunk_rows", lambda *_: 6)
+    for module in ("head_cases", __name__):
+        monkeypatch.setattr(f"{module}.ROWS", 9)  # in chunks of 6 and 3: each row is interpreted by itself
     monkeypatch.setattr(triton_backend, "BLOCK", 16)  # 29 tokens in blocks of 16 and 13
 
 
