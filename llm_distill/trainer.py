@@ -6,6 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -294,21 +295,24 @@ class DistillationTrainer(SFTTrainer):
         if self.is_world_process_zero():
             self.run.write_card(self.state, self.accelerator.num_processes, model_name, tags)
 
-    def push_to_hub(self, commit_message: str | None = None, **options: Any) -> CommitInfo | None:
+    def push_to_hub(
+        self, commit_message: str | None = None, blocking: bool = True, **options: Any
+    ) -> CommitInfo | Future[CommitInfo] | None:
         """Saves the student, writes its card and uploads both. The commit, on the first rank.
 
         Args:
             commit_message: by default "Distilled with llm-distill".
-            **options: those of `Trainer.push_to_hub` and `create_model_card`, and of
-                `llm_distill.publish.student.push_student`, also for what is refused.
+            blocking: otherwise the upload goes on in another thread, and a future of the commit is returned.
+            **options: those of `create_model_card` and of `llm_distill.publish.student.prepare_push`, also for what is
+                refused.
         """
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self.save_model(_internal_call=True)
-        title, dataset = options.pop("model_name", None), options.pop("dataset_name", None)
-        self.create_model_card(title, dataset, options.get("tags"))
+        title = options.get("model_name")
+        self.create_model_card(title, options.pop("dataset_name", None), options.get("tags"))
         if not self.is_world_process_zero():
             return None
-        return self.run.push(self.hub_model_id, commit_message=commit_message, **options)
+        return self.run.push(self.hub_model_id, blocking=blocking, commit_message=commit_message, **options)
 
     @property
     def _averages_over_ranks(self) -> bool:

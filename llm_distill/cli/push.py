@@ -28,7 +28,7 @@ def push(argv: Sequence[str]) -> None:
     parser.add_argument("--revision", help="It goes to this branch. By default it is main.")
     with errors_in_one_line():
         options = vars(parser.parse(argv))
-        from llm_distill.publish.student import push_student
+        from llm_distill.publish.student import prepare_push
 
-        commit = push_student(options.pop("folder"), options.pop("repo_id"), **options)
+        commit = prepare_push(options.pop("folder"), options.pop("repo_id"), **options)()
         print(f"Pushed to {commit.repo_url}")

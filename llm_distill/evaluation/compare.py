@@ -130,6 +130,8 @@ def _score_batch(
             columns[TEACHER] = {column: metrics[metric] for column, metric in OF_A_MODEL.items()}
         beside_teacher = {} if signal is None else BESIDE_THE_TEACHER
         columns[name] = {column: metrics[column] for column in OF_A_MODEL}
+        if "outside_loss" in metrics:
+            columns[name]["ce"] = metrics["ce"] - metrics["outside_loss"]  # over the vocabulary, as the teacher's
         columns[name] |= {column: metrics[metric] for column, metric in beside_teacher.items()}
     if not indices:
         return {}

@@ -172,7 +172,7 @@ def _write_answers(
 ) -> dict[str, Completion]:
     """By the prompt's id; without those that are too long."""
     sampling = Sampling(temperature=0, max_new_tokens=max_new_tokens)
-    engine = TransformersEngine(model, sampling, batch_size=BATCH_SIZE)  # type: ignore[arg-type]
+    engine = TransformersEngine(model, sampling, batch_size=BATCH_SIZE)
     answers = tqdm(
         engine.write(prompts),
         total=len(prompts),

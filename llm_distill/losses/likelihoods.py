@@ -41,5 +41,6 @@ def token_log_likelihoods(
     view = View.of(batch).to(model.device)
     hidden, targets = kept_of(model, head, view).hidden, view.positions.targets
     _, metrics = fused_head_loss(hidden, head, None, ForwardKL(), kd_weight=0.0, ce_weight=1.0, targets=targets)
+    log_p = metrics.get("outside_loss", 0.0) - metrics["ce"]
     lengths = torch.bincount(view.positions.sample.cpu(), minlength=batch_size).tolist()
-    return list((-metrics["ce"]).double().cpu().split(lengths))
+    return list(log_p.double().cpu().split(lengths))

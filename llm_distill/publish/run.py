@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, HfApi, run_as_future
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
@@ -18,7 +19,7 @@ from llm_distill.losses.objective import Objective
 from llm_distill.publish.card import write_model_card
 from llm_distill.publish.hub import TAGS, hub_errors
 from llm_distill.publish.record import RESUMED, circumstances, require_same_run, run_options, run_record, write_run
-from llm_distill.publish.student import push_student, require_place
+from llm_distill.publish.student import prepare_push, require_place
 from llm_distill.students.build import name_of, revision_of
 from llm_distill.teachers import Teacher
 
@@ -88,10 +89,16 @@ class RunRecord:
         title = name or (self.args.hub_model_id or self.folder.absolute().name).split("/")[-1]
         write_model_card(self.folder, name=title, tags=[tags] if isinstance(tags, str) else tags)
 
-    def push(self, repo_id: str | None, **options: Any) -> CommitInfo:
-        """Uploads the folder as `push_student` does; options that are not given are those of the configuration."""
+    def push(self, repo_id: str | None, *, blocking: bool = True, **options: Any) -> CommitInfo | Future[CommitInfo]:
+        """Uploads the folder; options are those of `prepare_push`, by default those of the configuration.
+
+        Args:
+            blocking: otherwise another thread uploads, after all that can be refused.
+        """
         args, tags = self.args, options.pop("tags", None)
         defaults = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
         given = {name: value for name, value in options.items() if value is not None}
         where = repo_id or args.hub_model_id or self.folder.absolute().name
-        return push_student(self.folder, where, tags=[tags] if isinstance(tags, str) else tags, **(defaults | given))
+        tags = [tags] if isinstance(tags, str) else tags
+        upload = prepare_push(self.folder, where, tags=tags, **(defaults | given))
+        return upload() if blocking else run_as_future(upload)

@@ -37,13 +37,6 @@ UPLOADED = (*WEIGHTS, *MODEL, *TOKENIZER, *ABOUT)
 """Of a student's folder, and nothing from folders within it: no checkpoint, no optimizer, no pickle."""
 
 
-def push_student(folder: str | Path, repo_id: str, **options: Any) -> CommitInfo:
-    """Uploads a student with its card; what has arrived is not sent again. Options and errors are those of
-    `prepare_push`.
-    """
-    return prepare_push(folder, repo_id, **options)()
-
-
 def prepare_push(
     folder: str | Path,
     repo_id: str,

@@ -21,7 +21,7 @@ from llm_distill.cache.manifest import identity, write_manifest
 from llm_distill.cache.methods import describe_method
 from llm_distill.cache.store import ShardWriter
 from llm_distill.files import differences
-from llm_distill.rows import example_key, examples_of
+from llm_distill.rows import View, example_key, examples_of
 
 METHOD = TopK(4)
 MANIFEST: dict[str, Any] = {
@@ -91,14 +91,14 @@ def test_a_text_has_one_key_padded_left_or_right_or_packed() -> None:
         "labels": torch.tensor([[-100, -100, 5, 6, -100, 8, 9]]),
         "position_ids": torch.tensor([[0, 1, 2, 3, 0, 1, 2]]),
     }
-    keys = [[(example.key, example.rows) for example in examples_of(batch)] for batch in (right, left, packed)]
+    keys = [[(example.key, example.rows) for example in examples_of(View.of(batch))] for batch in (right, left, packed)]
     assert keys[0] == keys[1] == keys[2]
     assert [rows for _, rows in keys[0]] == [2, 2]
 
 
 def test_a_text_in_which_nothing_counts_is_no_example() -> None:
     batch = {"input_ids": torch.tensor([[1, 2], [3, 4]]), "labels": torch.tensor([[-100, -100], [3, 4]])}
-    assert [example.sample for example in examples_of(batch)] == [1]
+    assert [example.sample for example in examples_of(View.of(batch))] == [1]
 
 
 def test_keys_that_begin_alike_are_told_apart() -> None:

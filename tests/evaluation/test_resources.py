@@ -35,7 +35,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return folders
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="module", params=[pytest.param("processes", marks=pytest.mark.slow)])
 def measured(folders: dict[str, Path]) -> dict[str, Any]:
     models = {name: str(folders[name]) for name in ("teacher", "student", "broken")}
     models["missing"] = str(folders["teacher"] / "no" / "x")

@@ -6,9 +6,6 @@ The server here is a real model (`protocol_server.py`), what goes wrong is `prox
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +18,7 @@ from datasets import Dataset
 from proxy import FaultyProxy
 from scripted import scripted
 from servers import RunningServer, serving
+from warm import warm_process
 
 from llm_distill.cli import main
 from llm_distill.generation import Prompt, Sampling, generate, make_filters, prompts_of
@@ -271,16 +269,11 @@ def test_killed_runs_pay_for_no_prompt_that_has_arrived(
     folder = tmp_path / "run"
     with FaultyProxy(server.url, ["slow"] * 1000, slow_seconds=0.02) as proxy:
         for _ in range(3):
-            child = subprocess.Popen(
-                [sys.executable, "-m", "llm_distill.cli", *run_command(proxy.url, data, folder, "--concurrency", "2")],
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-            )
-            before = len(proxy.times)
-            while len(proxy.times) < before + 6 and child.poll() is None:
+            command = run_command(proxy.url, data, folder, "--concurrency", "2")
+            program, before = warm_process().start("-m", "llm_distill.cli", *command), len(proxy.times)
+            while len(proxy.times) < before + 6 and program.poll() is None:
                 time.sleep(0.01)
-            os.kill(child.pid, signal.SIGKILL)
-            child.wait()
+            program.kill()
         report = generate(engine_at(proxy.url), prompts, folder)
         assert report.complete
         assert report.written == len(prompts)

@@ -11,7 +11,7 @@ from hub_server import PERSON, REPO, REVISION, TEACHER, TOKEN, Hub, python
 from huggingface_hub import DatasetCard
 
 from llm_distill.generation import Prompt, Sampling, TransformersEngine, generate, make_filters, prompts_of
-from llm_distill.teachers import LiveTeacher
+from llm_distill.models import LanguageModel
 
 SAMPLING = Sampling(num_completions=2, max_new_tokens=4)
 PUSH = """
@@ -29,7 +29,7 @@ except (ValueError, ConnectionError) as error:
 @pytest.fixture
 def run(home: Path, saved: Path) -> Path:
     """A folder of texts by a teacher of the Hub, of which some are rejected."""
-    teacher = LiveTeacher.load(str(saved / "teacher"))
+    teacher = LanguageModel.load(str(saved / "teacher"))
     teacher._description |= {"model": TEACHER, "revision": REVISION}
     prompts: list[Prompt] = list(prompts_of({"prompt": f"x = {n}", "secret": f"row {n}"} for n in range(6)))
     filters: Any = make_filters({"length": {}, "majority": {"min_share": 1.0}})

@@ -25,6 +25,22 @@ import json, sys
 from llm_distill.cli import main
 main(["train", *json.loads(sys.argv[1 + 2])])
 """
+PUSH_IN_THE_BACKGROUND = """
+import json, sys
+from concurrent.futures import Future
+from llm_distill.cli.build import build_trainer
+from llm_distill.cli.parsing import parse
+trainer = build_trainer(*parse("train", json.loads(sys.argv[1 + 2]))[:3])
+trainer.train()
+try:
+    trainer.hub_model_id = "others/student"
+    trainer.push_to_hub(blocking=False)
+    sys.exit("it was not refused")
+except ValueError as error:
+    assert "does not let you write to others/student" in str(error), error
+trainer.hub_model_id = "somebody/student"
+assert isinstance(trainer.push_to_hub(blocking=False, model_name="A Title"), Future)
+"""
 PUSH = """
 import json, sys
 sys.stderr = sys.stdout
@@ -76,8 +92,8 @@ def runs_so_far(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def trained(lab: Hub, home: Path, runs_so_far: Path) -> Train:
     """The folder of a run of two steps, by a person who has everything in their home."""
 
-    def train(**options: Any) -> Path:
-        key = hashlib.sha256(repr(options).encode()).hexdigest()[:8]
+    def train(program: str = TRAIN, **options: Any) -> Path:
+        key = hashlib.sha256(repr((program, options)).encode()).hexdigest()[:8]
         if (runs_so_far / key).is_dir() and not options.keys() & {"output_dir", "push_to_hub"}:
             return shutil.copytree(runs_so_far / key, home / "out")
         defaults = {
@@ -91,7 +107,7 @@ def trained(lab: Hub, home: Path, runs_so_far: Path) -> Train:
             "report_to": "none",
             "save_steps": 1,
         }
-        run(lab, home, TRAIN, json.dumps(as_flags(defaults | options)))
+        run(lab, home, program, json.dumps(as_flags(defaults | options)))
         if "output_dir" not in options:
             shutil.copytree(home / "out", runs_so_far / key)
         return home / "out"
@@ -292,20 +308,7 @@ def test_what_cannot_be_is_said_before_anything_is_sent(lab: Hub, home: Path, tr
 
 def test_a_push_may_go_on_in_the_background_under_a_title_of_its_own(lab: Hub, home: Path, trained: Train) -> None:
     """What can be refused is refused at once; the process that only starts the upload does not end before it."""
-    trained()
-    program = """
-    import sys
-    from huggingface_hub import run_as_future
-    from llm_distill.publish.student import prepare_push
-
-    home, repo = sys.argv[1:3]
-    try:
-        prepare_push(home + "/out", "others/student")
-    except ValueError as error:
-        print(error)
-    run_as_future(prepare_push(home + "/out", "somebody/student", model_name="A Title"))
-    """
-    assert "does not let you write to others/student" in "".join(run(lab, home, program))
+    trained(PUSH_IN_THE_BACKGROUND, hub_model_id=REPO)
     assert "\n# A Title\n" in lab.files[REPO]["README.md"].decode()
     assert "model.safetensors" in lab.files[REPO]
     assert_clean(lab, home)

@@ -38,8 +38,8 @@ class Run:
         return [entry[key] for entry in self.log["history"] if key in entry]
 
 
-def start_ranks(script: Path, *arguments: str, ranks: int = 1) -> list[Program]:
-    """One program a rank, each told what `accelerate launch` tells it on CPUs."""
+def start_ranks(*arguments: str | Path, ranks: int = 1) -> list[Program]:
+    """`python *arguments` on each rank, with what `accelerate launch` tells it on CPUs."""
     environment = {"ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
     if ranks > 1:
         with socket.socket() as free:
@@ -50,7 +50,7 @@ def start_ranks(script: Path, *arguments: str, ranks: int = 1) -> list[Program]:
     programs = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
-        programs.append(warm_process().start(script, *arguments, **environment, **own))
+        programs.append(warm_process().start(*arguments, **environment, **own))
     return programs
 
 
@@ -65,9 +65,9 @@ def wait_for_ranks(programs: Sequence[Program], timeout: float = 300) -> list[in
     return [status for status in statuses if status is not None]
 
 
-def run_ranks(script: Path, *arguments: str, ranks: int = 1) -> str:
-    """What they print."""
-    programs = start_ranks(script, *arguments, ranks=ranks)
+def run_ranks(*arguments: str | Path, ranks: int = 1) -> str:
+    """What `python *arguments` prints on each of them."""
+    programs = start_ranks(*arguments, ranks=ranks)
     statuses = wait_for_ranks(programs)
     output = [program.output() for program in programs]
     assert not any(statuses), "\n".join([*output, *(program.errors() for program in programs)])[-5000:]

@@ -7,6 +7,7 @@ so that a program which does without it can be run too.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import json
@@ -20,6 +21,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping, Sequence
@@ -225,6 +227,8 @@ def run(arguments: Sequence[str], folder: str, environment: Mapping[str, str]) -
     except BaseException:
         traceback.print_exc()
         status = 1
+    threading._shutdown()  # as Python does when it ends: threads are waited for
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     return status

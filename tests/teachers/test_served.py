@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from llm_distill.cli import main
 from llm_distill.config import DistillationConfig
 from llm_distill.divergences import ForwardKL
 from llm_distill.losses.fused.logits import logits_in_chunks
+from llm_distill.models import LanguageModel
 from llm_distill.rows import View
 from llm_distill.teachers.served import fit_to_vocabulary, parse_urls, read_top_tokens
 
@@ -488,10 +490,10 @@ def test_what_a_server_says_is_captured_and_added_to(
     running, cache = start(saved / "teacher"), str(tmp_path / "cache")
     served = {"teacher_server_url": running.url, "teacher_model_name_or_path": "teacher", "max_steps": 12}
     half = make_trainer(tmp_path, tokenizer, student, **served)
-    half.train_dataset = make_rows([]).select(range(12))
-    captured = capture(half, cache, TopK(20, step=2**-17))
+    rows = replace(half.data, train=make_rows([]).select(range(12)))
+    captured = capture(half.teacher, rows, cache, TopK(20, step=2**-17))
     assert len(captured) == 12
-    report_fidelity(half, captured)
+    report_fidelity(half.teacher, LanguageModel(half.model, tokenizer), rows, captured)
     with pytest.raises(ValueError, match="the teacher would not be asked, because there is a teacher_cache"):
         make_trainer(tmp_path, tokenizer, student, teacher_cache=cache, **served)
     grown = train(tmp_path / "a", tokenizer, student, teacher_cache=cache, on_miss="live", **served)
@@ -509,8 +511,8 @@ def test_what_was_answered_before_an_outage_is_in_the_cache(
     with FaultyProxy(server) as proxy:
         options = {"teacher_server_url": proxy.url, "teacher_server_timeout": 2.0, "dataloader_num_workers": 1}
         some = make_trainer(tmp_path, tokenizer, student, **options)
-        some.train_dataset = make_rows([]).select(range(2))
-        cache = capture(some, tmp_path / "cache", TopK(20))
+        rows = replace(some.data, train=make_rows([]).select(range(2)))
+        cache = capture(some.teacher, rows, tmp_path / "cache", TopK(20))
         options |= {"teacher_cache": str(cache.path), "on_miss": "live", "max_steps": 12}
         trainer = make_trainer(tmp_path, tokenizer, student, **options)
         proxy.faults.extend([None] * 10 + ["reset"] * 1000)
