@@ -255,15 +255,15 @@ def describe_checkpoint(
         name_or_path, trust_remote_code=options.get("trust_remote_code", False), **hub
     ).get_text_config()
     dtype = config.dtype if dtype == "auto" else dtype
-    said = {
+    description = {
         "model": public_name(name_or_path),
         "revision": extract_commit_hash(config_file, None),
         "bits": 4 if load_in_4bit else 8 if load_in_8bit else None,
         **({"dtype": str(dtype).removeprefix("torch.")} if dtype else {}),
     }
     if "quantization_config" in options or getattr(config, "quantization_config", None):
-        del said["bits"]
-    return said | files_hash(config_file)
+        del description["bits"]
+    return description | files_hash(config_file)
 
 
 def find_config(name_or_path: str, **hub: Any) -> str:
@@ -360,12 +360,14 @@ def own_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenizer
 
 def require_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
     """Equal sizes prove nothing: every token of the student must have the same id in the teacher's vocabulary."""
-    theirs, ours = teacher.get_vocab(), student.get_vocab()
-    different = [token for token, token_id in ours.items() if theirs.get(token) != token_id]
+    teacher_ids, student_ids = teacher.get_vocab(), student.get_vocab()
+    different = [token for token, token_id in student_ids.items() if teacher_ids.get(token) != token_id]
     if different:
-        examples = ", ".join(f"{token!r}: {ours[token]} against {theirs.get(token)}" for token in different[:3])
-        said = f"{len(theirs):,} tokens, {type(teacher).__name__}"
-        raise different_ids(said, student, f"{len(different):,} tokens ({examples})")
+        examples = ", ".join(
+            f"{token!r}: {student_ids[token]} against {teacher_ids.get(token)}" for token in different[:3]
+        )
+        of_teacher = f"{len(teacher_ids):,} tokens, {type(teacher).__name__}"
+        raise different_ids(of_teacher, student, f"{len(different):,} tokens ({examples})")
 
 
 def different_ids(teachers: str, student: PreTrainedTokenizerBase, what: str) -> ValueError:

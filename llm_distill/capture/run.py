@@ -399,7 +399,7 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], head: StoredHead | Non
         path.unlink()
     if head is not None:
         write_atomically(folder / manifests.HEAD_FILE, head.content)
-        manifest |= head.said
+        manifest |= head.record
     if not stale and "fidelity" in earlier:
         manifest["fidelity"] = earlier["fidelity"]
     manifests.write_manifest(folder, manifest)
@@ -424,7 +424,7 @@ class StoredHead(NamedTuple):
     """A head as a file, and what the manifest says of it."""
 
     content: bytes
-    said: dict[str, Any]
+    record: dict[str, Any]
 
 
 def _stored_head(head: LMHead) -> StoredHead:
@@ -433,5 +433,5 @@ def _stored_head(head: LMHead) -> StoredHead:
         tensors = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
         content = save({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()})
         width = weight.shape[1]
-    said = {"sha256": hashlib.sha256(content).hexdigest(), "scale": head.scale, "soft_cap": head.soft_cap}
-    return StoredHead(content, {"head": said, "width": width})
+    record = {"sha256": hashlib.sha256(content).hexdigest(), "scale": head.scale, "soft_cap": head.soft_cap}
+    return StoredHead(content, {"head": record, "width": width})

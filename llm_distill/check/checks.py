@@ -64,17 +64,17 @@ def _student(trainer: SFTTrainer) -> Finding:
     sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]  # ZeRO-3 takes them out
     count, trained = sum(n for n, _ in sizes), sum(n for n, is_trained in sizes if is_trained)
     base = base_of(model)
-    said = f"{type(base).__name__}, {millions(count)} parameters, {millions(trained)} of them trained"
+    text = f"{type(base).__name__}, {millions(count)} parameters, {millions(trained)} of them trained"
     if not trained:
-        return Finding("red", "student", said, "nothing would be learned: is everything frozen?")
+        return Finding("red", "student", text, "nothing would be learned: is everything frozen?")
     dtypes = {p.dtype for p in model.parameters() if p.requires_grad}
     if args.bf16 or args.fp16 or bits_of(base) or dtypes == {torch.float32}:
-        return Finding("green", "student", said)
+        return Finding("green", "student", text)
     names = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
     return Finding(
         "amber",
         "student",
-        f"{said}, in {names} without mixed precision",
+        f"{text}, in {names} without mixed precision",
         "steps smaller than its precision are lost: dtype=float32 (with bf16 where there is a GPU)",
     )
 
@@ -162,16 +162,16 @@ def memory_finding(estimate: MemoryEstimate, device: torch.device, loaded: int =
     """The estimate against what is free on this rank, of which `loaded` bytes are taken already."""
     free = free_memory(device) + loaded
     slack = SLACK["cpu" if device.type == "cpu" else "accelerator"]
-    said = f"{what}{estimate}, of {size(free)} {'RAM' if device.type == 'cpu' else 'on the device'}"
+    text = f"{what}{estimate}, of {size(free)} {'RAM' if device.type == 'cpu' else 'on the device'}"
     todo = (
         "activation_checkpointing, a smaller per_device_train_batch_size with more gradient_accumulation_steps, a "
         "smaller max_length, LoRA (use_peft), a teacher in 4 bits or from a cache, or FSDP over more devices"
     )
     if estimate.total > free:
-        return Finding("red", "memory", said, todo)
+        return Finding("red", "memory", text, todo)
     if estimate.total * slack > free:
-        return Finding("amber", "memory", f"{said}: little room for what the allocator holds beside", todo)
-    return Finding("green", "memory", said)
+        return Finding("amber", "memory", f"{text}: little room for what the allocator holds beside", todo)
+    return Finding("green", "memory", text)
 
 
 def _texts(trainer: SFTTrainer) -> Iterator[Finding]:
@@ -216,20 +216,20 @@ def _data(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
         yield Finding("red", "what counts", f"{share}: every label is masked", masked)
         return
     if sample.counted < FEW * sample.tokens or sample.silent > MANY * sample.texts:
-        said = f"{share}; nothing counts in {sample.silent:,} texts" if sample.silent else share
-        yield Finding("amber", "what counts", said, f"the other tokens cost time and teach nothing: {masked}")
+        text = f"{share}; nothing counts in {sample.silent:,} texts" if sample.silent else share
+        yield Finding("amber", "what counts", text, f"the other tokens cost time and teach nothing: {masked}")
     else:
         yield Finding("green", "what counts", share)
     if args.packing:
         yield Finding("skipped", "cut texts", "not seen in packed rows")
     elif args.max_length and sample.lengths:
         cut = sum(length >= args.max_length for length in sample.lengths)
-        said = f"{cut:,} of {len(sample.lengths):,} texts fill max_length={args.max_length}: they are most likely cut"
+        text = f"{cut:,} of {len(sample.lengths):,} texts fill max_length={args.max_length}: they are most likely cut"
         if cut > MANY * len(sample.lengths):
             todo = "a larger max_length, or packing=true with packing_strategy=wrapped, which goes on in the next row"
-            yield Finding("amber", "cut texts", said, todo)
+            yield Finding("amber", "cut texts", text, todo)
         else:
-            yield Finding("green", "cut texts", said if cut else f"none fills max_length={args.max_length}")
+            yield Finding("green", "cut texts", text if cut else f"none fills max_length={args.max_length}")
     end = f"{tokenizer.eos_token} (EOS)"
     if sample.ends:
         yield Finding("green", "end of text", f"{end} is taught {sample.ends:,} times in {sample.texts:,} texts")
@@ -257,11 +257,11 @@ def _data(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
 def _losses(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
     if sample.self_divergence:
         largest = max(sample.self_divergence)
-        said = f"student beside itself: {largest:.1e} nats a token"
+        text = f"student beside itself: {largest:.1e} nats a token"
         if largest < NO_DIVERGENCE:
-            yield Finding("green", "divergence", said)
+            yield Finding("green", "divergence", text)
         else:
-            yield Finding("red", "divergence", f"{said}, and must be 0", "the loss is wrong on this machine: report it")
+            yield Finding("red", "divergence", f"{text}, and must be 0", "the loss is wrong on this machine: report it")
     tokens = sample.student_tokens
     if tokens and (mass := sample.outside_mass / tokens) > OUTSIDE:
         yield Finding(
@@ -279,18 +279,18 @@ def _losses(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
         yield Finding("skipped", "loss", f"{alone}; {why} to compare with it")
         return
     teacher, student, mean, error = paired_difference(sample.losses)
-    said = (
+    text = (
         f"teacher {teacher:.3f}, student {student:.3f} nats a token on {len(sample.losses):,} texts (difference "
         f"{mean:+.3f} ± {SIGMAS * error:.3f}, two standard errors, paired by text)"
     )
     if mean + SIGMAS * error < 0:
-        yield Finding("green", "loss", said)
+        yield Finding("green", "loss", text)
         return
     verdict = "the teacher is worse" if mean - SIGMAS * error > 0 else "the teacher is not clearly better"
     yield Finding(
         "amber",
         "loss",
-        f"{said}: {verdict}",
+        f"{text}: {verdict}",
         "a student of such a teacher often ends worse than one of the text alone: a teacher that knows this data, its "
         "own texts (llm-distill generate), or a larger ce_weight",
     )
@@ -299,12 +299,12 @@ def _losses(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
 def _time(trainer: SFTTrainer, sample: SampledTexts) -> Finding:
     args = trainer.args
     seconds = sorted(sample.seconds)[len(sample.seconds) // 2] * args.gradient_accumulation_steps
-    said, steps = f"{seconds:.2g} s a step without the optimizer's", args.max_steps
+    text, steps = f"{seconds:.2g} s a step without the optimizer's", args.max_steps
     if steps <= 0 and isinstance(trainer.train_dataset, Dataset):
         batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * trainer.accelerator.num_processes))
         steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
     whole = f", {_duration(seconds * steps)} for {steps:,} steps" if steps > 0 else ""
-    return Finding("green", "time", said + whole)
+    return Finding("green", "time", text + whole)
 
 
 def _licences(trainer: SFTTrainer) -> Iterator[Finding]:
@@ -338,9 +338,9 @@ def check_configurations(
             configs[role] = AutoConfig.from_pretrained(name, **options)
             tokenizers[role] = AutoTokenizer.from_pretrained(name, **options)
         except (OSError, ValueError, KeyError) as error:
-            said = f"{name!r} cannot be loaded: {' '.join(str(error).split())}"
+            text = f"{name!r} cannot be loaded: {' '.join(str(error).split())}"
             todo = "check the name, HF_TOKEN for a gated repository, HF_HUB_OFFLINE"
-            findings.append(Finding("red", role, said, todo))
+            findings.append(Finding("red", role, text, todo))
         else:
             findings.append(
                 Finding("green", role, f"{configs[role].model_type}: configuration and tokenizer are there")

@@ -143,7 +143,7 @@ def _check_licence(role: str, card: dict[str, Any] | str, student: str | None) -
         )
     asked = [licence.as_start if role == "student" else licence.as_teacher]
     asked += [] if licence.is_commercial else ["no commercial use"]
-    asked = [each for each in asked if each]
+    asked = [terms for terms in asked if terms]
     if asked in ([], [NOTICE]):
         return Finding("green", what, "; ".join([name, *asked]))
     return Finding("amber", what, name, f"{'; '.join(asked)} ({READ})")
@@ -175,7 +175,7 @@ def read_card(name_or_path: str, revision: str | None = None) -> dict[str, Any] 
     if not text.startswith("---"):
         return {}
     try:
-        found = yaml.safe_load(text.split("---", 2)[1])
+        metadata = yaml.safe_load(text.split("---", 2)[1])
     except (yaml.YAMLError, IndexError):
         return "the metadata of its model card is not YAML"
-    return found if isinstance(found, dict) else {}
+    return metadata if isinstance(metadata, dict) else {}

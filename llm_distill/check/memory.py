@@ -54,8 +54,8 @@ class MemoryEstimate:
 
     def __str__(self) -> str:
         parts = {f.name.replace("_", " "): getattr(self, f.name) for f in fields(self) if f.name != "total"}
-        said = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value >= 2**19)
-        return size(self.total) + (f" ({said})" if said else "")
+        listed = ", ".join(f"{name} {size(value)}" for name, value in parts.items() if value >= 2**19)
+        return size(self.total) + (f" ({listed})" if listed else "")
 
 
 def size(count: float) -> str:

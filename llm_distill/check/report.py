@@ -19,7 +19,7 @@ class Finding:
     """One of LEVELS."""
     what: str
     """What was looked at, in a word or two."""
-    said: str
+    text: str
     todo: str = ""
     """The way out, where there is something to do."""
 
@@ -40,7 +40,7 @@ class Report:
         for finding in self.findings:
             level = f"{finding.level:<7}"
             level = f"\033[{COLOURS[finding.level]}m{level}\033[0m" if coloured else level
-            lines.append(f"{level}  {finding.what:<{width}}  {finding.said}")
+            lines.append(f"{level}  {finding.what:<{width}}  {finding.text}")
             if finding.todo:
                 lines.append(f"{'':<7}  {'':<{width}}  → {finding.todo}")
         return "\n".join([*lines, self.summary()])

@@ -86,9 +86,9 @@ class OptionParser(TrlParser):
         self._texts = {name: text for texts in SECTIONS.values() for name, text in texts.items()}
         self._heading_of = {name: heading for heading, texts in SECTIONS.items() for name in texts}
         for group in groups:
-            ours = headings_of(group)
-            self._texts = {name: text for name, text in self._texts.items() if name not in ours}
-            self._heading_of |= ours
+            headings = headings_of(group)
+            self._texts = {name: text for name, text in self._texts.items() if name not in headings}
+            self._heading_of |= headings
         super().__init__(
             groups,
             prog=f"llm-distill {command}",

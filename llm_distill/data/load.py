@@ -45,10 +45,10 @@ def load_split(source: str) -> Dataset:
     Raises:
         ValueError: it cannot be loaded, or has no such split.
     """
-    found = None if Path(source).exists() else re.fullmatch(r"(.+?):(\w+(?:\[.*\])?)", source)
-    name, split = found.groups() if found else (source, "")
+    match = None if Path(source).exists() else re.fullmatch(r"(.+?):(\w+(?:\[.*\])?)", source)
+    name, split = match.groups() if match else (source, "")
     data = _loaded(name)
-    split = split or next((each for each in HELD_OUT if each in data), "")
+    split = split or next((held_out for held_out in HELD_OUT if held_out in data), "")
     _add_part(data, split)
     if split not in data:
         wanted = f"no split {split!r}" if split else f"none of the splits {', '.join(HELD_OUT)}"

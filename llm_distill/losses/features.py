@@ -75,10 +75,10 @@ class HiddenStates:
         assert isinstance(signal, HiddenSignal), "Objective.require_served has seen to it"
         errors = []
         for layer, target in self.layers.items():
-            ours, theirs = student.layers[layer], signal.layers[target]
+            student_states, teacher_states = student.layers[layer], signal.layers[target]
             if module is not None:
                 projection = module[str(layer)]
-                ours = projection(ours.to(projection.weight.dtype))
-            dtype = torch.promote_types(ours.dtype, torch.float32)
-            errors.append((ours.to(dtype) - theirs.to(dtype)).square().mean(-1))
+                student_states = projection(student_states.to(projection.weight.dtype))
+            dtype = torch.promote_types(student_states.dtype, torch.float32)
+            errors.append((student_states.to(dtype) - teacher_states.to(dtype)).square().mean(-1))
         return torch.stack(errors).mean(0)

@@ -239,36 +239,38 @@ def _eval_results(record: dict[str, Any], report: dict[str, Any] | None) -> Iter
 
 def _limits(record: dict[str, Any], report: dict[str, Any] | None, folder: Path) -> str:
     """What is not known, and what is known to be bad, in words."""
-    said = []
+    lines = []
     if taught(record):
-        said.append("It imitates its teacher: what that gets wrong, or says with prejudice, it says too.")
-        said += [
-            f"The teacher was loaded in {each['bits']} bits, and it has learned from that, not from the full weights."
-            for each in teachers_of(_teacher(record))
-            if each.get("bits")
+        lines.append("It imitates its teacher: what that gets wrong, or says with prejudice, it says too.")
+        lines += [
+            f"The teacher was loaded in {teacher['bits']} bits, and it learned from that, not from the full weights."
+            for teacher in teachers_of(_teacher(record))
+            if teacher.get("bits")
         ]
     options = yaml.safe_load((folder / OPTIONS_FILE).read_text()) if (folder / OPTIONS_FILE).is_file() else {}
     if options.get("max_length"):
-        said.append(f"It was trained on at most {options['max_length']:,} tokens at a time.")
+        lines.append(f"It was trained on at most {options['max_length']:,} tokens at a time.")
     if report is None:
-        said.append(
+        lines.append(
             "Its figures are those of the evaluation while it was trained; no gap report was made."
             if record.get("run.figures")
             else "It was not evaluated: nothing is known of how good it is."
         )
     else:
         if report.get("comparable", True) is not True:
-            said.append(f"It is not compared with its teacher token by token: {report['comparable']}.")
-        closed = {name: found.get("gap_closed") for name, found in report["domains"].items()}
+            lines.append(f"It is not compared with its teacher token by token: {report['comparable']}.")
+        closed = {name: figures.get("gap_closed") for name, figures in report["domains"].items()}
         gaps = {name: figure["value"] for name, figure in closed.items() if figure and figure["value"] is not None}
         if len(gaps) > 1:
             worst = min(gaps, key=lambda name: gaps[name])
-            said.append(f"It is weakest, beside its teacher, on {worst}: {gaps[worst]:.0%} of the gap is closed there.")
+            lines.append(
+                f"It is weakest, beside its teacher, on {worst}: {gaps[worst]:.0%} of the gap is closed there."
+            )
         measured = {part for part in PARTS if report.get(part) and not isinstance(report[part].get("skipped"), str)}
         if lacking := [what for part, what in PARTS.items() if part not in measured]:
-            said.append(f"Not measured: {', '.join(lacking)}.")
-        said.append("The figures hold for text like that of these domains, and for no other.")
-    return "\n".join(f"- {line}" for line in said)
+            lines.append(f"Not measured: {', '.join(lacking)}.")
+        lines.append("The figures hold for text like that of these domains, and for no other.")
+    return "\n".join(f"- {line}" for line in lines)
 
 
 def _interval(figure: Interval | None) -> str:

@@ -254,25 +254,25 @@ def require_same_teacher(cache: TeacherCache, description: dict[str, Any]) -> No
     _refuse(cache, differences(cache.manifest, {"teacher": unnamed if same else description}), "teacher")
 
 
-def _refuse(cache: TeacherCache, found: list[str], what: str) -> None:
-    if found:
+def _refuse(cache: TeacherCache, changes: list[str], what: str) -> None:
+    if changes:
         raise ValueError(
-            f"{cache.path} was made by another {what}. {'; '.join(found)}. Ask for what it was made with, or make it "
+            f"{cache.path} was made by another {what}. {'; '.join(changes)}. Ask for what it was made with, or make it "
             f"anew: `llm-distill capture --teacher_cache {cache.path} --drop_stale --config …`."
         )
 
 
 def _stored_head(cache: TeacherCache) -> LMHead:
     """The teacher's head, from its file."""
-    said, again = cache.manifest["head"], "run `llm-distill capture` again with the same settings."
+    record, again = cache.manifest["head"], "run `llm-distill capture` again with the same settings."
     try:
         content = cache.read(HEAD_FILE)
     except FileNotFoundError as error:
         raise ValueError(f"{cache.path}/{HEAD_FILE} is missing: {again}") from error
-    if hashlib.sha256(content).hexdigest() != said["sha256"]:
+    if hashlib.sha256(content).hexdigest() != record["sha256"]:
         raise ValueError(f"{cache.path}/{HEAD_FILE} is damaged: {again}")
     tensors = load(content)
     vocab, width = tensors["weight"].shape
     module = nn.Linear(width, vocab, bias="bias" in tensors, device="meta")
     module.load_state_dict(tensors, assign=True)
-    return LMHead(module.requires_grad_(False), cache.manifest["vocab_size"], said["scale"], said["soft_cap"])
+    return LMHead(module.requires_grad_(False), cache.manifest["vocab_size"], record["scale"], record["soft_cap"])

@@ -78,8 +78,8 @@ def test_a_good_run_is_green(tmp_path: Path, run: dict[str, Any], capsys: pytest
     assert {finding.level for finding in found.values()} == {"green"}, found
     assert {"student", "teacher", "tokenizers", "memory", "what counts", "cut texts", "end of text"} <= set(found)
     assert {"divergence", "loss", "time", "student's licence", "teacher's licence"} <= set(found)
-    assert float(found["divergence"].said.split()[3]) < 1e-4
-    assert "for 1 steps" in found["time"].said
+    assert float(found["divergence"].text.split()[3]) < 1e-4
+    assert "for 1 steps" in found["time"].text
     shown = capsys.readouterr().out
     assert "\033" not in shown, "colours are for terminals"
     assert shown.splitlines()[-1] == f"0 red, {len(found)} green"
@@ -89,7 +89,7 @@ def test_a_good_run_is_green(tmp_path: Path, run: dict[str, Any], capsys: pytest
 def test_a_student_that_does_not_load_leaves_the_other_checks(tmp_path: Path, run: dict[str, Any]) -> None:
     found = checked(tmp_path, run | {"model_name_or_path": tmp_path / "nowhere"}, status=1)
     assert found["student"].level == "red"
-    assert "nowhere" in found["student"].said
+    assert "nowhere" in found["student"].text
     assert found["student"].todo
     assert found["teacher"].level == found["data"].level == found["teacher's licence"].level == "green"
 
@@ -98,7 +98,7 @@ def test_weights_that_are_missing_are_named(tmp_path: Path, run: dict[str, Any])
     (tmp_path / "teacher" / "model.safetensors").unlink()
     found = checked(tmp_path, run, status=1)
     assert found["run"].level == "red"
-    assert "model.safetensors" in found["run"].said
+    assert "model.safetensors" in found["run"].text
     assert found["student"].level == found["tokenizers"].level == "green"
 
 
@@ -106,7 +106,7 @@ def test_another_tokenizer_is_red(tmp_path: Path, run: dict[str, Any], texts: Da
     train_tokenizer(texts.select(range(5)), 300).save_pretrained(tmp_path / "teacher")
     found = checked(tmp_path, run, status=1)
     assert found["tokenizers"].level == "red"
-    assert "sequence-level" in found["tokenizers"].said
+    assert "sequence-level" in found["tokenizers"].text
     assert found["teacher"].level == found["memory"].level == "green"
 
 
@@ -114,11 +114,11 @@ def test_a_teacher_that_is_worse_is_amber_with_how_sure_that_is(tmp_path: Path, 
     student, teacher = run["teacher_model_name_or_path"], run["model_name_or_path"]
     loss = checked(tmp_path, run | {"model_name_or_path": student, "teacher_model_name_or_path": teacher})["loss"]
     assert loss.level == "amber"
-    assert "the teacher is worse" in loss.said
-    assert "±" in loss.said
+    assert "the teacher is worse" in loss.text
+    assert "±" in loss.text
     same = checked(tmp_path, run | {"teacher_model_name_or_path": run["model_name_or_path"]})["loss"]
     assert same.level == "amber"
-    assert "not clearly better" in same.said
+    assert "not clearly better" in same.text
 
 
 def test_data_in_which_all_is_masked_is_red(tmp_path: Path, run: dict[str, Any]) -> None:
@@ -140,7 +140,7 @@ def test_too_little_memory_is_red_before_anything_is_loaded(tmp_path: Path, run:
 def test_texts_that_are_all_cut_teach_no_end(tmp_path: Path, run: dict[str, Any]) -> None:
     found = checked(tmp_path, run | {"max_length": 8})
     assert (found["end of text"].level, found["cut texts"].level) == ("amber", "amber")
-    assert "will not learn to stop" in found["end of text"].said
+    assert "will not learn to stop" in found["end of text"].text
 
 
 def test_an_end_that_is_masked_is_told_from_one_that_is_missing(
@@ -157,7 +157,7 @@ def test_an_end_that_is_masked_is_told_from_one_that_is_missing(
     )
     found = by_name(trainer.check())["end of text"]
     assert found.level == "amber"
-    assert "there 4 times and never counts, as where labels are masked by the padding token" in found.said
+    assert "there 4 times and never counts, as where labels are masked by the padding token" in found.text
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_licences_say_what_they_ask(tmp_path: Path, student: str, teacher: str, 
         licensed(tmp_path / name, said)
     of_student, of_teacher = check_licences((str(tmp_path / "student"), None), [(str(tmp_path / "teacher"), None)])
     assert of_teacher.level == level
-    assert asked in f"{of_teacher.said} {of_teacher.todo}"
+    assert asked in f"{of_teacher.text} {of_teacher.todo}"
     assert of_student.level == ("amber" if "llama3" in student else "green")
 
 
@@ -204,7 +204,7 @@ def test_a_licence_that_forbids_keeps_training_from_starting(
 def test_without_a_network_the_hub_is_skipped_and_said() -> None:
     found = list(check_licences(("Qwen/Qwen2.5-0.5B", None), [("Qwen/Qwen2.5-7B", None)]))
     assert [finding.level for finding in found] == ["skipped", "skipped"]
-    assert all("Hub cannot be reached" in finding.said for finding in found)
+    assert all("Hub cannot be reached" in finding.text for finding in found)
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_stored_teacher_is_not_compared_and_that_is_said(
     fill_cache(trainer(LiveTeacher(tiny_llama(2), tokenizer)), tmp_path / "signals", TopK(8))
     found = by_name(trainer(None, teacher_cache=str(tmp_path / "signals")).check())
     assert (found["teacher"].level, found["loss"].level) == ("green", "skipped")
-    assert "a part of its distribution" in found["loss"].said
+    assert "a part of its distribution" in found["loss"].text
     assert found["time"].level == "green"
 
 
@@ -331,7 +331,7 @@ def test_mass_past_the_vocabulary_is_told(tmp_path: Path, tokenizer: PreTrainedT
     padded = tiny_llama(1, hidden=16, vocab_size=VOCAB + 64)
     found = by_name(make_trainer(tmp_path, tokenizer, padded, LiveTeacher(tiny_llama(2), tokenizer)).check())
     assert found["vocabulary"].level == "amber"
-    assert "of its mass to rows of its matrix that no token has" in found["vocabulary"].said
+    assert "of its mass to rows of its matrix that no token has" in found["vocabulary"].text
     fitting = tiny_llama(1, hidden=16)
     assert "vocabulary" not in by_name(
         make_trainer(tmp_path, tokenizer, fitting, LiveTeacher(tiny_llama(2), tokenizer)).check()

@@ -177,7 +177,7 @@ def test_a_check_asks_a_few_texts_and_says_what_cannot_be_compared(
         "green",
     )
     assert findings["loss"].level == "skipped"
-    assert "a part of its distribution" in findings["loss"].said
+    assert "a part of its distribution" in findings["loss"].text
 
 
 def test_evaluation_asks_too(
