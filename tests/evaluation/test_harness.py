@@ -33,11 +33,12 @@ def test_local_task_of_the_harness_gives_what_the_logits_say(models: dict[str, L
         for n in range(10):
             scores = []
             for choice in (" a", " for", " import"):
-                prompt, text = (model.tokenizer(part, return_tensors="pt")["input_ids"] for part in (f"{n} +", choice))
+                prompt, whole = (model.tokenizer(text)["input_ids"] for text in (f"{n} +", f"{n} +{choice}"))
+                ids = torch.tensor(whole)
                 with torch.no_grad():
-                    log_p = model.model(torch.cat([prompt, text], 1)).logits[0].double().log_softmax(-1)
-                at = torch.arange(prompt.shape[1] - 1, prompt.shape[1] + text.shape[1] - 1)
-                scores.append(float(log_p[at, text[0]].sum()))
+                    log_p = model.model(ids[None]).logits[0].double().log_softmax(-1)
+                at = torch.arange(len(prompt), len(whole))
+                scores.append(float(log_p[at - 1, ids[at]].sum()))
             right.append(int(np.argmax(scores)) == n % 3)
         assert figures["models"][name]["value"] == pytest.approx(np.mean(right))
         assert figures["models"][name]["stderr"] == pytest.approx(np.std(right, ddof=1) / 10**0.5)
