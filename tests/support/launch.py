@@ -84,10 +84,11 @@ def launch(script: Path, *arguments: str, ranks: int = 1, launcher: Path = CPU) 
     }
     command = [sys.executable, "-m", "accelerate.commands.launch"]
     command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
-    environment = {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"}  # DeepSpeed compiles with it
+    environment |= {"DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [*command, str(script), *arguments],
-        env=os.environ | environment,
+        env=environment,
         text=True,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
