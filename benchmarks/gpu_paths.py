@@ -257,7 +257,7 @@ def checked(base: dict[str, Any]) -> Outcome:
     findings = json.loads((out / "check.json").read_text())
     levels = [finding["level"] for finding in findings]
     figures: dict[str, Any] = {level: levels.count(level) for level in ("red", "amber", "green", "skipped")}
-    figures["memory"] = "; ".join(f["said"] for f in findings if "memory" in f["what"].lower())
+    figures["memory"] = "; ".join(f["text"] for f in findings if "memory" in f["what"].lower())
     return figures, {"red": (0, 0), "green": (1, 100)}
 
 
