@@ -34,7 +34,10 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 if "CXX" not in os.environ:
     libraries = tempfile.mkdtemp(prefix="row-kernels-")
     atexit.register(shutil.rmtree, libraries)
-    os.environ["CXX"] = shlex.join([sys.executable, "-SE", cxx.__file__, libraries])
+    compiler = Path(libraries, "c++")  # one word, as DeepSpeed and inductor want it
+    compiler.write_text(f'#!/bin/sh\nexec {shlex.join([sys.executable, "-SE", cxx.__file__, libraries])} "$@"\n')
+    compiler.chmod(0o755)
+    os.environ["CXX"] = str(compiler)
 
 FUSED = ("cpp_backend", "head_loss", "task", "logits", "products", "sparse", "torch_backend")  # Triton reads its own
 CACHE = ("methods", "select")
