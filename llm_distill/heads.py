@@ -43,7 +43,7 @@ class LMHead:
             ValueError: the family's logits are not an (optionally scaled and softly capped) linear map of its
                 hidden states, or it gives fewer logits than `vocab_size`.
         """
-        model = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = base_of(model)
         projection = output_projection(model)
         keep_differentiable(projection)
         head = _measure_post_processing(model, projection)
@@ -88,6 +88,11 @@ class LMHead:
             if rows < len(weight):
                 weight, bias = weight[:rows], None if bias is None else bias[:rows]
             yield weight, bias
+
+
+def base_of(model: Any) -> PreTrainedModel:
+    """The model itself, without adapters around it."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def output_projection(model: PreTrainedModel) -> nn.Linear:

@@ -16,7 +16,6 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from jaxtyping import Float
-from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -130,23 +129,38 @@ class LanguageModel:
 
 def kept_of(model: nn.Module, head: LMHead, view: View, needs: Needs = HEAD) -> Kept:
     """What a model keeps of a view, from one forward that makes no logits and no cache."""
-    positions, at_head = view.positions, []
+    kept: list[Kept] = []
 
     def keep(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
-        at_head.append(rows_at(hidden, positions))
+        kept.append(keep_rows(hidden, head, outputs, view.positions, view.inputs["input_ids"].shape[1]))
         return hidden[..., :0]
 
     with intercepted(head.module, keep), tapped(model, needs.get("hidden", ())) as outputs:
         model(**view.inputs, use_cache=False)
-    (hidden,) = at_head  # LMHead.of has seen that the projection is called
-    device = positions.sample.device
-    layers = {number: rows_at(output, positions).to(device) for number, output in outputs.items()}
-    return Kept(hidden.to(device), head, layers)
+    (only,) = kept  # LMHead.of has seen that the projection is called
+    return only
 
 
-def rows_at(hidden: Float[Tensor, "batch time width"], positions: Positions) -> Float[Tensor, "rows width"]:
-    """What stands at N positions, on the device on which it was made."""
-    return hidden[positions.sample.to(hidden.device), positions.position.to(hidden.device)]
+def keep_rows(
+    hidden: Float[Tensor, "batch time hidden"],
+    head: LMHead,
+    outputs: Mapping[int, Float[Tensor, "batch time width"]],
+    positions: Positions,
+    time: int,
+) -> Kept:
+    """What goes into the head and what came out of some layers, at N positions and on their device: a model that is
+    spread over devices ends on another one.
+
+    Args:
+        time: the length of the labels. Hidden states may be longer, by the virtual tokens of a learned prompt in front.
+    """
+
+    def rows_of(states: Tensor) -> Tensor:
+        device = states.device
+        rows = states[:, -time:][positions.sample.to(device), positions.position.to(device)]
+        return rows.to(positions.sample.device)
+
+    return Kept(rows_of(hidden), head, {number: rows_of(output) for number, output in outputs.items()})
 
 
 @contextmanager
@@ -195,11 +209,6 @@ def require_layers(model: nn.Module, layers: Iterable[int]) -> None:
     count = len(decoder_layers(model))
     if missing := [number for number in layers if not 1 <= number <= count]:
         raise ValueError(f"there is no layer {missing[0]}: the {type(model).__name__} has layers 1 to {count}.")
-
-
-def base_of(model: Any) -> PreTrainedModel:
-    """The model itself, without adapters around it."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def millions(count: int) -> str:

@@ -27,11 +27,11 @@ from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
 from llm_distill.data.policy import Policy, keep_dataset_text
 from llm_distill.data.prepare import PreparedData, named_evaluation
-from llm_distill.heads import LMHead
+from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.in_forward import LossRequest, add_loss_forward
 from llm_distill.losses.metrics import Meter
 from llm_distill.losses.objective import Objective
-from llm_distill.models import base_of, vocabulary_size
+from llm_distill.models import vocabulary_size
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
 from llm_distill.rows import SKIPPED, View, count_rows

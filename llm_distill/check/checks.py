@@ -27,9 +27,9 @@ from llm_distill.check.sample import (
 )
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import longest_sequence
-from llm_distill.heads import output_projection
+from llm_distill.heads import base_of, output_projection
 from llm_distill.machine import free_memory
-from llm_distill.models import base_of, bits_of, millions, require_same_ids, vocabulary_size
+from llm_distill.models import bits_of, millions, require_same_ids, vocabulary_size
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
 """What an allocator may hold, as a multiple of what is alive: measured with glibc's, a rule of thumb elsewhere."""

@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, PreTrainedModel
 from transformers.generation import BaseStreamer
 
+from llm_distill.heads import base_of
 from llm_distill.machine import free_memory, is_cuda, peak_memory, reset_peak_memory, seconds, used_memory
 from llm_distill.models import bits_and_bytes
 
@@ -230,8 +231,7 @@ def prefill(model: PreTrainedModel, prompts: Int[Tensor, "batch time"]) -> None:
     """The forward that reads prompts: it fills the cache, and makes logits of the last position only (where the family
     can).
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base.forward).parameters else {}
+    last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(base_of(model).forward).parameters else {}
     with torch.inference_mode():
         model(input_ids=prompts, attention_mask=torch.ones_like(prompts), use_cache=True, **last)
 

@@ -22,6 +22,7 @@ from llm_distill.evaluation.harness import tasks_parts
 from llm_distill.evaluation.html import Section, as_fragment, as_page
 from llm_distill.evaluation.resources import resources_parts
 from llm_distill.evaluation.statistics import Interval, format_interval
+from llm_distill.heads import base_of
 from llm_distill.losses.metrics import LABELS
 from llm_distill.machine import describe_machine
 from llm_distill.models import describe_model
@@ -66,7 +67,7 @@ def report_on(
 ) -> GapReport:
     """Of models in memory on prepared datasets: the domains alone. See `DistillationTrainer.report`."""
     content = header("trainer.report()")
-    described = describe_model(model.get_base_model() if isinstance(model, PeftModel) else model, tokenizer)
+    described = describe_model(base_of(model), tokenizer)
     content |= {"student": described, TEACHER: teacher.describe(), "comparable": True, "domains": {}}
     for name, dataset in datasets.items():
         texts = HeldOutTexts(sample_texts(dataset, max_texts), collate, tokenizer, batch_size, name)

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_distill.heads import LMHead, intercepted, keep_differentiable
+from llm_distill.heads import LMHead, base_of, intercepted, keep_differentiable
 from llm_distill.losses.objective import Objective
-from llm_distill.models import Kept, base_of, rows_at, tapped
+from llm_distill.models import keep_rows, tapped
 from llm_distill.rows import Positions
 from llm_distill.signals import Signal
 
@@ -28,7 +28,7 @@ class LossRequest:
     objective: Objective
     positions: Positions
     time: int
-    """The length of the labels. Hidden states may be longer, by the virtual tokens of a learned prompt in front."""
+    """The length of the labels."""
     signal: Signal | None
     num_rows: Tensor | int | None
     value: Tensor | None = None
@@ -64,16 +64,8 @@ def add_loss_forward(model: nn.Module, head: LMHead) -> None:
         losses: list[Tensor] = []
 
         def loss_in_place_of_logits(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
-            device = request.positions.sample.device  # a model spread over devices ends on another one
-            at_head, layers = (
-                rows_at(hidden[:, -request.time :], request.positions).to(device),
-                {
-                    number: rows_at(output[:, -request.time :], request.positions).to(device)
-                    for number, output in outputs_of_layers.items()
-                },
-            )
             loss, request.metrics = request.objective(
-                Kept(at_head, head, layers),
+                keep_rows(hidden, head, outputs_of_layers, request.positions, request.time),
                 request.signal,
                 request.positions,
                 request.num_rows,

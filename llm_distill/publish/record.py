@@ -26,6 +26,7 @@ from transformers.utils import extract_commit_hash
 
 from llm_distill.config import DistillationConfig
 from llm_distill.files import differences
+from llm_distill.heads import base_of
 from llm_distill.leaks import PLACES, SECRETS, public_command, public_value
 from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_model
@@ -52,7 +53,7 @@ def run_record(
     """
     record = {f"objective.{name}": value for name, value in objective.describe().items()}
     record |= {f"teacher.{name}": value for name, value in (teacher.describe() if teacher else {}).items()}
-    start = student.get_base_model() if isinstance(student, PeftModel) else student
+    start = base_of(student)
     record |= {f"student.{name}": value for name, value in describe_model(start, None).items() if name != "tokenizer"}
     record["student.revision"] = record["student.revision"] or _commit(start.config._name_or_path, revision)
     return record

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llm_distill.heads import base_of
 from llm_distill.losses.in_forward import MODULES
-from llm_distill.models import base_of
 
 FILE = f"{MODULES}.safetensors"
 

@@ -15,7 +15,6 @@ from worker import make_rows
 from llm_distill import DistillationTrainer, TeacherCache
 from llm_distill.cache.methods import Method
 from llm_distill.capture.run import capture
-from llm_distill.models import rows_at
 from llm_distill.rows import Batch, View
 from llm_distill.teachers import Teacher
 
@@ -79,7 +78,8 @@ def logits_at(model: nn.Module, view: View) -> Tensor:
     """The same of a view."""
     time = view.inputs["input_ids"].shape[1]
     with torch.no_grad():
-        return rows_at(model(**view.inputs).logits[:, -time:], view.positions)
+        logits = model(**view.inputs).logits[:, -time:]
+    return logits[view.positions.sample, view.positions.position]
 
 
 def logged(trainer: DistillationTrainer, name: str) -> list[float]:
