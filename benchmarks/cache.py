@@ -314,14 +314,14 @@ def seconds_a_batch(task: dict[str, Any], folder: str) -> list[float]:
             return [(time.perf_counter() - began) / batches]
     live = LiveTeacher(teacher, train_step.tokenizer_of(train_step.SIZES[task["size"]]["vocab"]))
     trainer = our_trainer(task, live, folder)
-    starts, score = [], capturing.score_batch
+    starts, score = [], capturing.score_view
 
     def clocked(*of: Any) -> Any:
         starts.append(time.perf_counter())
         return score(*of)
 
     # No estimate, which takes three batches however many there are.
-    with mock.patch.object(capturing, "_estimate"), mock.patch.object(capturing, "score_batch", clocked):
+    with mock.patch.object(capturing, "_estimate"), mock.patch.object(capturing, "score_view", clocked):
         began = time.perf_counter()
         cache = capturing.capture(trainer.teacher, trainer.data, f"{folder}/cache", make_method(method))
         ended, counted = time.perf_counter(), starts[train_step.LEFT_OUT]  # to the end, with all that is written last

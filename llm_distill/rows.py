@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+from accelerate.utils import send_to_device
 from jaxtyping import Int
 from torch import Tensor
 
@@ -58,15 +59,7 @@ class View(NamedTuple):
 
     def to(self, device: Any) -> View:
         """The same on another device."""
-        return View(*(_moved(part, device) for part in self))
-
-
-def _moved(value: Any, device: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Positions):
-        return Positions(*(part.to(device) for part in value))
-    return {name: _moved(part, device) for name, part in value.items()} if isinstance(value, Mapping) else value
+        return View(*send_to_device(tuple(self), device))
 
 
 def counted_rows(labels: Int[Tensor, "batch time"]) -> Positions:

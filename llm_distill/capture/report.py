@@ -14,11 +14,11 @@ from llm_distill.cache import manifest as manifests
 from llm_distill.cache.methods import Hidden, Method
 from llm_distill.cache.store import TeacherCache
 from llm_distill.capture.fidelity import ALTERNATIVES, Fidelity, Sample, as_table, fidelity, plot
-from llm_distill.capture.run import new_manifest, prepare_teacher, sample_batches, score_batch
+from llm_distill.capture.run import new_manifest, prepare_teacher, sample_views, score_view
 from llm_distill.data.prepare import PreparedData
 from llm_distill.files import differences
 from llm_distill.models import LanguageModel
-from llm_distill.rows import View, examples_of
+from llm_distill.rows import examples_of
 from llm_distill.signals import HiddenSignal, MixtureSignal
 from llm_distill.teachers import Teacher
 
@@ -42,9 +42,8 @@ def measure_fidelity(
     sample, count = [], 0
     student.fit_to(data.tokenizer)
     student.model.eval().to(data.accelerator.device)
-    for _, batch in sample_batches(data, batches):
-        signal = score_batch(teacher, data, batch)
-        view = View.of(batch)
+    for _, view in sample_views(data, batches):
+        signal = score_view(teacher, data, view)
         with torch.no_grad(), data.accelerator.autocast():
             beside = HiddenSignal(*student.keep(view.to(data.accelerator.device)))
         assert isinstance(signal, HiddenSignal | MixtureSignal), "or it could not have been captured"

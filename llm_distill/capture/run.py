@@ -176,7 +176,7 @@ def _fill(run: Run, examples_per_shard: int) -> None:
                 for texts, plans in _one_ahead(_rounds(run.data, windows, ranks, known)):
                     begun, own = bar.n, _in_step(plans, rank) if run.is_sharded else plans[rank]
                     for step, planned in enumerate(_answered_ahead(run.teacher, own), 1):
-                        signal = score_batch(run.teacher, run.data, planned.batch)
+                        signal = score_view(run.teacher, run.data, View.of(planned.batch))
                         if planned.wanted or run.is_sharded:  # all ranks gather the head, though nothing be kept of it
                             encoder.add(planned, signal)
                         bar.n = begun + texts * step // len(own)
@@ -315,22 +315,23 @@ class _Encoder:
 
 
 @torch.no_grad()
-def score_batch(teacher: Teacher, data: PreparedData, batch: Batch) -> Signal:
-    """What a teacher says about a batch, on the device of this rank."""
+def score_view(teacher: Teacher, data: PreparedData, view: View) -> Signal:
+    """What a teacher says about a view, on the device of this rank."""
     with data.accelerator.autocast():
-        return teacher.score(View.of(batch).to(data.accelerator.device))
+        return teacher.score(view.to(data.accelerator.device))
 
 
-def sample_batches(data: PreparedData, batches: int) -> Iterator[tuple[int, Batch]]:
-    """Batches from all over the training data (of a stream, the first ones) in which something counts, and of how many
-    texts each is.
+def sample_views(data: PreparedData, batches: int) -> Iterator[tuple[int, View]]:
+    """Views of batches from all over the training data (of a stream, the first ones) in which something counts, and of
+    how many texts each is.
     """
     size = data.args.per_device_eval_batch_size
     rows = spread_rows(data.train, batches * size)
     for start in range(0, len(rows), size):
-        batch = data.collate(rows[start : start + size])
-        if len(View.of(batch).positions.targets):
-            yield len(rows[start : start + size]), batch
+        texts = rows[start : start + size]
+        view = View.of(data.collate(texts))
+        if len(view.positions.targets):
+            yield len(texts), view
 
 
 @torch.no_grad()
@@ -338,10 +339,10 @@ def _estimate(run: Run) -> None:
     """Says what it will take, from a few batches, and refuses what the disk has no room for."""
     cache, data = run.cache, run.data
     manifest, seconds, rows, size, texts = cache.manifest, 0.0, 0, 0, 0
-    for number, (count, batch) in enumerate(sample_batches(data, MEASURED_BATCHES)):
+    for number, (count, view) in enumerate(sample_views(data, MEASURED_BATCHES)):
         began = time.perf_counter()
-        examples = list(examples_of(View.of(batch)))
-        signal = score_batch(run.teacher, data, batch)
+        examples = list(examples_of(view))
+        signal = score_view(run.teacher, data, view)
         selected = select(cache.method, signal, examples, manifest["temperature"], manifest["seed"] or 0)
         columns = [column for _, column in encode_examples(cache.method, selected, examples)]
         if number == 0:

@@ -9,14 +9,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from trl import SFTTrainer
 
+from llm_distill import machine
 from llm_distill.check.memory import checkpoint_activations
-from llm_distill.data.prepare import spread_rows, to_device
+from llm_distill.data.prepare import spread_rows
 from llm_distill.heads import LMHead
 from llm_distill.models import kept_of, vocabulary_size
 from llm_distill.rows import IGNORED, View, examples_of
@@ -136,7 +139,7 @@ def measure_losses(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts
     trainer.model.eval()
     began = time.perf_counter()
     for batch in batches:
-        view = View.of(to_device(batch, trainer.accelerator.device))
+        view = View.of(batch).to(trainer.accelerator.device)
         if not len(view.positions.targets):
             continue
         with trainer.accelerator.autocast():
@@ -166,23 +169,18 @@ def time_steps(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts) ->
     if args.gradient_checkpointing and not trainer.model.is_activation_checkpointing:
         checkpoint_activations(trainer.model, args)
     seconds: list[float] = []
-    for batch in itertools.islice(itertools.cycle(batches), TIMED):
-        began = synchronized_time(device)
+
+    def step(batch: Any) -> None:
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-            loss = trainer.compute_loss(trainer.model, to_device(batch, device))
+            loss = trainer.compute_loss(trainer.model, send_to_device(batch, device))
         loss.backward()
         trainer.model.zero_grad(set_to_none=True)
-        seconds.append(synchronized_time(device) - began)
+
+    for batch in itertools.islice(itertools.cycle(batches), TIMED):
+        seconds.append(machine.seconds(partial(step, batch), device))
         if sum(seconds) > SECONDS:
             break
     sample.seconds = seconds[1:] or seconds
-
-
-def synchronized_time(device: torch.device) -> float:
-    """Seconds, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 class Difference(NamedTuple):

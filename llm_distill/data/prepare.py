@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
-from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
@@ -98,10 +97,3 @@ def spread_rows(dataset: Any, count: int) -> list[dict[str, Any]]:
         return list(dataset.take(count))
     places = torch.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=torch.float64).long()
     return [dataset[int(place)] for place in places]
-
-
-def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch's tensors, and those of the signal in it, on a device."""
-    if isinstance(batch, Mapping):
-        return {name: to_device(part, device) for name, part in batch.items()}
-    return batch.to(device) if isinstance(batch, Tensor) else batch
