@@ -26,9 +26,9 @@ import torch
 from measure import machine
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig
 
-from llm_distill import LiveTeacher
 from llm_distill.data.corpus import load_corpus, train_tokenizer
 from llm_distill.generation import Sampling, TransformersEngine, generate, make_filters, prompts_of
+from llm_distill.models import LanguageModel
 
 VOCAB, LENGTHS = 8192, (8, 16, 24, 32, 48, 64)
 
@@ -60,7 +60,7 @@ def measure(rounds: int, count: int, new_tokens: int, batch: int) -> dict[str, A
     ]
     prompts = list(prompts_of({"prompt": start} for start in starts))
     sampling = Sampling(max_new_tokens=new_tokens, temperature=0)
-    teacher = LiveTeacher(model, tokenizer)
+    teacher = LanguageModel(model, tokenizer)
 
     def by_hand(batch: int = batch) -> list[list[int]]:
         config = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, pad_token_id=0)

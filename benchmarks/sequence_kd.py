@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Pre
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.generation import Sampling, TransformersEngine, generate, load_generated, make_filters, prompts_of
+from llm_distill.models import LanguageModel
 
 LARGEST, TAUGHT, ASKED, GOLD, HELD_OUT = 100, 6000, 3000, 200, 1000
 SIZES = {"teacher": (128, 2), "student": (64, 2)}
@@ -107,7 +108,7 @@ def train(
 
 def accuracy(model: PreTrainedModel, tokenizer: Any, asked: Dataset) -> float:
     engine = TransformersEngine(
-        LiveTeacher(model, tokenizer), Sampling(max_new_tokens=4, temperature=0), batch_size=250
+        LanguageModel(model, tokenizer), Sampling(max_new_tokens=4, temperature=0), batch_size=250
     )
     answers = engine.write(list(prompts_of(asked)))
     return statistics.fmean(is_right(a.prompt.content, a.completions[0].text, {}) for a in answers)
@@ -120,7 +121,10 @@ def measure(seeds: int, folder: Path) -> dict[str, Any]:
     rows: dict[str, Any] = {"teacher": {"accuracy": accuracy(model, tokenizer, data["held_out"]), "texts": TAUGHT}}
     print(f"teacher: {rows['teacher']['accuracy']:.1%} after {time.perf_counter() - began:.0f} s", flush=True)
     teacher, sampling = LiveTeacher(model, tokenizer), Sampling(max_new_tokens=4)
-    engine, prompts = TransformersEngine(teacher, sampling, batch_size=250), list(prompts_of(data["asked"]))
+    engine, prompts = (
+        TransformersEngine(teacher.language_model, sampling, batch_size=250),
+        list(prompts_of(data["asked"])),
+    )
     texts, reports = {"gold": data["gold"]}, {}
     for name, filters in (("sequence-level", {}), ("filtered", {"verifier": {"check": is_right}})):
         chosen = make_filters({"finished": {}, **filters})  # the second time nothing is written again, only filtered

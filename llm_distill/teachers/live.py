@@ -51,10 +51,6 @@ class LiveTeacher(Teacher):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         return self.language_model.tokenizer
 
-    def require_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
-        """Raises ValueError, naming its `role`, if it came without one."""
-        return self.language_model.require_tokenizer(role)
-
     @property
     def head(self) -> LMHead:
         return self.language_model.head

@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from llm_distill import LiveTeacher
 from llm_distill.generation import Prompt, prompts_of
+from llm_distill.models import LanguageModel
 
 
 @pytest.fixture(scope="module")
-def teacher(saved: Path) -> LiveTeacher:
-    return LiveTeacher.load(str(saved / "teacher"))
+def teacher(saved: Path) -> LanguageModel:
+    return LanguageModel.load(str(saved / "teacher"))
 
 
 @pytest.fixture(scope="module")

@@ -57,10 +57,10 @@ def texts_of(answers: Any) -> dict[str, str]:
 
 
 def test_texts_are_those_of_the_model(server: RunningServer, prompts: list[Prompt], saved: Path) -> None:
-    from llm_distill import LiveTeacher
     from llm_distill.generation import TransformersEngine
+    from llm_distill.models import LanguageModel
 
-    live = TransformersEngine(LiveTeacher.load(str(saved / "teacher")), SAMPLING)
+    live = TransformersEngine(LanguageModel.load(str(saved / "teacher")), SAMPLING)
     assert texts_of(engine_at(server.url).write(prompts)) == texts_of(live.write(prompts))
 
 

@@ -13,7 +13,7 @@ from tiny import make_config, tiny_llama
 from transformers import AutoTokenizer
 from writing import GREEDY, write_alone
 
-from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill import DistillationTrainer
 from llm_distill.generation import (
     Prompt,
     Sampling,
@@ -26,10 +26,11 @@ from llm_distill.generation import (
 from llm_distill.generation.engines.base import Answer, Engine
 from llm_distill.generation.journal import JournalEntries
 from llm_distill.generation.run import ACCEPTED, REJECTED
+from llm_distill.models import LanguageModel
 
 
 def test_a_run_leaves_texts_with_where_they_come_from(
-    teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     sampling = Sampling(num_completions=2, max_new_tokens=6)
     report = generate(TransformersEngine(teacher, sampling), prompts, tmp_path / "run")
@@ -45,7 +46,7 @@ def test_a_run_leaves_texts_with_where_they_come_from(
 
 
 def test_the_students_labels_are_the_teachers_tokens(
-    teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path, saved: Path
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path, saved: Path
 ) -> None:
     generate(TransformersEngine(teacher, GREEDY), prompts, tmp_path / "run")
     data = load_generated(tmp_path / "run", AutoTokenizer.from_pretrained(saved / "student"))
@@ -56,7 +57,7 @@ def test_the_students_labels_are_the_teachers_tokens(
 
 
 def test_another_tokenizer_gets_the_text(
-    teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path, texts: Dataset, caplog: pytest.LogCaptureFixture
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path, texts: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     from llm_distill.data.corpus import train_tokenizer
 
@@ -70,7 +71,7 @@ def test_another_tokenizer_gets_the_text(
     "weights", [{"kd_weight": 0.0, "ce_weight": 1.0}, {"kd_weight": 1.0, "ce_weight": 0.5}], ids=str
 )
 def test_a_student_learns_from_the_texts(
-    teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path, saved: Path, weights: dict[str, float]
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path, saved: Path, weights: dict[str, float]
 ) -> None:
     generate(TransformersEngine(teacher, GREEDY), prompts, tmp_path / "run")
     tokenizer = AutoTokenizer.from_pretrained(saved / "student")
@@ -101,7 +102,7 @@ class Counting(Engine):
         yield from self.engine.write(prompts)
 
 
-def test_what_is_there_is_not_written_again(teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_what_is_there_is_not_written_again(teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path) -> None:
     engine, folder = Counting(TransformersEngine(teacher, GREEDY)), tmp_path / "run"
     generate(engine, prompts[:5], folder)
     report = generate(engine, prompts, folder, filters=make_filters({"length": {"min_tokens": 6}}))
@@ -109,7 +110,7 @@ def test_what_is_there_is_not_written_again(teacher: LiveTeacher, prompts: list[
     assert report.rejected["length"] + report.accepted == report.written == 9
 
 
-def test_rejected_texts_are_kept_with_the_reason(teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_rejected_texts_are_kept_with_the_reason(teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path) -> None:
     chosen = {"length": {"min_tokens": 7}, "finished": {}}
     report = generate(TransformersEngine(teacher, GREEDY), prompts, tmp_path / "run", filters=make_filters(chosen))
     assert report.accepted == 0
@@ -119,7 +120,7 @@ def test_rejected_texts_are_kept_with_the_reason(teacher: LiveTeacher, prompts: 
         load_generated(tmp_path / "run")
 
 
-def test_a_prompt_that_does_not_fit_is_left_out_and_counted(teacher: LiveTeacher, tmp_path: Path) -> None:
+def test_a_prompt_that_does_not_fit_is_left_out_and_counted(teacher: LanguageModel, tmp_path: Path) -> None:
     prompts = list(prompts_of([{"prompt": "x = 1"}, {"prompt": "abc " * 200}]))
     report = generate(TransformersEngine(teacher, GREEDY), prompts, tmp_path / "run")
     assert report.written == 1
@@ -129,7 +130,7 @@ def test_a_prompt_that_does_not_fit_is_left_out_and_counted(teacher: LiveTeacher
 
 
 def test_a_torn_line_is_asked_again_and_a_changed_one_is_found(
-    teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     folder = tmp_path / "run"
     generate(TransformersEngine(teacher, GREEDY), prompts, folder)
@@ -148,13 +149,13 @@ def test_a_torn_line_is_asked_again_and_a_changed_one_is_found(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda t: (LiveTeacher(tiny_llama(7), t.tokenizer), GREEDY), r"teacher\.weights: the folder has"),
+        (lambda t: (LanguageModel(tiny_llama(7), t.tokenizer), GREEDY), r"teacher\.weights: the folder has"),
         (lambda t: (t, Sampling(max_new_tokens=7, temperature=0)), r"sampling\.max_new_tokens: the folder has 6"),
     ],
     ids=["teacher", "sampling"],
 )
 def test_a_folder_of_another_configuration_is_refused(
-    teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path, change: Any, message: str
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path, change: Any, message: str
 ) -> None:
     generate(TransformersEngine(teacher, GREEDY), prompts[:2], tmp_path / "run")
     other, sampling = change(teacher)
@@ -163,7 +164,7 @@ def test_a_folder_of_another_configuration_is_refused(
 
 
 def test_strange_folders_and_empty_data_are_refused(
-    teacher: LiveTeacher, prompts: list[Prompt], tmp_path: Path
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     engine = TransformersEngine(teacher, GREEDY)

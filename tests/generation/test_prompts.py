@@ -10,8 +10,8 @@ from tiny import tiny_llama
 from transformers import AutoTokenizer
 from writing import GREEDY
 
-from llm_distill import LiveTeacher
 from llm_distill.generation import TransformersEngine, prompts_of
+from llm_distill.models import LanguageModel
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
 
@@ -21,7 +21,7 @@ def test_conversations_go_through_the_chat_template(saved: Path) -> None:
     chat = [{"role": "user", "content": "def f"}, {"role": "assistant", "content": "gold answer"}]
     (prompt,) = prompts_of([{"messages": chat}], system_prompt="be brief")
     assert [message["role"] for message in prompt.content] == ["system", "user"]
-    engine = TransformersEngine(LiveTeacher(tiny_llama(2), tokenizer), GREEDY)
+    engine = TransformersEngine(LanguageModel(tiny_llama(2), tokenizer), GREEDY)
     with pytest.raises(ValueError, match="no chat template: it is a base model"):
         list(engine.write([prompt]))
     tokenizer.chat_template = TEMPLATE

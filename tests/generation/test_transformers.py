@@ -12,13 +12,13 @@ from tiny import tiny_llama
 from transformers import PreTrainedTokenizerBase
 from writing import ENDS, GREEDY, write_alone
 
-from llm_distill import LiveTeacher
 from llm_distill.generation import Prompt, Sampling, TransformersEngine, prompts_of
+from llm_distill.models import LanguageModel
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"continuous": True}], ids=str)
 def test_batches_write_what_each_prompt_alone_would_get(
-    teacher: LiveTeacher, prompts: list[Prompt], options: dict[str, Any]
+    teacher: LanguageModel, prompts: list[Prompt], options: dict[str, Any]
 ) -> None:
     answers = {a.prompt.id: a for a in TransformersEngine(teacher, GREEDY, **options).write(prompts)}
     assert len(answers) == len(prompts)
@@ -29,14 +29,14 @@ def test_batches_write_what_each_prompt_alone_would_get(
         assert completion.finished == (completion.ids[-1] in ENDS)
 
 
-def test_beams_are_those_of_transformers(teacher: LiveTeacher, prompts: list[Prompt]) -> None:
+def test_beams_are_those_of_transformers(teacher: LanguageModel, prompts: list[Prompt]) -> None:
     sampling = Sampling(num_completions=2, num_beams=3, temperature=0, max_new_tokens=6)
     for answer in TransformersEngine(teacher, sampling, batch_size=4).write(prompts):
         expected = write_alone(teacher, answer.prompt, num_beams=3, num_return_sequences=2)
         assert [completion.ids for completion in answer.completions] == expected
 
 
-def test_the_checkpoints_own_way_to_sample_does_not_matter(teacher: LiveTeacher, prompts: list[Prompt]) -> None:
+def test_the_checkpoints_own_way_to_sample_does_not_matter(teacher: LanguageModel, prompts: list[Prompt]) -> None:
     engine = TransformersEngine(teacher, GREEDY)
     before = [answer.completions for answer in engine.write(prompts)]
     own = teacher.model.generation_config
@@ -47,7 +47,7 @@ def test_the_checkpoints_own_way_to_sample_does_not_matter(teacher: LiveTeacher,
         own.repetition_penalty, own.min_new_tokens = None, None
 
 
-def test_sampling_draws_from_the_teacher(teacher: LiveTeacher) -> None:
+def test_sampling_draws_from_the_teacher(teacher: LanguageModel) -> None:
     (prompt,) = prompts_of([{"prompt": "import "}])
     sampling = Sampling(num_completions=3000, max_new_tokens=1)
     (answer,) = TransformersEngine(teacher, sampling).write([prompt])
@@ -60,7 +60,7 @@ def test_sampling_draws_from_the_teacher(teacher: LiveTeacher) -> None:
     assert float((drawn - p).abs().sum()) < 1.5 * float((p * (1 - p) / 3000).sqrt().sum())
 
 
-def test_a_run_can_be_repeated(teacher: LiveTeacher, prompts: list[Prompt]) -> None:
+def test_a_run_can_be_repeated(teacher: LanguageModel, prompts: list[Prompt]) -> None:
     def texts(seed: int) -> list[str]:
         engine = TransformersEngine(teacher, Sampling(max_new_tokens=6, seed=seed))
         return [answer.completions[0].text for answer in engine.write(prompts)]
@@ -68,7 +68,7 @@ def test_a_run_can_be_repeated(teacher: LiveTeacher, prompts: list[Prompt]) -> N
     assert texts(1) == texts(1) != texts(2)
 
 
-def test_mean_log_prob_is_the_teachers(teacher: LiveTeacher, prompts: list[Prompt]) -> None:
+def test_mean_log_prob_is_the_teachers(teacher: LanguageModel, prompts: list[Prompt]) -> None:
     sampling = Sampling(num_completions=2, max_new_tokens=6)
     for answer in TransformersEngine(teacher, sampling, batch_size=4, score=True).write(prompts):
         for completion in answer.completions:
@@ -99,10 +99,10 @@ def test_sampling_that_cannot_be_is_refused(options: dict[str, Any], message: st
 def test_a_teacher_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     folder = save(tiny_llama(2), tmp_path / "bare")
     with pytest.raises(ValueError, match="came without a tokenizer"):
-        TransformersEngine(LiveTeacher.load(str(folder)), GREEDY)
+        TransformersEngine(LanguageModel.load(str(folder)), GREEDY)
 
 
-def test_pad_and_end_may_be_the_same(teacher: LiveTeacher, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_pad_and_end_may_be_the_same(teacher: LanguageModel, tokenizer: PreTrainedTokenizerBase) -> None:
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
     engine = TransformersEngine(teacher, GREEDY)
     completion = engine.cut_after_end([5, 6, 0, 0, 0])

@@ -13,10 +13,10 @@ from launch_vllm import VLLM
 from proxy import FaultyProxy
 from servers import RunningServer
 
-from llm_distill import LiveTeacher
 from llm_distill.generation import Prompt, Sampling, TransformersEngine, generate, prompts_of
 from llm_distill.generation.engines.base import Answer
 from llm_distill.generation.engines.endpoint import EndpointEngine
+from llm_distill.models import LanguageModel
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0)
 TEXTS = ["import os", "def f(x):", "class A(B):\n    def", "for line in file:", "return self.name", "x = [1, 2"]
@@ -29,7 +29,7 @@ def prompts() -> list[Prompt]:
 
 @pytest.fixture(scope="module")
 def live(served_model: Path, prompts: list[Prompt]) -> dict[str, Answer]:
-    engine = TransformersEngine(LiveTeacher.load(str(served_model)), GREEDY, score=True)
+    engine = TransformersEngine(LanguageModel.load(str(served_model)), GREEDY, score=True)
     return {answer.prompt.content: answer for answer in engine.write(prompts)}
 
 

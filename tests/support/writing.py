@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from llm_distill import LiveTeacher
 from llm_distill.generation import Prompt, Sampling
+from llm_distill.models import LanguageModel
 
 GREEDY = Sampling(max_new_tokens=6, temperature=0)
 ENDS = [0, 2]
 """The tokenizer's, and the one that the model's configuration names."""
 
 
-def write_alone(teacher: LiveTeacher, prompt: Prompt, **how: Any) -> list[list[int]]:
+def write_alone(teacher: LanguageModel, prompt: Prompt, **how: Any) -> list[list[int]]:
     """What transformers' `generate` writes after this prompt alone, greedily: the tokens up to the first end."""
     inputs = teacher.tokenizer(prompt.content, return_tensors="pt")
     config = GenerationConfig(eos_token_id=ENDS, pad_token_id=0, max_new_tokens=6, do_sample=False, **how)
