@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, NoReturn
+from typing import Any
 
 from trl import TrlParser
 
-from llm_distill.cli.parsing import HelpFormatter
+from llm_distill.cli.parsing import CommandParser
 from llm_distill.options import headings_of
 
 SECTIONS: dict[str, dict[str, str]] = {
@@ -71,7 +71,7 @@ VALUES = {"int": "N", "float": "X", "str": "TEXT", "string_to_bool": "true|false
 """How a value of a type is shown."""
 
 
-class OptionParser(TrlParser):
+class OptionParser(CommandParser, TrlParser):
     """TRL's parser for groups of options, with help that fits a reader and errors for `errors_in_one_line`.
 
     Args:
@@ -90,14 +90,11 @@ class OptionParser(TrlParser):
             self._texts = {name: text for name, text in self._texts.items() if name not in headings}
             self._heading_of |= headings
         super().__init__(
-            groups,
-            prog=f"llm-distill {command}",
+            dataclass_types=groups,
             usage=f"llm-distill {command} [--config FILE] [--OPTION VALUE ...]",
+            command=command,
             description=description,
-            epilog=f"example:\n  {example}",
-            formatter_class=HelpFormatter,
-            add_help=False,
-            allow_abbrev=False,
+            example=example,
         )
 
     @cached_property
@@ -124,6 +121,3 @@ class OptionParser(TrlParser):
         action = self._sections[heading].add_argument(*flags, **kwargs)
         action.option_strings = action.option_strings[:1]  # --learning-rate works, and is not shown
         return action
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. `{self.prog} --help` shows what it takes.")

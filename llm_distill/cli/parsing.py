@@ -113,10 +113,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=6)
 
 
-class Parser(argparse.ArgumentParser):
-    """For a command with a few arguments of its own; its errors are for `errors_in_one_line`."""
+class CommandParser(argparse.ArgumentParser):
+    """How the help of every command looks; its errors are for `errors_in_one_line`."""
 
-    def __init__(self, command: str, description: str, example: str) -> None:
+    def __init__(self, *, command: str, description: str, example: str, **settings: Any) -> None:
         super().__init__(
             prog=f"llm-distill {command}",
             description=description,
@@ -124,7 +124,18 @@ class Parser(argparse.ArgumentParser):
             formatter_class=HelpFormatter,
             add_help=False,
             allow_abbrev=False,
+            **settings,
         )
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. `{self.prog} --help` shows what it takes.")
+
+
+class Parser(CommandParser):
+    """For a command with a few arguments of its own."""
+
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(command=command, description=description, example=example)
         self.add_argument("-h", "--help", action="help", help="This shows what the command takes.")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
@@ -134,9 +145,6 @@ class Parser(argparse.ArgumentParser):
         options = self.parse_args(argv)
         prepare_libraries()
         return options
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. `{self.prog} --help` shows what it takes.")
 
 
 def prepare_libraries() -> None:

@@ -41,7 +41,7 @@ def write_model_card(
     name: str,
     repo_id: str | None = None,
     base_model: str | None = None,
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
     api: HfApi | None = None,
 ) -> None:
     """Writes `folder/README.md`: what was distilled from what, how, and how well. Nothing local, nothing secret. A card
@@ -67,9 +67,10 @@ def write_model_card(
         start = {"model": record["student.model"], "revision": record["student.revision"]}
         licences["start"] = licence_of(start, api or HfApi())
     adapter = (folder / "adapter_config.json").is_file()
+    further = [tags] if isinstance(tags, str) else tags or []
     data = ModelCardData(
         library_name="peft" if adapter else "transformers",
-        tags=sorted({*TAGS, *(tags or []), *(f"distilled-from:{name}" for name in _hub_teachers(record))}),
+        tags=sorted({*TAGS, *further, *(f"distilled-from:{name}" for name in _hub_teachers(record))}),
         base_model=base_model,
         datasets=[record["run.dataset"]] if record.get("run.dataset") else None,
         pipeline_tag="text-generation",

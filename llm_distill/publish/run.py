@@ -87,7 +87,7 @@ class RunRecord:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.write(self.folder, state, ranks)
         title = name or (self.args.hub_model_id or self.folder.absolute().name).split("/")[-1]
-        write_model_card(self.folder, name=title, tags=[tags] if isinstance(tags, str) else tags)
+        write_model_card(self.folder, name=title, tags=tags)
 
     def push(self, repo_id: str | None, *, blocking: bool = True, **options: Any) -> CommitInfo | Future[CommitInfo]:
         """Uploads the folder; options are those of `prepare_push`, by default those of the configuration.
@@ -95,10 +95,9 @@ class RunRecord:
         Args:
             blocking: otherwise another thread uploads, after all that can be refused.
         """
-        args, tags = self.args, options.pop("tags", None)
+        args = self.args
         defaults = {"private": args.hub_private_repo, "revision": args.hub_revision, "token": args.hub_token}
         given = {name: value for name, value in options.items() if value is not None}
         where = repo_id or args.hub_model_id or self.folder.absolute().name
-        tags = [tags] if isinstance(tags, str) else tags
-        upload = prepare_push(self.folder, where, tags=tags, **(defaults | given))
+        upload = prepare_push(self.folder, where, **(defaults | given))
         return upload() if blocking else run_as_future(upload)

@@ -48,7 +48,7 @@ def prepare_push(
     dataset: str | None = None,
     base_model: str | None = None,
     model_name: str | None = None,
-    tags: list[str] | None = None,
+    tags: str | list[str] | None = None,
     commit_message: str | None = None,
     revision: str | None = None,
     token: str | None = None,
