@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from llm_distill import DistillationTrainer, LiveTeacher
 from llm_distill.heads import LMHead
-from llm_distill.rows import counted_rows
+from llm_distill.models import kept_of
+from llm_distill.rows import View, counted_rows
 
 LORA = LoraConfig(r=4, target_modules="all-linear")
 NF4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
@@ -91,7 +92,10 @@ def test_a_learned_prompt_in_front_shifts_nothing(tmp_path: Path, tokenizer: Pre
     prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
     trainer = make_trainer(tmp_path, tokenizer, tiny_llama(1).double(), teacher(tokenizer), peft_config=prompt)
     batch, before = first_batch(trainer), copied_state(trainer.model)
-    expected = cross_entropy(trainer.model, batch)
+    expected, head = cross_entropy(trainer.model, batch), LMHead.of(trainer.model, VOCAB)
+    with torch.no_grad():
+        kept = kept_of(trainer.model, head, View.of(batch))
+    torch.testing.assert_close(head(kept.hidden), counted_logits(trainer.model, batch))
     trainer.train()
     assert logged(trainer, "ce")[0] == pytest.approx(expected, rel=1e-9)
     changed = {name for name, value in trainer.model.state_dict().items() if not torch.equal(value, before[name])}
