@@ -110,7 +110,7 @@ def parse_mapping(name: str, value: Any) -> dict[str, Any]:
     Raises:
         ValueError: it is none.
     """
-    parsed = _parse(value) or {}
+    parsed = _parse(name, value) or {}
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} must be a mapping such as '{{\"beta\": 0.5}}', got {value!r}.")
     return parsed
@@ -118,26 +118,40 @@ def parse_mapping(name: str, value: Any) -> dict[str, Any]:
 
 def parse_mappings(name: str, value: Any) -> list[dict[str, Any]]:
     """A list of mappings, as `parse_mapping` parses one. Raises ValueError where it is none."""
-    parsed = _parse(value) or []
+    parsed = _parse(name, value) or []
     if not isinstance(parsed, list) or not all(isinstance(part, dict) for part in parsed):
         raise ValueError(f"{name} must be a list of mappings such as '[{{\"weight\": 0.5}}]', got {value!r}.")
     return parsed
 
 
-def _parse(value: Any) -> Any:
-    """What YAML makes of a text (JSON is YAML), and everything else as it is; numbers are numbers in either."""
+def _parse(name: str, value: Any) -> Any:
+    """What a text means, and everything else as it is; numbers are numbers in either."""
     try:
-        return _with_numbers(yaml.safe_load(value) if isinstance(value, str) else value)
-    except yaml.YAMLError:
-        return value
+        return with_numbers(read_yaml(value) if isinstance(value, str) else value)
+    except ValueError as error:
+        raise ValueError(f"{name} must be YAML or JSON, got {value!r}: {error}") from error
 
 
-def _with_numbers(value: Any) -> Any:
+def read_yaml(text: str) -> Any:
+    """What YAML makes of a text (JSON is YAML).
+
+    Raises:
+        ValueError: it is not YAML, or has an alias, with which a few lines become gigabytes.
+    """
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+            raise ValueError("it has an alias (*name), which is not taken: write out what it stands for.")
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"it is not YAML. ({error})") from error
+
+
+def with_numbers(value: Any) -> Any:
     """The same, with a number for each text that is one in YAML 1.2 and in JSON."""
     if isinstance(value, dict):
-        return {name: _with_numbers(part) for name, part in value.items()}
+        return {name: with_numbers(part) for name, part in value.items()}
     if isinstance(value, list):
-        return [_with_numbers(part) for part in value]
+        return [with_numbers(part) for part in value]
     return float(value) if isinstance(value, str) and SCIENTIFIC.fullmatch(value) else value
 
 

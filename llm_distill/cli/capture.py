@@ -9,32 +9,31 @@ from llm_distill.cli.build import build_capture, load_student
 from llm_distill.cli.parsing import errors_in_one_line, parse
 
 
+@errors_in_one_line
 def capture(argv: Sequence[str]) -> None:
     """Stores a teacher's answers to a dataset: `llm-distill capture`, and `recipes/capture.py`."""
-    with errors_in_one_line():
-        script, args, model, options = parse("capture", argv)
-        from llm_distill.cache.methods import make_method
-        from llm_distill.capture.report import report_fidelity
-        from llm_distill.capture.run import capture as fill
+    script, args, model, options = parse("capture", argv)
+    from llm_distill.cache.methods import make_method
+    from llm_distill.capture.report import report_fidelity
+    from llm_distill.capture.run import capture as fill
 
-        tells_all = args.divergence == "forward_kl" and args.teacher_server_url is None
-        method = make_method(options.cache_method or ("hybrid" if tells_all else "top_k"), **options.cache_kwargs)
-        folder = args.teacher_cache or str(Path(args.output_dir, "teacher_cache"))
-        teacher, data = build_capture(script, args, model)
-        cache = fill(
-            teacher,
-            data,
-            folder,
-            method,
-            drop_stale=options.drop_stale,
-            examples_per_shard=options.examples_per_shard,
-        )
+    tells_all = args.divergence == "forward_kl" and args.teacher_server_url is None
+    method = make_method(options.cache_method or ("hybrid" if tells_all else "top_k"), **options.cache_kwargs)
+    folder = args.teacher_cache or str(Path(args.output_dir, "teacher_cache"))
+    teacher, data = build_capture(script, args, model)
+    cache = fill(
+        teacher,
+        data,
+        folder,
+        method,
+        drop_stale=options.drop_stale,
+        examples_per_shard=options.examples_per_shard,
+    )
     data.accelerator.print(cache.summary())
     report_fidelity(teacher, load_student(data, model), data, cache)
     if options.cache_hub_id is not None and data.accelerator.is_main_process:
         from llm_distill.publish.datasets import push_cache
 
-        with errors_in_one_line():
-            print(f"Pushed to {push_cache(cache, options.cache_hub_id, private=options.cache_hub_private)}")
+        print(f"Pushed to {push_cache(cache, options.cache_hub_id, private=options.cache_hub_private)}")
     data.accelerator.print(f"Train from it with --teacher_cache {folder}")
     data.accelerator.end_training()

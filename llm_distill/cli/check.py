@@ -23,23 +23,22 @@ LOADING = ("student", "teacher", "tokenizers")
 """What is red of these says why a run cannot be set up."""
 
 
+@errors_in_one_line
 def check(argv: Sequence[str]) -> None:
     """Says what can be known of a training run before its first step: `llm-distill check`.
 
     Exits with status 1 where something is red.
     """
-    with errors_in_one_line():
-        script, args, model, options = parse("check", argv)
-        if not model.model_name_or_path:
-            raise ValueError("--model_name_or_path is missing: the student, a Hub id or a folder.")
+    script, args, model, options = parse("check", argv)
+    if not model.model_name_or_path:
+        raise ValueError("--model_name_or_path is missing: the student, a Hub id or a folder.")
     from llm_distill.ranks import ranks
 
     report, trainer = checked(script, args, model)
     if ranks().is_main_process:
         report.print(sys.stdout)
         if options.json is not None:
-            with errors_in_one_line():
-                Path(options.json).write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
+            Path(options.json).write_text(json.dumps(report.as_json(), indent=2, ensure_ascii=False) + "\n")
     if trainer is not None:
         trainer.end()
     if report.is_red:

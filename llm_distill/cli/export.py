@@ -14,6 +14,7 @@ compares its next tokens with the student's. What differs is not left.
 EXAMPLE = "llm-distill export runs/student --format gguf --dtype float16 --output runs/student.gguf"
 
 
+@errors_in_one_line
 def export(argv: Sequence[str]) -> None:
     """Writes a student as GGUF or ONNX: `llm-distill export`."""
     parser = Parser("export", DESCRIPTION, EXAMPLE)
@@ -23,19 +24,18 @@ def export(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--dtype", help="The weights of gguf are auto (as they are; the default), float32, float16 or bfloat16."
     )
-    with errors_in_one_line():
-        options = parser.parse(argv)
-        try:
-            if options.format == "gguf":
-                from llm_distill.publish.gguf import export_gguf
+    options = parser.parse(argv)
+    try:
+        if options.format == "gguf":
+            from llm_distill.publish.gguf import export_gguf
 
-                share = export_gguf(options.folder, options.output, options.dtype or "auto")
-            elif options.dtype is not None:
-                raise ValueError("without effect here, so refused: dtype (onnx is written in float32).")
-            else:
-                from llm_distill.publish.onnx import export_onnx
+            share = export_gguf(options.folder, options.output, options.dtype or "auto")
+        elif options.dtype is not None:
+            raise ValueError("without effect here, so refused: dtype (onnx is written in float32).")
+        else:
+            from llm_distill.publish.onnx import export_onnx
 
-                share = export_onnx(options.folder, options.output)
-        except ImportError as error:
-            raise ValueError(f"{error}. Exports need `pip install 'llm-distill[export]'`.") from error
-        print(f"{options.output} says the same next tokens as the student, at {share:.1%} of the positions tested.")
+            share = export_onnx(options.folder, options.output)
+    except ImportError as error:
+        raise ValueError(f"{error}. Exports need `pip install 'llm-distill[export]'`.") from error
+    print(f"{options.output} says the same next tokens as the student, at {share:.1%} of the positions tested.")

@@ -9,7 +9,7 @@ from typing import Any
 
 from trl import TrlParser
 
-from llm_distill.cli.parsing import CommandParser
+from llm_distill.cli.parsing import TRACEBACK, TRACEBACK_HELP, CommandParser
 from llm_distill.options import headings_of
 
 SECTIONS: dict[str, dict[str, str]] = {
@@ -103,6 +103,7 @@ class OptionParser(CommandParser, TrlParser):
         first.add_argument("-h", "--help", action="help", help="This shows the options that most runs need.")
         first.add_argument("--help-all", action="help", help="This shows every option, those of transformers too.")
         first.add_argument("--config", metavar="FILE", help="This YAML file has any of the options. Flags win over it.")
+        first.add_argument(TRACEBACK, action="store_true", help=TRACEBACK_HELP)
         return {heading: self.add_argument_group(heading) for heading in (*SECTIONS, EVERYTHING_ELSE)}
 
     def add_argument(self, *flags: str, **kwargs: Any) -> argparse.Action:

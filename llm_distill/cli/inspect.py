@@ -12,25 +12,25 @@ run) the teacher is loaded, and the fidelity is measured anew on that run's text
 EXAMPLE = "llm-distill inspect teacher_cache --config run.yaml"
 
 
+@errors_in_one_line
 def inspect(argv: Sequence[str]) -> None:
     """What a cache holds, whether it is whole and, with a run's options, how true it is: `llm-distill inspect`."""
     parser = Parser("inspect", DESCRIPTION, EXAMPLE)
     parser.add_argument("cache", help="The cache is this folder, or this dataset repository on the Hub.")
-    with errors_in_one_line():
-        options = parser.parse(argv[:1])
-        from llm_distill.cache import TeacherCache
+    options = parser.parse(argv[:1])
+    from llm_distill.cache import TeacherCache
 
-        cache = TeacherCache.open(options.cache)
-        print(cache.summary())
-        damaged = cache.verify()
-        if damaged:
-            raise ValueError(f"{len(damaged)} damaged: {', '.join(damaged)}. `llm-distill capture` makes them again.")
-        print(f"All {len(cache.shards)} shards are whole.")
-        if argv[1:]:
-            from llm_distill.capture.report import report_fidelity
+    cache = TeacherCache.open(options.cache)
+    print(cache.summary())
+    damaged = cache.verify()
+    if damaged:
+        raise ValueError(f"{len(damaged)} damaged: {', '.join(damaged)}. `llm-distill capture` makes them again.")
+    print(f"All {len(cache.shards)} shards are whole.")
+    if argv[1:]:
+        from llm_distill.capture.report import report_fidelity
 
-            script, args, model, _ = parse("capture", argv[1:])  # so that the YAML of either serves
-            teacher, data = build_capture(script, args, model)
-            report_fidelity(teacher, load_student(data, model), data, cache)
-        elif cache.manifest.get("fidelity"):
-            print(cache.manifest["fidelity"]["table"])
+        script, args, model, _ = parse("capture", argv[1:])  # so that the YAML of either serves
+        teacher, data = build_capture(script, args, model)
+        report_fidelity(teacher, load_student(data, model), data, cache)
+    elif cache.manifest.get("fidelity"):
+        print(cache.manifest["fidelity"]["table"])

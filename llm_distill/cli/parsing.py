@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from pkgutil import resolve_name
@@ -17,6 +17,10 @@ from typing import Any, NoReturn
 RUN = ("trl:ScriptArguments", "llm_distill.config:DistillationConfig", "trl:ModelConfig")
 START, CHECK = "llm_distill.cli.options:StartConfig", "llm_distill.cli.options:CheckConfig"
 CAPTURE = "llm_distill.capture.options:CaptureConfig"
+TRACEBACK = "--traceback"
+TRACEBACK_HELP = "An error says where in the code it happened too."
+ENVIRONMENT = ("CUDA_VISIBLE_DEVICES", "HF_HUB_OFFLINE", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "WANDB_PROJECT")
+"""Variables that a YAML may set. Others load code, or say where keys and models come from."""
 
 
 @dataclass(frozen=True)
@@ -70,14 +74,33 @@ report.json.""",
 }
 
 
-@contextmanager
-def errors_in_one_line() -> Iterator[None]:
-    """What a person gave and cannot be needs no traceback."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        print(f"llm-distill: error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+def errors_in_one_line(run: Callable[[Sequence[str]], None]) -> Callable[[Sequence[str]], None]:
+    """Makes a command of a function: whatever ends it is said in one line, and `--traceback` shows where it happened.
+
+    The status is 2 for what a person gave and cannot be, 130 for Ctrl-C and 1 for what nobody expected.
+    """
+
+    @functools.wraps(run)
+    def command(argv: Sequence[str]) -> None:
+        try:
+            run([word for word in argv if word != TRACEBACK])
+        except (Exception, KeyboardInterrupt) as error:
+            if TRACEBACK in argv:
+                raise
+            line, status = _describe_error(error)
+            print(f"llm-distill: {' '.join(line.split())}", file=sys.stderr)
+            sys.exit(status)
+
+    return command
+
+
+def _describe_error(error: BaseException) -> tuple[str, int]:
+    """In a line what ended a command, and its exit status."""
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted.", 130
+    if isinstance(error, ValueError | TypeError | OSError | ImportError):
+        return f"error: {error}", 2
+    return f"unexpected {type(error).__name__}: {error}. With {TRACEBACK} it says where it happened.", 1
 
 
 def parse(command: str, argv: Sequence[str]) -> list[Any]:
@@ -100,7 +123,7 @@ def parse(command: str, argv: Sequence[str]) -> list[Any]:
         content = _read_yaml(path)
         shared = [resolve_name(name) for name in spec.in_yaml if name != CAPTURE or content.get("teacher_cache")]
         of_others = {field.name for group in shared for field in fields(group)}
-        given = {str(key): f"{key!r} in {path}" for key in content}
+        given = {key: f"{key!r} in {path}" for key in content}
         _refuse_unknown(parser.prog, given, parser.names | of_others)
         parser.set_defaults_with_config(**{key: value for key, value in content.items() if key not in of_others})
     return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
@@ -137,12 +160,14 @@ class Parser(CommandParser):
     def __init__(self, command: str, description: str, example: str) -> None:
         super().__init__(command=command, description=description, example=example)
         self.add_argument("-h", "--help", action="help", help="This shows what the command takes.")
+        self.add_argument(TRACEBACK, action="store_true", help=TRACEBACK_HELP)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Raises ValueError for an unknown flag, with the nearest known one, and for what is missing."""
         known = {flag.lstrip("-") for action in self._actions for flag in action.option_strings}
         _refuse_unknown(self.prog, _flags(argv), known)
         options = self.parse_args(argv)
+        del options.traceback  # `errors_in_one_line` has taken it
         prepare_libraries()
         return options
 
@@ -175,18 +200,26 @@ def _refuse_unknown(program: str, given: dict[str, str], known: set[str]) -> Non
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The options of a file. What it has under `env` becomes part of the environment."""
-    import yaml
+    from llm_distill.options import read_yaml, with_numbers
 
     if not path.is_file():
         raise FileNotFoundError(f"--config {path}: there is no such file.")
     try:
-        content = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config {path} is not YAML. ({error})") from error
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"--config {path}: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
+    content = {
+        str(name): with_numbers(value) if isinstance(value, dict | list) else value for name, value in content.items()
+    }
     environment = content.pop("env", {})
     if not isinstance(environment, dict):
         raise ValueError(f"'env' in {path} must be a mapping of variables, got {environment!r}.")
+    if refused := [name for name in environment if name not in ENVIRONMENT]:
+        raise ValueError(
+            f"'env' in {path} sets {refused[0]}: a file may set only {', '.join(ENVIRONMENT)}. Set others where the "
+            "command is started."
+        )
     os.environ.update({name: str(value) for name, value in environment.items()})
     return content

@@ -12,6 +12,7 @@ that broke off goes on where it was."""
 EXAMPLE = "llm-distill push runs/student somebody/qwen-0.5b-from-7b --merge_adapters --report runs/report/report.json"
 
 
+@errors_in_one_line
 def push(argv: Sequence[str]) -> None:
     """Uploads a student with its card: `llm-distill push`."""
     parser = Parser("push", DESCRIPTION, EXAMPLE)
@@ -26,9 +27,8 @@ def push(argv: Sequence[str]) -> None:
     parser.add_argument("--report", help="The card shows this gap report (report.json). By default the folder's own.")
     parser.add_argument("--dataset", help="The card says that the student learned from this dataset of the Hub.")
     parser.add_argument("--revision", help="It goes to this branch. By default it is main.")
-    with errors_in_one_line():
-        options = vars(parser.parse(argv))
-        from llm_distill.publish.student import prepare_push
+    options = vars(parser.parse(argv))
+    from llm_distill.publish.student import prepare_push
 
-        commit = prepare_push(options.pop("folder"), options.pop("repo_id"), **options)()
-        print(f"Pushed to {commit.repo_url}")
+    commit = prepare_push(options.pop("folder"), options.pop("repo_id"), **options)()
+    print(f"Pushed to {commit.repo_url}")

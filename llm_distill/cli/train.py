@@ -14,22 +14,22 @@ if TYPE_CHECKING:
     from llm_distill.check.report import Report
 
 
+@errors_in_one_line
 def train(argv: Sequence[str]) -> None:
     """Trains a student on a teacher's distributions: `llm-distill train`, and `recipes/token_kl.py`."""
-    with errors_in_one_line():
-        script, args, model, start = parse("train", argv)
-        from llm_distill.data import corpus
-        from llm_distill.leaks import public_value
-        from llm_distill.publish.record import run_options
+    script, args, model, start = parse("train", argv)
+    from llm_distill.data import corpus
+    from llm_distill.leaks import public_value
+    from llm_distill.publish.record import run_options
 
-        options = run_options(script, args, model)
-        if start.check and model.model_name_or_path:
-            refuse_red(before_loading(args, model), only="memory")
-        trainer = build_trainer(script, args, model)
-        trainer.run.command, trainer.run.options = ["llm-distill", "train", *argv], options
-        trainer.run.record["data.name"] = public_value(script.dataset_name)
-        resumption = _resumption(args.resume_from_checkpoint)
-        trainer.run.require_resumable(resumption)
+    options = run_options(script, args, model)
+    if start.check and model.model_name_or_path:
+        refuse_red(before_loading(args, model), only="memory")
+    trainer = build_trainer(script, args, model)
+    trainer.run.command, trainer.run.options = ["llm-distill", "train", *argv], options
+    trainer.run.record["data.name"] = public_value(script.dataset_name)
+    resumption = _resumption(args.resume_from_checkpoint)
+    trainer.run.require_resumable(resumption)
     if start.check:
         refuse_red(trainer.check())
     dataset = None if script.dataset_name == corpus.NAME else script.dataset_name
@@ -39,11 +39,10 @@ def train(argv: Sequence[str]) -> None:
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if args.push_to_hub:
-        with errors_in_one_line():
-            try:
-                trainer.push_to_hub(dataset_name=dataset)  # saves both first
-            except (ValueError, ConnectionError) as error:
-                raise ValueError(f"the student is in {args.output_dir}, but is not on the Hub: {error}") from error
+        try:
+            trainer.push_to_hub(dataset_name=dataset)  # saves both first
+        except (ValueError, ConnectionError) as error:
+            raise ValueError(f"the student is in {args.output_dir}, but is not on the Hub: {error}") from error
     else:
         trainer.save_model()
         trainer.create_model_card(dataset_name=dataset)

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from trl import SFTConfig
 import llm_distill
 from llm_distill import DistillationConfig
 from llm_distill.cli import COMMANDS, main
-from llm_distill.cli.parsing import parse
+from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.cli.train import train
 from llm_distill.data.load import load_data
 from llm_distill.divergences import JSD
@@ -154,7 +155,7 @@ def test_a_command_says_nothing_of_libraries_that_nobody_uses(tmp_path: Path, ru
 def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
     tmp_path: Path, run: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("LLM_DISTILL_TEST", "before")
+    monkeypatch.setenv("WANDB_PROJECT", "before")
     path = tmp_path / "run.yaml"
     lines = [
         "learning_rate: 1e-4",  # to YAML 1.1 a string
@@ -162,15 +163,17 @@ def test_defaults_give_way_to_the_file_and_the_file_to_the_command_line(
         "divergence_kwargs: {beta: 1e-1}",
         "teacher_model_init_kwargs: {dtype: bfloat16}",
         "loss_temperature: 2",
-        "env: {LLM_DISTILL_TEST: from the file}",
+        "env: {WANDB_PROJECT: from the file}",
+        "lr_scheduler_kwargs: {min_lr: 1e-6}",
     ]
     path.write_text("\n".join([yaml.safe_dump(run), *lines]))
     script, args, model, _ = parse("train", ["--config", str(path)])
     assert (script.dataset_name, model.model_name_or_path) == (run["dataset_name"], run["model_name_or_path"])
     assert (args.learning_rate, args.divergence, args.loss_temperature, args.kd_weight) == (1e-4, "jsd", 2.0, 1.0)
     assert args.teacher_model_init_kwargs == {"dtype": "bfloat16"}
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6}
     assert Objective.of(args).head.divergence == JSD(beta=0.1)
-    assert os.environ["LLM_DISTILL_TEST"] == "from the file"
+    assert os.environ["WANDB_PROJECT"] == "from the file"
 
     flags = {
         "learning_rate": "1e-3",
@@ -228,14 +231,48 @@ def test_a_wrong_option_is_named_in_one_line(
     assert not list((tmp_path / "out").glob("*"))
 
 
-@pytest.mark.parametrize("content", [None, "- learning_rate", "divergence: [jsd"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        None,
+        "- learning_rate",
+        "divergence: [jsd",
+        "env: {LD_PRELOAD: /tmp/library.so}",
+        "a: &a [1, 2]\nb: &b [*a, *a]\nlora_target_modules: [*b, *b]",
+        200 * "[",
+        "divergence: caf\udce9",
+    ],
+)
 def test_a_file_that_cannot_be_read_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None
 ) -> None:
     path = tmp_path / "run.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_text(content, errors="surrogateescape")
     assert str(path) in refused(capsys, train, ["--config", str(path)])
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (ValueError("the text\nis too long"), 2, "llm-distill: error: the text is too long"),
+        (KeyError("text"), 1, "llm-distill: unexpected KeyError: 'text'. With --traceback it says where it happened."),
+        (KeyboardInterrupt(), 130, "llm-distill: interrupted."),
+    ],
+)
+def test_whatever_ends_a_command_is_one_line_and_the_rest_comes_with_traceback(
+    capsys: pytest.CaptureFixture[str], error: BaseException, status: int, line: str
+) -> None:
+    @errors_in_one_line
+    def command(argv: Sequence[str]) -> None:
+        assert argv == ["--fast"]
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        command(["--fast"])
+    assert (caught.value.code, capsys.readouterr().err) == (status, f"{line}\n")
+    with pytest.raises(type(error)):
+        command(["--traceback", "--fast"])
 
 
 @pytest.mark.parametrize("kind", ROWS)
