@@ -40,7 +40,7 @@ def embedded(stage: str) -> list[str]:
             "teacher_model_name_or_path": defaults[defaults.index("--teacher_model_name_or_path") + 1],
             "dataset_name": NAME,
             "prompt_tokens": 16,
-            "max_prompts": 200,
+            "max_prompts": 100,
             "max_new_tokens": recipe.block - 16,
             "num_completions": 2,
             "batch_size": 64,

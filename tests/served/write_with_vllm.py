@@ -19,7 +19,7 @@ if __name__ == "__main__":
     model, asked, answered = sys.argv[1:]
     tokenizer = AutoTokenizer.from_pretrained(model)
     sampling = Sampling(max_new_tokens=6, temperature=0)
-    engine = VLLMEngine(model, tokenizer, sampling, score=True, dtype="float32", max_model_len=128)
+    engine = VLLMEngine(model, tokenizer, sampling, score=True, dtype="float32", max_model_len=128, enforce_eager=True)
     prompts = prompts_of({"prompt": text} for text in json.loads(Path(asked).read_text()))
     answers = {
         answer.prompt.content: [[written.ids, written.text, written.mean_log_prob] for written in answer.completions]
