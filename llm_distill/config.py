@@ -9,6 +9,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from llm_distill.leaks import without_secrets
 from llm_distill.losses.options import ObjectiveOptions
 from llm_distill.options import fields_chosen, option
 from llm_distill.ranks import has_fast_bfloat16, is_on_cpu
@@ -64,6 +65,10 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, SFTConfig):
                 f"hub_strategy={self.hub_strategy} uploads training_args.bin, a pickle with local paths and hub_token. "
                 "Use hub_strategy=end; `llm-distill push FOLDER/checkpoint-500 user/name` uploads one without it."
             )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As `TrainingArguments.to_dict`, which trackers log: without tokens in `model_init_kwargs` and the like."""
+        return {name: without_secrets(value) for name, value in super().to_dict().items()}
 
     def conflicts(self) -> dict[str, Any]:
         return super().conflicts() | {

@@ -37,6 +37,22 @@ def _flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file holds.
+
+    Raises:
+        ValueError: it is not there, cannot be read, or holds no object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"it is no JSON ({error})"
+        raise ValueError(f"{path} cannot be read: {reason}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} should hold a JSON object, and holds a {type(content).__name__}.")
+    return content
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """A reader sees the old file or the new one, also after a power cut."""
     with replacing(path) as temporary:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -58,7 +59,38 @@ class Table:
 
 def escape_markdown(text: str) -> str:
     """The text in one line, in which no sign means anything to Markdown. Those inside of words mean nothing anyway."""
-    return MARKDOWN_SIGN.sub(r"\\\g<0>", " ".join(text.split()))
+    return MARKDOWN_SIGN.sub(r"\\\g<0>", printable(" ".join(text.split())))
+
+
+def as_code(text: str, language: str | None = None) -> str:
+    """The text as code in a line or, with a language, as a block: longer fences than any in it."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    if language is None:
+        fence, space = "`" * (longest + 1), " " if longest else ""
+        return f"{fence}{space}{printable(' '.join(text.split()))}{space}{fence}"
+    fence = "`" * max(3, longest + 1)
+    return f"{fence}{language}\n{printable(text).strip()}\n{fence}"
+
+
+def printable(text: str) -> str:
+    """Words of others for a terminal: without what would steer it, or turn the direction of reading."""
+    return "".join("\ufffd" if _steers(sign) else sign for sign in text)
+
+
+def _steers(sign: str) -> bool:
+    """Control characters but for newline and tab; overrides, embeddings and isolates of direction."""
+    is_control = unicodedata.category(sign) == "Cc" and sign not in "\n\t"
+    return is_control or unicodedata.bidirectional(sign) in (
+        "LRE",
+        "RLE",
+        "LRO",
+        "RLO",
+        "PDF",
+        "LRI",
+        "RLI",
+        "FSI",
+        "PDI",
+    )
 
 
 def _markdown_row(cells: Sequence[object]) -> str:

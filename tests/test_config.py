@@ -82,3 +82,10 @@ def test_activations_are_kept_unless_someone_says_otherwise_by_either_name(tmp_p
 def test_a_configuration_begins_with_the_fields_of_trl_in_their_order() -> None:
     names = [field.name for field in fields(SFTConfig)]
     assert [field.name for field in fields(DistillationConfig)][: len(names)] == names
+
+
+def test_what_trackers_log_has_no_token_of_a_model_s_options(tmp_path: Path) -> None:
+    kwargs = {"token": "mirror-secret", "attn_implementation": "eager"}
+    options = DistillationConfig(str(tmp_path), model_init_kwargs=kwargs, teacher_model_init_kwargs=kwargs).to_dict()
+    for name in ("model_init_kwargs", "teacher_model_init_kwargs"):
+        assert options[name] == {"attn_implementation": "eager"}

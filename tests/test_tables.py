@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llm_distill.tables import Markdown, Table, escape_markdown
+from llm_distill.tables import Markdown, Table, as_code, escape_markdown, printable
 
 
 def test_numbers_stand_on_the_right_and_words_on_the_left() -> None:
@@ -44,3 +44,13 @@ def test_empty_columns_go_if_asked_and_no_rows_are_no_table() -> None:
     table = Table(["a", "b", "c"], [["x", "", 1], ["y", "", ""]])
     assert table.without_empty_columns() == Table(["a", "c"], [["x", 1], ["y", ""]])
     assert Table(["a"], []).markdown() == Table(["a"], []).html() == ""
+
+
+def test_code_ends_where_it_ends() -> None:
+    assert as_code("a `b`") == "`` a `b` ``"
+    assert as_code("a\n```\n<img src=x>", "text") == "````text\na\n```\n<img src=x>\n````"
+
+
+def test_words_of_others_do_not_steer_a_terminal() -> None:
+    assert printable("a\x1b[2J\x07\x9b1m\u202eb\n\tc") == "a\ufffd[2J\ufffd\ufffd1m\ufffdb\n\tc"
+    assert "\x1b" not in Table(["a"], [["\x1b[31mred"]]).markdown()

@@ -30,6 +30,7 @@ from llm_distill.cache.codec import ZSTD_LEVEL, columns
 from llm_distill.cache.keys import KeyIndex
 from llm_distill.cache.methods import Method, make_method
 from llm_distill.rows import KEY_BYTES
+from llm_distill.tables import printable
 
 GROUP_BYTES = 2**19
 """What is compressed, and read, together: small, because examples are read in any order."""
@@ -257,7 +258,7 @@ class TeacherCache:
         """What it is, in a few lines."""
         teacher, size = self.manifest["teacher"], self.num_bytes
         name = teacher.get("model") or teacher.get("architecture") or f"{len(teacher.get('ensemble', []))} teachers"
-        return (
+        return printable(
             f"{self.path}: {self.method} of {name} at temperature {self.manifest['temperature']:g}\n"
             f"{len(self):,} texts, {self.num_rows:,} tokens, {size / 1e6:,.1f} MB in {len(self.shards):,} shards: "
             f"{size / max(self.num_rows, 1):.1f} bytes a token"

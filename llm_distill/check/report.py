@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, TextIO
 
+from llm_distill.tables import printable
+
 LEVELS = ("skipped", "green", "amber", "red")
 """From nothing known to nothing works."""
 COLOURS = {"skipped": 90, "green": 32, "amber": 33, "red": 31}
@@ -40,7 +42,7 @@ class Report:
         for finding in self.findings:
             level = f"{finding.level:<7}"
             level = f"\033[{COLOURS[finding.level]}m{level}\033[0m" if coloured else level
-            lines.append(f"{level}  {finding.what:<{width}}  {finding.text}")
+            lines.append(f"{level}  {finding.what:<{width}}  {printable(finding.text)}")
             if finding.todo:
                 lines.append(f"{'':<7}  {'':<{width}}  → {finding.todo}")
         return "\n".join([*lines, self.summary()])

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from llm_distill.cli.build import build_capture, load_student
 from llm_distill.cli.parsing import Parser, errors_in_one_line, parse
+from llm_distill.tables import printable
 
 DESCRIPTION = """Says what a teacher cache holds and verifies every file. With --config (and any option of a training
 run) the teacher is loaded, and the fidelity is measured anew on that run's texts."""
@@ -33,4 +34,4 @@ def inspect(argv: Sequence[str]) -> None:
         teacher, data = build_capture(script, args, model)
         report_fidelity(teacher, load_student(data, model), data, cache)
     elif cache.manifest.get("fidelity"):
-        print(cache.manifest["fidelity"]["table"])
+        print(printable(cache.manifest["fidelity"]["table"]))

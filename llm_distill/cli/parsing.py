@@ -14,6 +14,8 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+from llm_distill.tables import printable
+
 RUN = ("trl:ScriptArguments", "llm_distill.config:DistillationConfig", "trl:ModelConfig")
 START, CHECK = "llm_distill.cli.options:StartConfig", "llm_distill.cli.options:CheckConfig"
 CAPTURE = "llm_distill.capture.options:CaptureConfig"
@@ -88,7 +90,7 @@ def errors_in_one_line(run: Callable[[Sequence[str]], None]) -> Callable[[Sequen
             if TRACEBACK in argv:
                 raise
             line, status = _describe_error(error)
-            print(f"llm-distill: {' '.join(line.split())}", file=sys.stderr)
+            print(f"llm-distill: {printable(' '.join(line.split()))}", file=sys.stderr)
             sys.exit(status)
 
     return command

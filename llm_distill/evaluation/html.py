@@ -23,6 +23,8 @@ STYLE = """
 .gap-report .before, .gap-report .made { color: #78716c }
 .gap-report .passage span[title] { cursor: help; border-radius: 2px }
 """
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+"""Nothing on the page runs or is fetched, whatever is written in it."""
 DARKEST = 3.0
 """Nats of KL at which a token's colour is full."""
 
@@ -59,6 +61,7 @@ def as_page(fragment: str) -> str:
     """A whole document."""
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Gap report</title>'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1"></head>\n'
         f"<body>\n{fragment}\n</body></html>\n"
     )
@@ -84,7 +87,7 @@ def _passage(passage: Mapping[str, Any]) -> str:
     tokens = "".join(map(_coloured_token, passage["tokens"]))
     return (
         f'<pre class="passage"><span class="before">{html.escape(passage["before"])}</span>{tokens}</pre>'
-        f'<p class="made">Text {passage["text"]}, mean KL {passage["kl"]:.2f} nats.</p>'
+        f'<p class="made">Text {passage["text"]:d}, mean KL {passage["kl"]:.2f} nats.</p>'
     )
 
 

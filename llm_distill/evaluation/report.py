@@ -27,7 +27,7 @@ from llm_distill.losses.metrics import LABELS
 from llm_distill.machine import describe_machine
 from llm_distill.models import describe_model
 from llm_distill.ranks import ranks
-from llm_distill.tables import Table, escape_markdown
+from llm_distill.tables import Table, as_code, escape_markdown
 from llm_distill.teachers.base import Teacher
 
 FORMAT = 1
@@ -40,6 +40,7 @@ BESIDE_THE_DOMAINS: dict[str, tuple[str, Callable[[Any], Sequence[Table | str]]]
     "resources": ("Speed, memory, energy", resources_parts),
 }
 """Other parts of the content: the title of each, and what makes a section of it."""
+PLOTS = ("quality", "furthest", "calibration", "resources")
 SHARES = ("top1_agreement", "acceptance", "accuracy", "ece", "student_ece", "teacher_ece", "gap_closed")
 PASSAGES = (
     "The redder a token, the larger KL(teacher‖student) where it is predicted. Point at one to see what both expected. "
@@ -92,13 +93,23 @@ class GapReport:
         """
         path = Path(path)
         path = path / f"{NAME}.json" if path.is_dir() else path
+        if not path.is_file():
+            raise ValueError(f"there is no report {path}.")
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"{path} is no gap report. ({error})") from error
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise ValueError(f"{path} is no gap report of format {FORMAT}: make it anew with `llm-distill evaluate`.")
-        return cls(content)
+        report = cls(content)
+        try:
+            report.as_markdown()
+            as_fragment("", report.subjects_table(), report.sections(), {}, "", "")
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ValueError(
+                f"{path} is a gap report without some of its figures, or with some that are none. ({error!r})"
+            ) from error
+        return report
 
     @property
     def domains(self) -> dict[str, DomainFigures]:
@@ -126,6 +137,8 @@ class GapReport:
 
     def headline(self) -> str:
         """The report in a sentence or two."""
+        if not self.domains:
+            return "No domain was measured."
         name, domain = next(iter(self.domains.items()))
         student, teacher = (domain["models"][model]["bits_per_byte"]["value"] for model in ("student", TEACHER))
         sentences = [f"On {name}, the student takes {student:.3f} bits a byte and its teacher {teacher:.3f}."]
@@ -146,7 +159,7 @@ class GapReport:
     def as_markdown(self) -> str:
         """Its tables, without the passages."""
         sections = [section.markdown() for section in self.sections() if not section.passages]
-        made = f"{escape_markdown(self.made())} `{self.content['command']}`"
+        made = f"{escape_markdown(self.made())} {as_code(self.content['command'])}"
         headline, subjects = escape_markdown(self.headline()), self.subjects_table().markdown()
         return "\n\n".join(["# Gap report", headline, subjects, *sections, made]) + "\n"
 

@@ -5,24 +5,27 @@ So it can be written again at any time, with a report that was made later, on a 
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 
 from llm_distill.evaluation.figures import LIKENESS, LOSSES, DomainFigures
+from llm_distill.evaluation.report import PLOTS, GapReport
 from llm_distill.evaluation.statistics import Interval, format_interval
+from llm_distill.files import read_json
 from llm_distill.losses.metrics import LABELS
 from llm_distill.publish.hub import TAGS, common_licence, licence_of, link_to, teachers_of, terms_of
 from llm_distill.publish.record import FILE, OPTIONS_FILE
-from llm_distill.tables import Markdown, Table
+from llm_distill.tables import Markdown, Table, as_code, escape_markdown
 
 CARD_FILE = "README.md"
 REPORT_FILE, REPORT_PAGES = "report.json", ("report.md", "report.html")
+PICTURES = tuple(f"report_{plot}.png" for plot in PLOTS)
 MARK = "<!-- llm-distill writes this card anew with every push. Remove this line to keep what you change. -->"
 UNFILLED = "[More Information Needed]"
 """Of the template that PEFT leaves."""
@@ -59,8 +62,8 @@ def write_model_card(
     path = folder / CARD_FILE
     if path.is_file() and not any(sign in path.read_text(encoding="utf-8") for sign in (MARK, UNFILLED)):
         return
-    record = json.loads((folder / FILE).read_text())
-    report = json.loads((folder / REPORT_FILE).read_text()) if (folder / REPORT_FILE).is_file() else None
+    record = read_json(folder / FILE)
+    report = GapReport.load(folder).content if (folder / REPORT_FILE).is_file() else None
     base_model = base_model or base_model_of(record)
     licences = {"teacher": licence_of(_teacher(record), api or HfApi())} if taught(record) else {}
     if record.get("student.revision"):
@@ -81,7 +84,7 @@ def write_model_card(
     if base_model is not None:
         data["base_model_relation"] = "adapter" if adapter else "finetune"
     sections = [
-        f"# {name}\n\n{_origin(record)}",
+        f"# {escape_markdown(name)}\n\n{_origin(record)}",
         _lineage(record, base_model, licences),
         f"## Use\n\n{_usage(folder, repo_id, adapter)}",
         *(_results(folder, record, report)),
@@ -123,7 +126,11 @@ def _origin(record: dict[str, Any]) -> str:
     if len(teachers) > 1:
         return f"Distilled with llm-distill from an ensemble of {len(teachers)} teachers."
     name = teachers[0].get("model") or teachers[0].get("architecture")
-    return f"Distilled with llm-distill from `{name}`{_size(teachers[0])}." if name else "Distilled with llm-distill."
+    return (
+        f"Distilled with llm-distill from {as_code(name)}{_size(teachers[0])}."
+        if name
+        else "Distilled with llm-distill."
+    )
 
 
 def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str, dict[str, Any]]) -> str:
@@ -137,7 +144,8 @@ def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str,
         rows += [("teacher", link_to(member) + _size(member), terms) for member in teachers_of(_teacher(record))]
     data = record.get("run.dataset") or record.get("data.name")
     if data:
-        linked = f"[{data}](https://huggingface.co/datasets/{data})" if record.get("run.dataset") else f"`{data}`"
+        address = f"https://huggingface.co/datasets/{quote(data)}"
+        linked = f"[{escape_markdown(data)}]({address})" if record.get("run.dataset") else as_code(data)
         count = f", {record['data.texts']:,} texts" if record.get("data.texts") else ""
         rows.append(("data", linked + count, "see there"))
     return Table(("", "what", "licence"), [(name, *map(Markdown, cells)) for name, *cells in rows]).markdown()
@@ -163,7 +171,7 @@ def _usage(folder: Path, repo_id: str | None, adapter: bool) -> str:
         CHAT_INPUTS if has_template else 'inputs = tokenizer("A language model is", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))",
     ]
-    return "```python\n" + "\n".join(lines) + "\n```"
+    return as_code("\n".join(lines), "python")
 
 
 def _how(folder: Path, record: dict[str, Any]) -> str:
@@ -171,9 +179,9 @@ def _how(folder: Path, record: dict[str, Any]) -> str:
     run = _part(record, "run.")
     rows = [(name.replace("_", " "), f"{value}") for name, value in settings.items()]
     rows += [(name, run[name]) for name in ("steps", "ranks", "device", "date") if run.get(name)]
-    command = f"\n\n```text\n{run['command']}\n```" if run.get("command") else ""
+    command = f"\n\n{as_code(run['command'], 'text')}" if run.get("command") else ""
     options = (folder / OPTIONS_FILE).read_text() if (folder / OPTIONS_FILE).is_file() else ""
-    told = f"\n\n`{OPTIONS_FILE}`, for `llm-distill train --config {OPTIONS_FILE}`:\n\n```yaml\n{options}```"
+    told = f"\n\n`{OPTIONS_FILE}`, for `llm-distill train --config {OPTIONS_FILE}`:\n\n{as_code(options, 'yaml')}"
     return Table(("setting", "value"), rows).markdown() + command + (told if options else "")
 
 
@@ -195,13 +203,14 @@ def _results(folder: Path, record: dict[str, Any], report: dict[str, Any] | None
         if gap or alike:
             likeness.append((name, _interval(gap), *(_interval(alike.get(figure)) for figure in LIKENESS)))
     header = ("domain", "model", "tokens", *(LABELS[figure] for figure in LOSSES))
-    yield (
-        f"## Results on held-out text\n\nWith 95% intervals, {report['date']}.\n\n{Table(header, quality).markdown()}\n"
-    )
+    made = f"With 95% intervals, {escape_markdown(report['date'])}."
+    yield f"## Results on held-out text\n\n{made}\n\n{Table(header, quality).markdown()}\n"
     if likeness:
         table = Table(("domain", "gap closed", *(LABELS[figure] for figure in LIKENESS)), likeness)
         yield f"How like its teacher it is:\n\n{table.markdown()}"
-    yield "\n\n".join(f"![{path.stem.replace('_', ' ')}]({path.name})" for path in sorted(folder.glob("*.png")))
+    yield "\n\n".join(
+        f"![{Path(name).stem.replace('_', ' ')}]({name})" for name in PICTURES if (folder / name).is_file()
+    )
     pages = [f"[{name}]({name})" for name in REPORT_PAGES if (folder / name).is_file()]
     yield f"The whole report: {', '.join(pages)}." if pages else ""
 
@@ -259,14 +268,15 @@ def _limits(record: dict[str, Any], report: dict[str, Any] | None, folder: Path)
         )
     else:
         if report.get("comparable", True) is not True:
-            lines.append(f"It is not compared with its teacher token by token: {report['comparable']}.")
+            lines.append(
+                f"It is not compared with its teacher token by token: {escape_markdown(report['comparable'])}."
+            )
         closed = {name: figures.get("gap_closed") for name, figures in report["domains"].items()}
         gaps = {name: figure["value"] for name, figure in closed.items() if figure and figure["value"] is not None}
         if len(gaps) > 1:
             worst = min(gaps, key=lambda name: gaps[name])
-            lines.append(
-                f"It is weakest, beside its teacher, on {worst}: {gaps[worst]:.0%} of the gap is closed there."
-            )
+            where = f"{escape_markdown(worst)}: {gaps[worst]:.0%} of the gap is closed there"
+            lines.append(f"It is weakest, beside its teacher, on {where}.")
         measured = {part for part in PARTS if report.get(part) and not isinstance(report[part].get("skipped"), str)}
         if lacking := [what for part, what in PARTS.items() if part not in measured]:
             lines.append(f"Not measured: {', '.join(lacking)}.")

@@ -18,6 +18,7 @@ from llm_distill.cache.store import TeacherCache
 from llm_distill.files import differences, write_atomically
 from llm_distill.generation.journal import IDENTITY, SETTINGS_FILE, read_settings
 from llm_distill.generation.run import ACCEPTED, REPORT, GenerationReport, read_report
+from llm_distill.leaks import refuse_leaks
 from llm_distill.publish.hub import (
     TAGS,
     claim_repository,
@@ -89,6 +90,8 @@ def push_generated(
 
 def _upload(api: HfApi, url: RepoUrl, folder: Path, files: list[str], card: str, message: str) -> str:
     write_atomically(folder / manifests.CARD_FILE, card.encode())
+    for name in (name for name in (*files, manifests.CARD_FILE) if not name.endswith(".parquet")):
+        refuse_leaks(folder, url.repo_id, name)
     api.upload_folder(
         repo_id=url.repo_id,
         repo_type="dataset",

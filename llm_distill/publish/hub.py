@@ -4,12 +4,16 @@ errors in words.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from huggingface_hub import HfApi, ModelCard, RepoUrl
+
+from llm_distill.tables import as_code, escape_markdown
 
 TAGS = ["llm-distill", "knowledge-distillation"]
 SIZES = ("1K", "10K", "100K", "1M", "10M", "100M", "1B", "10B", "100B", "1T")
@@ -109,7 +113,8 @@ def common_licence(licences: list[dict[str, Any]]) -> dict[str, Any]:
 def terms_of(licence: dict[str, Any]) -> str:
     """What a card calls it, with a link if it has one."""
     terms = licence.get("license_name") or licence.get("license") or "not known here"
-    return f"[{terms}]({licence['license_link']})" if str(licence.get("license_link")).startswith("http") else terms
+    link, terms = str(licence.get("license_link")), escape_markdown(str(terms))
+    return f"[{terms}]({quote(link, ':/?#=&%')})" if re.match("https?://", link) else terms
 
 
 def teachers_of(teacher: dict[str, Any]) -> list[dict[str, Any]]:
@@ -120,5 +125,8 @@ def teachers_of(teacher: dict[str, Any]) -> list[dict[str, Any]]:
 def link_to(model: dict[str, Any]) -> str:
     """For a card: its name, a link where it is of the Hub, and in which form it was loaded."""
     name, revision, bits = model.get("model"), model.get("revision"), model.get("bits")
-    name = f"[{name}](https://huggingface.co/{name})" if revision else f"`{name or model.get('architecture')}`"
-    return ", ".join(filter(None, [name, revision, model.get("dtype"), f"{bits} bits" if bits else None]))
+    linked = f"[{escape_markdown(str(name))}](https://huggingface.co/{quote(str(name))})" if revision else None
+    about = (revision, model.get("dtype"), f"{bits} bits" if bits else None)
+    return ", ".join(
+        [linked or as_code(str(name or model.get("architecture"))), *(escape_markdown(x) for x in about if x)]
+    )

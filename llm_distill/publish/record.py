@@ -27,7 +27,7 @@ from transformers.utils import extract_commit_hash
 from llm_distill.config import DistillationConfig
 from llm_distill.files import differences
 from llm_distill.heads import base_of
-from llm_distill.leaks import PLACES, SECRETS, public_command, public_value
+from llm_distill.leaks import public_command, public_value
 from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_model
 from llm_distill.options import fields_chosen
@@ -40,8 +40,8 @@ RESUMED = ("objective.", "teacher.")
 IDENTITY = (*RESUMED, "student.", "data.")
 """What must be the same to be the same run; the rest, `run.`, says how it went."""
 LIBRARIES = ("llm-distill", "torch", "transformers", "trl", "peft", "accelerate", "datasets")
-NOT_TOLD = SECRETS | PLACES | {"config", "disable_tqdm", "local_rank", "push_to_hub", "report_to", "run_name"}
-"""Options that are nobody's business or change nothing."""
+NOT_TOLD = {"config", "disable_tqdm", "local_rank", "push_to_hub", "report_to", "run_name"}
+"""Options that change nothing. What is secret or local, `public_value` leaves out."""
 
 
 def run_record(

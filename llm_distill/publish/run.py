@@ -50,7 +50,7 @@ class RunRecord:
         """A Hub id, of which the card tells; of a local place the last part."""
         if name is not None:
             self.record["data.name"] = public_value(name)
-            if not os.path.exists(name):
+            if not os.path.exists(name) and public_value(name) == name:
                 self.record["run.dataset"] = name
 
     def require_resumable(self, resume_from_checkpoint: str | bool | None) -> None:

@@ -11,30 +11,37 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from huggingface_hub import CommitInfo, HfApi, constants
+from transformers.dynamic_module_utils import get_relative_import_files
 
+from llm_distill.evaluation.report import GapReport
+from llm_distill.files import read_json
 from llm_distill.leaks import refuse_leaks
 from llm_distill.publish.adapters import ADAPTER_CONFIG, load_merged
-from llm_distill.publish.card import CARD_FILE, REPORT_FILE, REPORT_PAGES, base_model_of, write_model_card
+from llm_distill.publish.card import (
+    CARD_FILE,
+    PICTURES,
+    REPORT_FILE,
+    REPORT_PAGES,
+    base_model_of,
+    write_model_card,
+)
 from llm_distill.publish.hub import claim_repository, hub_errors
 from llm_distill.publish.record import FILE, IDENTITY, OPTIONS_FILE, changes_of_run
 
-WEIGHTS = ("model*.safetensors", "model.safetensors.index.json", "adapter_model*.safetensors", ADAPTER_CONFIG)
+WEIGHTS = (
+    *("model.safetensors", "model-?????-of-?????.safetensors", "model.safetensors.index.json"),
+    *("adapter_model.safetensors", ADAPTER_CONFIG),
+)
 MODEL = ("config.json", "generation_config.json")
 TOKENIZER = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "*.model",
-    "chat_template.jinja",
-    "chat_template.json",
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+    *("chat_template.jinja", "chat_template.json"),
+    *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
-ABOUT = (CARD_FILE, FILE, OPTIONS_FILE, REPORT_FILE, *REPORT_PAGES, "*.png")
-UPLOADED = (*WEIGHTS, *MODEL, *TOKENIZER, *ABOUT)
-"""Of a student's folder, and nothing from folders within it: no checkpoint, no optimizer, no pickle."""
+OF_REPORT = (REPORT_FILE, *REPORT_PAGES, *PICTURES)
+UPLOADED = (*WEIGHTS, *MODEL, *TOKENIZER, CARD_FILE, FILE, OPTIONS_FILE, *OF_REPORT)
+"""Of a student's folder, by name, and nothing from folders within it: no checkpoint, no optimizer, no pickle."""
 
 
 def prepare_push(
@@ -122,7 +129,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no {FILE}, which training leaves there, so its run is not known. Any folder: `hf upload`."
         )
-    return json.loads((folder / FILE).read_text())
+    return read_json(folder / FILE)
 
 
 def require_place(
@@ -140,7 +147,7 @@ def require_place(
 def _require_base_model(folder: Path, base_model: str | None, merge_adapters: bool) -> None:
     path = folder / ADAPTER_CONFIG
     if path.is_file() and not merge_adapters and base_model is None:
-        local = json.loads(path.read_text())["base_model_name_or_path"]
+        local = read_json(path).get("base_model_name_or_path")
         raise ValueError(
             f"{ADAPTER_CONFIG}, base_model_name_or_path is {local!r}, which nobody else has: these adapters cannot be "
             "loaded from the Hub. Merge them into the weights with --merge_adapters, or say with --base_model what "
@@ -152,33 +159,56 @@ def _stage(folder: Path, stage: Path, base_model: str | None, report: Path | Non
     """Lays out what will be uploaded: links to the weights, and small files without what transformers and PEFT note of
     where they came from.
     """
-    patterns: tuple[str, ...] = (*TOKENIZER, *ABOUT) if merging else UPLOADED
-    if (folder / "config.json").is_file() and "auto_map" in json.loads((folder / "config.json").read_text()):
-        patterns += ("*.py",)  # the model's own code, without which it does not load
-    if report is not None:
-        if not report.is_file():
-            raise FileNotFoundError(f"there is no report {report}.")
-        patterns = tuple(pattern for pattern in patterns if pattern not in (REPORT_FILE, *REPORT_PAGES, "*.png"))
+    left_out = (*WEIGHTS, *MODEL) if merging else ()
+    for name in (name for name in UPLOADED if name not in (*left_out, *OF_REPORT)):
+        for path in folder.glob(name):
+            _lay_out(path, stage)
+    for path in _own_code(folder):
+        _lay_out(path, stage)
+    if report is not None or (folder / REPORT_FILE).is_file():
+        report = report or folder / REPORT_FILE
+        GapReport.load(report)
         shutil.copyfile(report, stage / REPORT_FILE)
-        for pattern in (*REPORT_PAGES, "*.png"):
-            for path in report.parent.glob(pattern):
-                shutil.copyfile(path, stage / path.name)
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-        if path.suffix == ".safetensors":
-            (stage / path.name).symlink_to(path.resolve())
-        else:
-            shutil.copyfile(path, stage / path.name)
+        for name in (*REPORT_PAGES, *PICTURES):
+            _lay_out(report.parent / name, stage)
     for name, field, public in (
         ("config.json", "_name_or_path", None),
         ("tokenizer_config.json", "name_or_path", None),
         (ADAPTER_CONFIG, "base_model_name_or_path", base_model),
     ):
-        content = json.loads((stage / name).read_text()) if (stage / name).is_file() else {}
+        content = read_json(stage / name) if (stage / name).is_file() else {}
         if field in content:
             content = {
                 key: value for key, value in (content | {field: public}).items() if (key, value) != (field, None)
             }
             (stage / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _lay_out(path: Path, stage: Path) -> None:
+    """A file, if there is one. Raises ValueError for a link to what lies somewhere else."""
+    if not path.resolve().is_relative_to(path.parent.resolve()):
+        raise ValueError(f"{path} is a link to something outside of its folder: put the file itself there.")
+    if path.is_file() and path.suffix == ".safetensors":
+        (stage / path.name).symlink_to(path.resolve())
+    elif path.is_file():
+        shutil.copyfile(path, stage / path.name)
+
+
+def _own_code(folder: Path) -> list[Path]:
+    """The modules of a model or a tokenizer that transformers does not have, without which it does not load."""
+    modules: set[Path] = set()
+    for name in ("config.json", "tokenizer_config.json"):
+        content = read_json(folder / name) if (folder / name).is_file() else {}
+        classes = [
+            part
+            for value in content.get("auto_map", {}).values()
+            for part in ([value] if isinstance(value, str) else value)
+        ]
+        own = {folder / f"{part.split('.')[0]}.py" for part in classes if part and "--" not in part}
+        modules |= {
+            Path(path) for module in own if module.is_file() for path in (module, *get_relative_import_files(module))
+        }
+    return sorted(modules)
 
 
 def _merge(folder: Path, stage: Path) -> None:

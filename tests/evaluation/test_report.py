@@ -3,49 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
-from typing import Any
 
 import pytest
+from reports import FIGURE, domain, gap_report
 
 from llm_distill.evaluation.report import GapReport
 
-FIGURE = {"value": 0.5, "low": 0.25, "high": 0.75}
 WRITTEN = "<script>alert(1)</script> | **bold** `code` [link](x) $m$"
 
 
 @pytest.fixture
-def content() -> dict[str, Any]:
-    """A report as it was saved, of models that have different tokens."""
-    losses = dict.fromkeys(("loss", "perplexity", "bits_per_byte"), FIGURE)
-    calibration = {"ece": FIGURE, "accuracy": FIGURE, "bins": [{"tokens": 9, "confidence": 1.0, "accuracy": 0.5}]}
-    domain = {
-        "texts": 3,
-        "tokens": 9,
-        "bytes": 30,
-        "behind": FIGURE,
-        "gap_closed": None,
-        "likeness": None,
-        "models": {"teacher": losses, "student": losses},
-        "calibration": {"teacher": calibration, "student": calibration},
-    }
-    machine = {"device": "a processor", "cores": 2, "threads": 2}
-    return {
-        "format": 1,
-        "date": "2026-01-01",
-        "command": "llm-distill evaluate",
-        "machine": machine,
-        "versions": {},
-        "student": {"model": "small"},
-        "teacher": {"model": "large"},
-        "comparable": "other *ids*",
-        "domains": {"code": domain},
-    }
-
-
-@pytest.fixture
-def report(content: dict[str, Any], tmp_path: Path) -> GapReport:
-    (tmp_path / "report.json").write_text(json.dumps(content))
+def report(tmp_path: Path) -> GapReport:
+    """As it was saved, of models that have different tokens."""
+    (tmp_path / "report.json").write_text(json.dumps(gap_report()))
     return GapReport.load(tmp_path)
 
 
@@ -87,3 +59,29 @@ def test_what_models_wrote_is_shown_and_neither_run_nor_rendered(report: GapRepo
     assert "<script" not in report._repr_html_()
     assert report._repr_html_().count("**bold** `code` [link](x) $m$") >= 4
     assert r"\<script>alert(1)\</script> \| \*\*bold\*\* \`code\` \[link](x) \$m\$" in report.as_markdown()
+
+
+@pytest.mark.parametrize("place", ["date", "command", "comparable", "model", "text"])
+def test_a_report_of_somebody_else_is_inert(tmp_path: Path, place: str) -> None:
+    """Whatever field of it holds what a page or a card would run or fetch."""
+    bad = "`</code><script>alert(1)</script> ![](http://tracker.example/x.png) [see](javascript:alert(1))"
+    passage = {"text": bad if place == "text" else 0, "kl": 1.0, "before": "", "tokens": []}
+    content = gap_report({bad: domain(passages=[passage])})
+    content["student"]["model"] = content[place] = bad
+    (tmp_path / "report.json").write_text(json.dumps(content))
+    if place == "text":
+        with pytest.raises(ValueError, match="with some that are none"):
+            GapReport.load(tmp_path)
+        return
+    page = GapReport.load(tmp_path).save(tmp_path).read_text()
+    assert not re.search(r"<(script|img|a)\b", page)
+    assert """default-src 'none'""" in page
+    outside_of_code = re.sub(r"(?<![\\`])(`+)(?!`).*?(?<!`)\1(?!`)", "", (tmp_path / "report.md").read_text())
+    assert not re.search(r"(?<!\\)<script|(?<!\\)\[", outside_of_code)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 1, "domains": {"a": {}}}'])
+def test_what_is_no_report_is_refused(tmp_path: Path, content: str) -> None:
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ValueError, match=r"no gap report|is a gap report without"):
+        GapReport.load(tmp_path)

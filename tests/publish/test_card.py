@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub import ModelCard
+from reports import domain, gap_report
 
 from llm_distill.publish.card import MARK, write_model_card
 
@@ -55,20 +56,20 @@ def test_the_card_says_what_is_not_known(tmp_path: Path) -> None:
 
 
 def test_a_report_that_does_not_compare_says_why(tmp_path: Path) -> None:
-    figure = {"value": 1.0, "low": 0.9, "high": 1.1}
-    domain = {"texts": 1, "tokens": 2, "bytes": 3, "gap_closed": None, "likeness": None, "calibration": None}
-    models = {"student": {"bits_per_byte": figure}, "teacher": None}
-    report = {"date": "2026-11-25", "comparable": "other tokens", "domains": {"code": domain | {"models": models}}}
+    report = gap_report({"code": domain({"student": 3.0, "teacher": 2.0})}, comparable="other tokens")
     (tmp_path / "report.json").write_text(json.dumps(report))
     card = write_card(tmp_path)
     assert "not compared with its teacher token by token: other tokens." in card.text
-    assert "| code | student | 2 | | | 1 (0.9 to 1.1) |" in card.text
+    assert "| code | student | 1,234 | 3 (2.7 to 3.3) |" in card.text
     assert "How like" not in card.text
 
 
 def test_only_what_was_not_measured_is_called_so(tmp_path: Path) -> None:
-    parts = {"tasks": {"tasks": {"arc": {}}, "skipped": {"gone": "no network"}}, "bias": {"skipped": "no such pairs"}}
-    (tmp_path / "report.json").write_text(json.dumps({"date": "2026-11-25", "domains": {}} | parts))
+    parts = {
+        "tasks": {"tasks": {"arc": {"n": 1, "metrics": {}}}, "skipped": {"gone": "no network"}},
+        "bias": {"skipped": "no such pairs"},
+    }
+    (tmp_path / "report.json").write_text(json.dumps(gap_report({}, **parts)))
     assert "Not measured: what it writes, bias, speed and memory." in write_card(tmp_path).text
 
 

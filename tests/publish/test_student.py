@@ -16,8 +16,10 @@ import yaml
 from commands import as_flags, write_rows
 from hub_server import PERSON, TOKEN, Hub, python, shard_name
 from huggingface_hub import ModelCard
+from reports import domain, figure, gap_report
 
 from llm_distill.cli.parsing import parse
+from llm_distill.publish.student import _stage
 
 REPO = "somebody/student"
 TRAIN = """
@@ -30,6 +32,7 @@ import json, sys
 from concurrent.futures import Future
 from llm_distill.cli.build import build_trainer
 from llm_distill.cli.parsing import parse
+from llm_distill.publish.student import _stage
 trainer = build_trainer(*parse("train", json.loads(sys.argv[1 + 2]))[:3])
 trainer.train()
 try:
@@ -130,32 +133,21 @@ def logits(hub: Hub, home: Path, *names: str | Path) -> list[torch.Tensor]:
 
 
 def write_report(folder: Path) -> Path:
-    def figure(value: float) -> dict[str, float]:
-        return {"value": value, "low": 0.9 * value, "high": 1.1 * value}
-
-    def quality(loss: float) -> dict[str, Any]:
-        return {"loss": figure(loss), "perplexity": figure(2.7**loss), "bits_per_byte": figure(loss / 3)}
-
-    domain = {
-        "texts": 10,
-        "tokens": 1234,
-        "bytes": 5000,
-        "models": {"student": quality(4.8), "teacher": quality(4.4), "baseline": quality(5.3)},
-        "gap_closed": figure(0.55),
-        "likeness": {name: figure(0.3) for name in ("kl", "reverse_kl", "top1_agreement", "acceptance")},
+    losses = {"student": 4.8, "teacher": 4.4, "baseline": 5.3}
+    likeness = {name: figure(0.3) for name in ("kl", "reverse_kl", "top1_agreement", "acceptance")}
+    binned = [{"from": 0, "to": 7, "tokens": 9, "kl": figure(0.3)}]
+    both = {"likeness": likeness, "by_position": binned, "by_frequency": binned}
+    domains = {
+        "code": domain(losses, gap_closed=figure(0.55), **both),
+        "prose": domain(losses, gap_closed=figure(0.25), **both),
     }
-    report = {
-        "format": 1,
-        "date": "2026-11-25",
-        "command": "llm-distill evaluate",
-        "comparable": True,
-        "domains": {"code": domain, "prose": domain | {"gap_closed": figure(0.25)}},
-        "generations": {"skipped": "asked for none"},
-    }
+    report = gap_report(domains, comparable=True, generations={"skipped": "asked for none"})
     folder.mkdir()
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "report.md").write_text("# Gap report\n")
-    shutil.copy(Path(__file__).parents[2] / "benchmarks" / "demo" / "learning_curves.png", folder / "calibration.png")
+    picture = Path(__file__).parents[2] / "benchmarks" / "demo" / "learning_curves.png"
+    shutil.copy(picture, folder / "report_calibration.png")
+    shutil.copy(picture, folder / "bank_statement.png")
     return folder / "report.json"
 
 
@@ -174,7 +166,7 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
     assert output.endswith(f"Pushed to {lab.url}/{REPO}")
     assert_clean(lab, home)
     expected = {"model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"}
-    about = {"README.md", "distillation.json", "run.yaml", "report.json", "report.md", "calibration.png"}
+    about = {"README.md", "distillation.json", "run.yaml", "report.json", "report.md", "report_calibration.png"}
     assert lab.files[REPO].keys() == expected | about | {".gitattributes"}
     assert lab.files[REPO]["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     assert torch.equal(*logits(lab, home, REPO, folder))
@@ -194,7 +186,7 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
         "from `lab/teacher`",
         "[lab/teacher](https://huggingface.co/lab/teacher)",
         "| code | teacher | 1,234 | 4.4 (3.96 to 4.84) |",
-        "![calibration](calibration.png)",
+        "![report calibration](report_calibration.png)",
         "[report.md](report.md)",
         "weakest, beside its teacher, on prose: 25% of the gap",
         "Not measured: what it writes, tasks, bias, speed and memory.",
@@ -209,6 +201,28 @@ def test_a_full_student_arrives_whole_and_says_the_same(lab: Hub, home: Path, tr
     assert lab.puts == puts
     assert lab.files[REPO]["model.safetensors"] == before["model.safetensors"]
     assert "report.md" not in lab.files[REPO]
+
+
+def test_code_goes_with_its_model_and_no_other_script(tmp_path: Path) -> None:
+    files = {
+        "config.json": '{"auto_map": {"AutoModelForCausalLM": "modeling_mine.Mine", "AutoConfig": "lab/x--theirs.C"}}',
+        "tokenizer_config.json": '{"auto_map": {"AutoTokenizer": ["words.Slow", null]}}',
+        "modeling_mine.py": "from .layers import Layer",
+        "layers.py": "class Layer: ...",
+        "words.py": "class Slow: ...",
+        "notes.py": "'mine'",
+        "model.safetensors": "",
+        "model_of_somebody.safetensors": "",
+        "holiday.png": "",
+        "report.md": "of no report",
+    }
+    for folder in ("student", "stage"):
+        (tmp_path / folder).mkdir()
+    for name, content in files.items():
+        (tmp_path / "student" / name).write_text(content)
+    _stage(tmp_path / "student", tmp_path / "stage", None, None, merging=False)
+    left_out = {"notes.py", "model_of_somebody.safetensors", "holiday.png", "report.md"}
+    assert {path.name for path in (tmp_path / "stage").iterdir()} == files.keys() - left_out
 
 
 def test_the_yaml_in_the_card_is_the_run(lab: Hub, home: Path, trained: Train) -> None:
@@ -285,7 +299,18 @@ def test_what_cannot_be_is_said_before_anything_is_sent(lab: Hub, home: Path, tr
     leaky = shutil.copytree(folder, home / "leaky")
     config = json.loads((leaky / "generation_config.json").read_text())
     (leaky / "generation_config.json").write_text(json.dumps(config | {"note": f"see {home}/notes.txt"}))
+    linked = shutil.copytree(folder, home / "linked")
+    (home / "id_rsa").write_text("nobody's business")
+    (linked / "merges.txt").symlink_to(home / "id_rsa")
+    (home / "broken").mkdir()
+    for name, content in {"model.safetensors": "x", "distillation.json": "{"}.items():
+        (home / "broken" / name).write_text(content)
+    (home / "partial.json").write_text(json.dumps({"format": 1, "domains": {"code": {}}}))
     refused: dict[tuple[str | Path, ...], str] = {
+        (linked, REPO): "linked/merges.txt is a link to something outside of its folder",
+        (home / "broken", REPO): "broken/distillation.json cannot be read: it is no JSON",
+        (folder, REPO, "--report", home / "partial.json"): "partial.json is a gap report without some of its figures",
+        (folder, REPO, "--report", folder / "config.json"): "config.json is no gap report",
         (folder, "others/new"): "the Hub does not let you write to others/new",
         (folder, "others/student"): "the Hub does not let you write to others/student",
         (folder, REPO, "--merge_adapters"): "there are no adapters",
