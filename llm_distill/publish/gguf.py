@@ -19,11 +19,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llm_distill import __version__
 from llm_distill.publish.adapters import load_merged
 from llm_distill.publish.verify import EXACT, ROUNDED, TEXTS, require_same_next_tokens
 
 FAMILIES = ("llama", "qwen2", "qwen3")
 """By `model_type`, which is the name of the architecture in GGUF too."""
+MARK = "llm_distill.version"
+"""In a file's metadata: by it an export of ours is known, which the next may replace."""
 TYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 GPT4_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -56,12 +59,14 @@ def export_gguf(folder: str | Path, output: str | Path, dtype: str = "auto") -> 
         The share of positions at which the file's next token is the student's: 1, but for ties and rounding.
 
     Raises:
-        ValueError: no student there, a family or tokenizer that is not supported, or a file that is not the student.
+        ValueError: no student there, a family or tokenizer that is not supported, a file that is not the student, or
+            something else than an earlier export in its place.
         ImportError: gguf is not installed.
     """
     import gguf
 
     output = Path(output)
+    _require_place(output)
     student, tokenizer = load_merged(folder), AutoTokenizer.from_pretrained(folder)
     _require_supported(student)
     pre_tokenizer = _pre_tokenizer(tokenizer)
@@ -70,9 +75,10 @@ def export_gguf(folder: str | Path, output: str | Path, dtype: str = "auto") -> 
     if dtype not in TYPES:
         raise ValueError(f"dtype must be auto, {', '.join(TYPES)}, got {dtype!r}.")
     output.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=output.parent, prefix=".gguf-") as temporary:
-        path = Path(temporary, output.name)
+    with TemporaryDirectory(dir=output.parent.resolve(), prefix=".gguf-") as temporary:
+        path = Path(temporary, output.name)  # whole, or transformers would prefer a file of this name that lies here
         writer = gguf.GGUFWriter(path, student.config.model_type, use_temp_file=True)
+        writer.add_string(MARK, __version__)
         _write_settings(writer, student, output.stem, dtype)
         _write_tokenizer(writer, student, tokenizer, pre_tokenizer, Path(temporary))
         _write_tensors(writer, student, dtype)
@@ -83,7 +89,7 @@ def export_gguf(folder: str | Path, output: str | Path, dtype: str = "auto") -> 
         _require_same_tokens(path, tokenizer, pre_tokenizer)
         _require_same_settings(path, student)
         back = AutoModelForCausalLM.from_pretrained(
-            temporary, gguf_file=path.name, config=student.config, dtype=torch.float32
+            temporary, gguf_file=str(path), config=student.config, dtype=torch.float32
         ).eval()
         is_exact = dtype in ("float32", held)
         share = require_same_next_tokens(
@@ -95,6 +101,16 @@ def export_gguf(folder: str | Path, output: str | Path, dtype: str = "auto") -> 
         )
         os.replace(path, output)
     return share
+
+
+def _require_place(output: Path) -> None:
+    if output.is_dir():
+        raise ValueError(f"{output} is a folder: name the file, such as {output / 'student.gguf'}.")
+    if output.exists():
+        with output.open("rb") as file:
+            head = file.read(1024)
+        if not head.startswith(b"GGUF") or MARK.encode() not in head:
+            raise ValueError(f"{output} is there already and is no export of llm-distill: name another file.")
 
 
 def _require_supported(student: PreTrainedModel) -> None:
@@ -244,7 +260,7 @@ def _write_tokenizer(
 
 
 def _require_same_tokens(path: Path, tokenizer: PreTrainedTokenizerBase, pre_tokenizer: str) -> None:
-    back = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    back = AutoTokenizer.from_pretrained(path.parent, gguf_file=str(path))
     if pre_tokenizer == "smollm":  # transformers reads such a file without it; llama.cpp does not
         back.backend_tokenizer.pre_tokenizer = tokenizer.backend_tokenizer.pre_tokenizer
     texts = [*TEXTS, "".join(token.content for token in tokenizer.added_tokens_decoder.values())]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -57,10 +55,11 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
     ClearMetadataAndDocStringPass()(exported.program)  # the traces of the code, with this machine's paths
     output.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=output.parent, prefix=".onnx-") as temporary:
-        exported.save_pretrained(temporary)
-        student.generation_config.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
-        session = onnxruntime.InferenceSession(Path(temporary, FILE), providers=["CPUExecutionProvider"])
+        whole = Path(temporary, "whole")
+        exported.save_pretrained(whole)
+        student.generation_config.save_pretrained(whole)
+        tokenizer.save_pretrained(whole)
+        session = onnxruntime.InferenceSession(whole / FILE, providers=["CPUExecutionProvider"])
         share = require_same_next_tokens(
             student,
             tokenizer,
@@ -68,10 +67,11 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
             f"the ONNX graph of {folder}",
             tolerance=EXACT,
         )
-        output.mkdir(exist_ok=True)
-        for path in Path(temporary).iterdir():
-            os.chmod(path, 0o644)
-            shutil.move(path, output / path.name)
+        for path in whole.iterdir():
+            path.chmod(0o644)
+        if output.is_dir():
+            output.rmdir()  # it is empty
+        whole.rename(output)
     return share
 
 

@@ -142,6 +142,24 @@ def test_a_wrong_gguf_file_is_not_left(
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
 
+def test_the_file_that_is_verified_is_the_one_that_was_written(
+    tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerFast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of the same name in the working folder, which transformers would prefer, is not looked at."""
+    save(tmp_path / "student", "llama", tokenizers["gpt-2"])
+    monkeypatch.chdir(tmp_path)
+    export_gguf("student", "s.gguf")
+    other = AutoModelForCausalLM.from_pretrained("student")
+    torch.nn.init.normal_(other.lm_head.weight)
+    other.save_pretrained("other")
+    tokenizers["gpt-2"].save_pretrained("other")
+    assert export_gguf("other", "elsewhere/s.gguf") == 1
+    assert export_gguf("other", "s.gguf") == 1, "an earlier export is replaced"
+    monkeypatch.setattr(exports_gguf, "_interleaved", lambda weight, heads: weight)
+    with pytest.raises(ValueError, match="is not the student, so it was not left"):
+        export_gguf("other", "third/s.gguf")
+
+
 def test_what_cannot_be_exported_is_named(
     tmp_path: Path,
     tokenizers: dict[str, PreTrainedTokenizerFast],
@@ -151,7 +169,21 @@ def test_what_cannot_be_exported_is_named(
     save(tmp_path / "yarn", "qwen2", tokenizers["qwen2"], rope_parameters=LLAMA3_ROPE)
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
     save(tmp_path / "words", "llama", words)
+    save(tmp_path / "student", "llama", tokenizers["gpt-2"])
+    weights = (tmp_path / "student" / "model.safetensors").read_bytes()
+    (tmp_path / "theirs.gguf").write_bytes(b"GGUF of somebody else")
+    (tmp_path / "notes.txt").write_text("notes")
     output = str(tmp_path / "out")
+    student = (tmp_path / "student", "--format")
+    for arguments, message in {
+        (*student, "gguf", "--output", tmp_path / "student" / "model.safetensors"): "is no export of llm-distill",
+        (*student, "gguf", "--output", tmp_path / "theirs.gguf"): "is no export of llm-distill",
+        (*student, "gguf", "--output", tmp_path / "student"): "is a folder: name the file",
+        (*student, "onnx", "--output", tmp_path / "student"): "name a folder that is new or empty",
+        (*student, "onnx", "--output", tmp_path / "notes.txt"): "name a folder that is new or empty",
+    }.items():
+        assert message in refused(capsys, export, [str(argument) for argument in arguments])
+    assert (tmp_path / "student" / "model.safetensors").read_bytes() == weights
     for arguments, message in {
         (tmp_path / "gemma", "--format", "gguf"): "family gemma2 cannot be exported as GGUF here, only llama",
         (tmp_path / "yarn", "--format", "gguf"): "rope_type=llama3 is not supported",
