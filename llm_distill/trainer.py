@@ -27,6 +27,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
 from llm_distill.data.policy import Policy, keep_dataset_text
 from llm_distill.data.prepare import PreparedData, named_evaluation
+from llm_distill.data.validate import RowChecks
 from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.in_forward import LossRequest, add_loss_forward
 from llm_distill.losses.metrics import Meter
@@ -92,6 +93,10 @@ class DistillationTrainer(SFTTrainer):
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
         tokenizer = processing_class or load_tokenizer(model, args)
+        self.row_checks = RowChecks(
+            tokenizer, args, sft.get("formatting_func") is not None, sft.get("data_collator") is not None
+        )
+        train, evaluation = self.row_checks.apply(sft.pop("train_dataset", None), sft.pop("eval_dataset", None))
         needed, trusted = self.objective.uses_teacher, args.trust_remote_code
         self.teacher = make_teacher(teacher, args, is_needed=needed, trust_remote_code=trusted)
         if self.teacher is not None:
@@ -99,7 +104,9 @@ class DistillationTrainer(SFTTrainer):
             self.teacher.check(self.objective.head.divergence, self.objective.head.temperature)
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
                 self.teacher.fit_to(tokenizer)
-        super().__init__(model=model, args=args, processing_class=tokenizer, **sft)
+        with self.row_checks.naming_rows(train, evaluation):
+            sft |= {"train_dataset": train, "eval_dataset": evaluation}
+            super().__init__(model=model, args=args, processing_class=tokenizer, **sft)
 
         if args.chat_template_path is not None and self.teacher is not None:
             self.teacher.fit_to(self.processing_class)  # cloning a template may have added tokens
@@ -112,7 +119,7 @@ class DistillationTrainer(SFTTrainer):
             if self.teacher.reader is not None and self.objective.uses_teacher:
                 self.data_collator: Any = checks.ReadingCollator(self.collate, self.teacher.reader)
         checks.require_usable(self.data, self.data_collator, self.teacher)
-        self.run.begin(self.model, self.objective, self.teacher, sft.get("train_dataset"))
+        self.run.begin(self.model, self.objective, self.teacher, train)
         if args.push_to_hub and self.is_world_process_zero():
             self.run.require_place(self.hub_model_id)
         if self.objective.terms and self.teacher is not None:
@@ -199,6 +206,14 @@ class DistillationTrainer(SFTTrainer):
             return loss
         with torch.no_grad():  # somebody wants logits (compute_metrics): they cost a forward of their own
             return loss, model(**view.inputs, use_cache=False)
+
+    def evaluate(self, eval_dataset: Any = None, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """As `SFTTrainer.evaluate`. Raises ValueError for a dataset whose rows cannot be evaluated on."""
+        if eval_dataset is None or isinstance(eval_dataset, str):
+            return super().evaluate(eval_dataset, *args, **kwargs)
+        _, checked = self.row_checks.apply(None, eval_dataset)
+        with self.row_checks.naming_rows(None, checked):
+            return super().evaluate(checked, *args, **kwargs)
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`, with the objective's metrics, each a mean over all tokens that count."""

@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from llm_distill.config import DistillationConfig
+from llm_distill.data.validate import RowChecks
 from llm_distill.models import vocabulary_size
 
 PREPARATION = ("max_length", "packing", "packing_strategy", "completion_only_loss", "assistant_only_loss")
@@ -60,14 +61,17 @@ def prepare(
     """
     args = copy.copy(args)
     args.push_to_hub = False
+    checks = RowChecks(tokenizer, args)
+    train, evaluation = checks.apply(train, evaluation)
     size = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
-    trainer = SFTTrainer(
-        model=LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size(tokenizer), **size)),
-        args=args,
-        train_dataset=train,
-        eval_dataset=evaluation,
-        processing_class=tokenizer,
-    )
+    with checks.naming_rows(train, evaluation):
+        trainer = SFTTrainer(
+            model=LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size(tokenizer), **size)),
+            args=args,
+            train_dataset=train,
+            eval_dataset=evaluation,
+            processing_class=tokenizer,
+        )
     return PreparedData(
         trainer.train_dataset,
         named_evaluation(trainer.eval_dataset),

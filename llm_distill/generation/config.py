@@ -53,7 +53,9 @@ class GenerateConfig(TeacherModelOptions):
         at_least=1,
     )
     as_chat: bool = option(False, "Each prompt becomes the message of a user.")
-    system_prompt: str | None = option(None, "This text stands in front of every conversation.")
+    system_prompt: str | None = option(
+        None, "This text stands in front of every conversation that has no system turn of its own."
+    )
     max_prompts: int | None = option(None, "At most this many prompts are used.", at_least=1)
 
     num_completions: int = option(1, "Each prompt gets this many completions.")

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
+from llm_distill.templates import apply_template
+
 COLUMNS = ("prompt", "messages", "question", "instruction", "text")
 """Where prompts are looked for, in this order."""
 OUR_COLUMNS = (
@@ -53,7 +55,7 @@ def prompts_of(
             the user is left out. A `completion` that is there already is handed on as `reference`.
         column: by default the first of COLUMNS that is there.
         as_chat: makes a text the message of a user.
-        system_prompt: put in front of every conversation.
+        system_prompt: put in front of every conversation that has no system turn of its own.
         prompt_tokens: keeps the first tokens of a text, for teachers that go on with it. Shorter texts are passed over.
         tokenizer: counts them.
         limit: how many prompts at most.
@@ -94,7 +96,7 @@ def prompt_ids(content: Content, tokenizer: PreTrainedTokenizerBase) -> list[int
     """The tokens after which the teacher writes.
 
     Raises:
-        ValueError: a conversation, and a tokenizer without a chat template.
+        ValueError: a conversation, and a tokenizer without a chat template, or with one that refuses it.
     """
     if isinstance(content, str):
         return tokenizer(content)["input_ids"]
@@ -103,7 +105,10 @@ def prompt_ids(content: Content, tokenizer: PreTrainedTokenizerBase) -> list[int
             "the prompts are conversations and the teacher's tokenizer has no chat template: it is a base model. Ask "
             "one that has learned to chat, or give the prompts as text."
         )
-    return tokenizer.apply_chat_template(content, add_generation_prompt=True, return_dict=True)["input_ids"]
+    try:
+        return apply_template(tokenizer, content, add_generation_prompt=True, return_dict=True)["input_ids"]
+    except ValueError as error:
+        raise ValueError(f"the prompt {str(content)[:80]!r}: {error}") from error
 
 
 def _column(row: Mapping[str, Any], wanted: str | None) -> str:
@@ -131,4 +136,6 @@ def _content(value: Any, number: int, column: str, as_chat: bool, system_prompt:
     if last is None:
         raise ValueError(f"row {number} of {column!r} is a conversation in which no user asks.")
     messages = [dict(message) for message in value[: last + 1]]
-    return messages if system_prompt is None else [{"role": "system", "content": system_prompt}, *messages]
+    if system_prompt is None or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system_prompt}, *messages]

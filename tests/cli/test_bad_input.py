@@ -243,7 +243,9 @@ def test_sequences_longer_than_the_teachers_context_are_refused_and_packs_of_sho
     build: Build, refused: Refused, tokenizer: PreTrainedTokenizerBase, packing: bool, split: str
 ) -> None:
     def rows(length: int) -> Dataset:
-        return Dataset.from_dict({"input_ids": [list(range(1, length + 1))] * 4, "labels": [list(range(length))] * 4})
+        return Dataset.from_dict(
+            {"input_ids": [list(range(1, length + 1))] * 4, "labels": [list(range(1, length + 1))] * 4}
+        )
 
     teacher = LiveTeacher(tiny_llama(2, max_position_embeddings=20), tokenizer)
     options = {"packing": packing, "max_length": 64}

@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 from writing import GREEDY
 
 from llm_distill.generation import TransformersEngine, prompts_of
+from llm_distill.generation.prompts import prompt_ids
 from llm_distill.models import LanguageModel
 
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
@@ -27,6 +28,19 @@ def test_conversations_go_through_the_chat_template(saved: Path) -> None:
     tokenizer.chat_template = TEMPLATE
     (answer,) = engine.write([prompt])
     assert tokenizer.decode(answer.prompt_ids) == "<system>be brief<user>def f<assistant>"
+
+
+def test_a_conversation_has_no_second_system_turn() -> None:
+    chat = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "def f"}]
+    (prompt,) = prompts_of([{"messages": chat}], system_prompt="be brief")
+    assert prompt.content == chat
+
+
+def test_what_a_chat_template_refuses_is_said_with_the_prompt(saved: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(saved / "teacher")
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match=r"the prompt .*def f.*System role not supported"):
+        prompt_ids([{"role": "user", "content": "def f"}], tokenizer)
 
 
 @pytest.mark.parametrize(

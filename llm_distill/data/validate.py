@@ -1,0 +1,349 @@
+"""Rows are looked at before TRL prepares them: columns, types, nulls, conversations, tokens and their labels.
+
+A dataset is looked at whole, a batch of columns at a time; only the rows of a batch that is not plainly sound are
+looked at one by one. A stream is looked at as far as it has come.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial, reduce
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset, IterableDataset
+from transformers import PreTrainedTokenizerBase
+from trl import get_training_chat_template, maybe_convert_to_chatml
+from trl.chat_template_utils import has_generation_markers
+
+from llm_distill.config import DistillationConfig
+from llm_distill.models import vocabulary_size
+from llm_distill.rows import IGNORED
+from llm_distill.templates import RAISED, apply_template
+
+OF_TOKENS = ("labels", "attention_mask", "completion_mask", "assistant_masks")
+"""Columns with a number for each of the `input_ids`."""
+LENGTHS = "seq_lengths"
+"""The column that says how long the documents of a packed row are."""
+TURNS = {"conversations": ("from", "value")}
+"""What a turn of a conversation consists of where it is not `role` and `content`, by column."""
+BATCH = 10_000
+"""Rows that are looked at together."""
+
+
+class Columns(NamedTuple):
+    """What is read of a dataset, and as what."""
+
+    used: tuple[str, ...]
+    kind: str
+    """tokens, chat or text"""
+
+
+class RowChecks:
+    """What rows must be for a tokenizer and the options of a run.
+
+    Args:
+        tokenizer: or a processor, which has one.
+        is_formatted: whether a `formatting_func` makes texts of the rows.
+        is_collated: whether a collator of the person's own makes batches of them.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        args: DistillationConfig,
+        is_formatted: bool = False,
+        is_collated: bool = False,
+    ) -> None:
+        self.processor, self.args = tokenizer, args
+        self.tokenizer: PreTrainedTokenizerBase = getattr(tokenizer, "tokenizer", tokenizer)
+        self.is_formatted, self.is_collated = is_formatted, is_collated
+        self.is_prepared = bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
+        grows = args.chat_template_path is not None  # by the tokens of that template
+        self.vocab_size = math.inf if grows else vocabulary_size(self.tokenizer)
+
+    def apply(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
+        """The datasets as TRL is to prepare them: without columns that it would mistake, and without masked tokens.
+
+        Raises:
+            ValueError: a dataset, or one of its rows, that cannot be learned from.
+        """
+        if isinstance(evaluation, dict):
+            evaluation = {name: self.check(dataset, name) for name, dataset in evaluation.items()}
+        elif evaluation is not None:
+            evaluation = self.check(evaluation, "eval")
+        return None if train is None else self.check(train, "train"), evaluation
+
+    def check(self, dataset: Any, name: str) -> Any:
+        """One dataset or stream; see `apply`."""
+        if isinstance(dataset, dict):
+            raise ValueError(f"the {name} dataset is several, {', '.join(dataset)}: give one of these splits.")
+        if not isinstance(dataset, Dataset | IterableDataset):
+            raise ValueError(
+                f"the {name} dataset must be a datasets.Dataset or a stream, got {type(dataset).__name__}."
+            )
+        is_transformed = isinstance(dataset, Dataset) and dataset.format["type"] == "custom"
+        if is_transformed or (self.is_prepared and self.is_collated):
+            return dataset
+        dataset = dataset.with_format(None)
+        first = next(iter(dataset), None)
+        if first is None:
+            raise ValueError(f"the {name} dataset has no rows.")
+        if self.is_formatted and "input_ids" not in first:
+            return dataset
+        columns = self._choose_columns(first, name)
+        stray = [column for column in ("prompt", "completion", "chosen", "rejected", *TURNS) if column in first]
+        stray += [column for column in ("messages", self.args.dataset_text_field) if column in first]
+        if columns.kind != "tokens":
+            dataset = dataset.remove_columns([column for column in stray if column not in columns.used])
+        if isinstance(dataset, IterableDataset):
+            dataset = dataset.filter(partial(self._is_sound_row, columns, name), with_indices=True)
+            has_masked = "attention_mask" in columns.used
+        else:
+            has_masked = self._check_all(dataset, columns, name)
+        return dataset.map(drop_masked_tokens) if has_masked else dataset
+
+    @contextmanager
+    def naming_rows(self, train: Any, evaluation: Any) -> Iterator[None]:
+        """Inside, TRL prepares the datasets. What a chat template says no to there is said with its row."""
+        try:
+            yield
+        except RAISED:
+            datasets = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
+            for name, dataset in {"train": train, **datasets}.items():
+                if isinstance(dataset, Dataset) and not self.is_formatted and not self.is_prepared:
+                    self._require_rendered_rows(dataset, name)
+            raise
+
+    def _choose_columns(self, first: Mapping[str, Any], name: str) -> Columns:
+        """What TRL reads of a dataset with such a first row. Raises ValueError if there is nothing."""
+        is_vision = "image" in first or "images" in first
+        if "input_ids" in first and not is_vision:
+            return Columns(("input_ids", *(column for column in (*OF_TOKENS, LENGTHS) if column in first)), "tokens")
+        present = f"the {name} dataset has the columns {', '.join(first)}"
+        if self.is_prepared:
+            raise ValueError(f"{present}, no `input_ids`, and skip_prepare_dataset keeps them from being made.")
+        text = self.args.dataset_text_field
+        for used in (("prompt", "completion"), ("messages",), ("conversations",), (text,)):
+            if set(used) <= set(first):
+                break
+        else:
+            if "prompt" in first:
+                raise ValueError(
+                    f"{present}: prompts without a `completion`. Let the teacher write them first (`llm-distill "
+                    "generate`) and train on what it has written, or rename the column that answers them."
+                )
+            raise ValueError(
+                f"{present}, and none to learn from: a `{text}`, a `prompt` with its `completion`, `messages` or "
+                "`input_ids`. Rename what is meant (dataset.rename_columns), or name a column of whole texts: "
+                "dataset_text_field."
+            )
+        if stray := [column for column in (*OF_TOKENS, LENGTHS) if column in first]:
+            raise ValueError(
+                f"{present}: `{stray[0]}` would be taken for a number of each token, and there are no `input_ids`. "
+                f"Remove or rename it, such as classes of `{used[0]}`."
+            )
+        is_chat = used != (text,) and (len(used) == 1 or any(isinstance(first[column], list) for column in used))
+        columns = Columns(used, "chat" if is_chat else "text")
+        if self.args.chat_template_path is None and is_chat and self.processor.chat_template is None:
+            raise ValueError(
+                f"the {name} dataset has conversations (`{used[0]}`), and the tokenizer has no chat template: give "
+                "one with chat_template_path, such as the teacher's."
+            )
+        if self.args.eos_token is None and not is_chat and self.tokenizer.eos_token is None:
+            raise ValueError("the tokenizer has no token that ends a text: name one with eos_token.")
+        return columns
+
+    def _check_all(self, dataset: Dataset, columns: Columns, name: str) -> bool:
+        """Raises ValueError naming the first row of a dataset that is not sound. Whether tokens are masked."""
+        selected = dataset.select_columns(list(columns.used))
+        has_masked, start = False, 0
+        for table in selected.with_format("arrow").iter(batch_size=BATCH):
+            if not self._is_plainly_sound(table, columns):
+                for number, row in enumerate(selected.select(range(start, start + len(table))), start):
+                    self._check_row(columns, name, row, number)
+            if "attention_mask" in columns.used:
+                has_masked |= pc.min(table["attention_mask"].combine_chunks().flatten()).as_py() == 0
+            start += len(table)
+        return has_masked
+
+    def _is_plainly_sound(self, table: pa.Table, columns: Columns) -> bool:
+        """Whether nothing of a batch needs a closer look."""
+        arrays = [table[column].combine_chunks() for column in columns.used]
+        if any(array.null_count for array in arrays):
+            return False
+        if columns.kind == "text":
+            return all(pa.types.is_string(array.type) or pa.types.is_large_string(array.type) for array in arrays)
+        if not all(pa.types.is_list(array.type) or pa.types.is_large_list(array.type) for array in arrays):
+            return False
+        lengths = [pc.list_value_length(array) for array in arrays]
+        if not all(pc.min(length).as_py() for length in lengths):
+            return False
+        flat = [array.flatten() for array in arrays]
+        if columns.kind == "chat":
+            return all(
+                pa.types.is_struct(turns.type) and turns.null_count == 0 and _has_texts(turns, column)
+                for column, turns in zip(columns.used, flat, strict=True)
+            )
+        if LENGTHS in columns.used or not all(length.equals(lengths[0]) for length in lengths):
+            return False
+        numeric = all(pa.types.is_integer(values.type) or pa.types.is_boolean(values.type) for values in flat)
+        if not numeric or any(values.null_count for values in flat):
+            return False
+        row = {column: values.to_numpy(zero_copy_only=False) for column, values in zip(columns.used, flat, strict=True)}
+        starts = np.cumsum(lengths[0].to_numpy()) - lengths[0].to_numpy()
+        return self._problem_of_tokens(row, starts) is None
+
+    def _is_sound_row(self, columns: Columns, name: str, row: Mapping[str, Any], number: int) -> bool:
+        """True. Raises ValueError naming a row of a stream that is not sound."""
+        self._check_row(columns, name, row, number)
+        if columns.kind == "chat" and not self.is_prepared:
+            self._check_rendered(columns, name, row, number)
+        return True
+
+    def _check_row(self, columns: Columns, name: str, row: Mapping[str, Any], number: int) -> None:
+        if columns.kind == "tokens":
+            problem = self._problem_of_tokens(row)
+        elif columns.kind == "chat":
+            problem = next(filter(None, (_problem_of_turns(row.get(c), c) for c in columns.used)), None)
+        else:
+            problem = next((_not_a_text(row.get(c), c) for c in columns.used if not isinstance(row.get(c), str)), None)
+        if problem is not None:
+            raise ValueError(f"the {name} dataset, row {number}: {problem}. Mend such rows, or leave them out.")
+
+    def _problem_of_tokens(self, row: Mapping[str, Any], starts: Any = 0) -> str | None:
+        """What is wrong with a tokenised row, or with several that begin at `starts`, if anything."""
+        numbers: dict[str, np.ndarray] = {}
+        for column in (c for c in ("input_ids", *OF_TOKENS, LENGTHS) if c in row):
+            try:
+                numbers[column] = np.asarray(row[column])
+            except ValueError:  # lists of different lengths in a list
+                return f"`{column}` is not a list of whole numbers"
+            if numbers[column].ndim != 1 or (numbers[column].size and numbers[column].dtype.kind not in "iub"):
+                return f"`{column}` is not a list of whole numbers, but {_shortened(row[column])}"
+        ids, mask = numbers["input_ids"], numbers.get("attention_mask")
+        if not len(ids):
+            return None if self._drops_empty_rows else "`input_ids` is empty"
+        for column in (c for c in OF_TOKENS if c in numbers):
+            if len(numbers[column]) != len(ids):
+                return f"`{column}` has {len(numbers[column]):,} numbers and `input_ids` {len(ids):,}"
+            if column != "labels" and not 0 <= numbers[column].min() <= numbers[column].max() <= 1:
+                return f"`{column}` has other numbers than 0 and 1"
+        if ids.min() < 0 or ids.max() >= self.vocab_size:
+            wrong = ids.min() if ids.min() < 0 else ids.max()
+            return f"`input_ids` has {wrong}, and the tokenizer's vocabulary ends at {self.vocab_size - 1:,}"
+        if "labels" in numbers:
+            counts = (labels := numbers["labels"]) != IGNORED
+            counts[starts] = False  # nothing predicts a first token
+            if mask is not None:
+                counts &= mask.astype(bool)
+            if (wrong := np.flatnonzero(counts & (labels != ids))).size:
+                at = int(wrong[0])
+                return (
+                    f"`labels` has {labels[at]} at position {at}, where `input_ids` has {ids[at]}. Labels are the "
+                    "tokens themselves, or -100 where nothing is learned: give them unshifted"
+                )
+        if LENGTHS in numbers:
+            return self._problem_of_documents(numbers[LENGTHS], len(ids) if mask is None else int(mask.sum()))
+        return None
+
+    def _problem_of_documents(self, lengths: np.ndarray, tokens: int) -> str | None:
+        if self.args.packing or not self.args.padding_free:
+            return (
+                f"it is packed already (`{LENGTHS}`), which takes padding_free=True, packing=False and max_length=None"
+            )
+        if lengths.sum() != tokens or lengths.min() < 1:
+            return f"`{LENGTHS}` add up to {lengths.sum():,}, and there are {tokens:,} tokens"
+        return None
+
+    @property
+    def _drops_empty_rows(self) -> bool:
+        return self.args.max_length is not None and not (self.args.packing or self.is_prepared)
+
+    def _require_rendered_rows(self, dataset: Dataset, name: str) -> None:
+        dataset = dataset.with_format(None)
+        columns = self._choose_columns(dataset[0], name)
+        if columns.kind == "chat":
+            for number, row in enumerate(dataset):
+                self._check_rendered(columns, name, row, number)
+
+    def _check_rendered(self, columns: Columns, name: str, row: Mapping[str, Any], number: int) -> None:
+        """Raises ValueError if the chat template says no to a conversation, with what it says."""
+        try:
+            self._render(columns.used, row)
+        except ValueError as error:
+            raise ValueError(f"the {name} dataset, row {number}: {error}") from error
+
+    def _render(self, used: tuple[str, ...], row: Mapping[str, Any]) -> None:
+        """As TRL does. Raises ValueError where it would fail."""
+        options = row.get("chat_template_kwargs", {})
+        if not isinstance(options, Mapping):
+            raise ValueError(f"`chat_template_kwargs` is {_shortened(options)}, not a mapping. Give {{}} for none.")
+        try:
+            tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
+        except ValueError as error:
+            raise ValueError(f"`tools` is {_shortened(row['tools'])}, which is not JSON ({error}).") from error
+        counts, template = self.args.assistant_only_loss, None
+        if counts and not has_generation_markers(self.processor.chat_template):
+            template = get_training_chat_template(self.processor)
+        options = {"chat_template": template, "tools": tools, **options}
+        if len(used) == 2:
+            apply_template(self.processor, row["prompt"], add_generation_prompt=True, tokenize=False, **options)
+            messages = row["prompt"] + row["completion"]
+        else:
+            messages = maybe_convert_to_chatml({used[0]: [dict(turn) for turn in row[used[0]]]})["messages"]
+        options |= {"return_dict": counts, "return_assistant_tokens_mask": counts, "tokenize": counts}
+        rendered = apply_template(self.processor, messages, **options)
+        if counts and 1 not in rendered["assistant_masks"]:
+            raise ValueError("no turn of an assistant counts, which is all that assistant_only_loss learns from.")
+
+
+def drop_masked_tokens(row: dict[str, Any]) -> dict[str, Any]:
+    """A tokenised row without the tokens that its `attention_mask` hides: they neither count nor are seen."""
+    of_tokens = [column for column in ("input_ids", *OF_TOKENS) if column in row]
+    mask = row["attention_mask"]
+    return {
+        column: [number for number, is_seen in zip(row[column], mask, strict=True) if is_seen] for column in of_tokens
+    }
+
+
+def _has_texts(turns: pa.StructArray, column: str) -> bool:
+    """Whether every turn has a role, and a text or something else to say, such as the call of a tool."""
+    names = TURNS.get(column, ("role", "content"))
+    fields = {field.name: turns.field(place) for place, field in enumerate(turns.type)}
+    if not all(name in fields and pa.types.is_string(fields[name].type) for name in names):
+        return False
+    role = fields.pop(names[0])
+    is_silent = reduce(pc.and_, map(pc.is_null, fields.values()))
+    return role.null_count == 0 and not pc.any(is_silent).as_py()
+
+
+def _problem_of_turns(turns: Any, column: str) -> str | None:
+    """What is wrong with a conversation, if anything."""
+    role, content = TURNS.get(column, ("role", "content"))
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        return f"`{column}` is {_shortened(turns)}, not a list of messages with `{role}` and `{content}`"
+    if not turns:
+        return f"`{column}` is an empty conversation"
+    for number, turn in enumerate(turns):
+        if not isinstance(turn.get(role), str):
+            return f"message {number} of `{column}` has no `{role}`: {_shortened(turn)}"
+        text = turn.get(content)
+        says_more = any(value is not None for key, value in turn.items() if key not in (role, content))
+        if not isinstance(text, str | list | Mapping) and (text is not None or not says_more):
+            return f"`{content}` of message {number} of `{column}` is {_shortened(text)}, not a text"
+    return None
+
+
+def _not_a_text(value: Any, column: str) -> str:
+    return f"`{column}` is {_shortened(value)}, not a text"
+
+
+def _shortened(value: Any) -> str:
+    shown = repr(value)
+    return f"{shown[:80]}…" if len(shown) > 80 else shown
