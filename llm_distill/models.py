@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from accelerate import PartialState
 from jaxtyping import Float
+from peft import PeftModel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -98,8 +99,7 @@ class LanguageModel:
     @property
     def max_length(self) -> int | None:
         """The longest sequence that it can read, in tokens; None if there is no limit."""
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        return limit if isinstance(limit, int) and limit > 0 else None
+        return context_length(self.model)
 
     def require_tokenizer(self, role: str) -> PreTrainedTokenizerBase:
         """Raises ValueError, naming its `role`, if it came without one."""
@@ -388,11 +388,19 @@ def different_ids(teachers: str, student: PreTrainedTokenizerBase, what: str) ->
     )
 
 
-def refuse_past_context(length: int, max_length: int | None, where: str) -> None:
-    """Raises ValueError if a sequence is longer than the teacher can read."""
+def context_length(model: PreTrainedModel | PeftModel) -> int | None:
+    """The longest sequence that a model can read beside a learned prompt, in tokens; None if there is no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit <= 0:
+        return None
+    return limit - getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", 0)
+
+
+def refuse_past_context(length: int, max_length: int | None, where: str, role: str = "teacher") -> None:
+    """Raises ValueError if a sequence is longer than the model in that role can read."""
     if max_length is not None and length > max_length:
         raise ValueError(
-            f"{where} has a sequence of {length:,} tokens, longer than the teacher's context of {max_length:,}. Set "
+            f"{where} has a sequence of {length:,} tokens, longer than the {role}'s context of {max_length:,}. Set "
             f"max_length={max_length} or less."
         )
 

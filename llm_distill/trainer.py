@@ -32,7 +32,7 @@ from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.in_forward import LossRequest, add_loss_forward
 from llm_distill.losses.metrics import Meter
 from llm_distill.losses.objective import Objective
-from llm_distill.models import vocabulary_size
+from llm_distill.models import context_length, refuse_past_context, vocabulary_size
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
 from llm_distill.rows import SKIPPED, View, count_rows
@@ -118,7 +118,7 @@ class DistillationTrainer(SFTTrainer):
             self.add_callback(FlushTeacher(self.teacher))
             if self.teacher.reader is not None and self.objective.uses_teacher:
                 self.data_collator: Any = checks.ReadingCollator(self.collate, self.teacher.reader)
-        checks.require_usable(self.data, self.data_collator, self.teacher)
+        checks.require_usable(self.data, self.data_collator, self.model, self.teacher)
         self.run.begin(self.model, self.objective, self.teacher, train)
         if args.push_to_hub and self.is_world_process_zero():
             self.run.require_place(self.hub_model_id)
@@ -126,6 +126,7 @@ class DistillationTrainer(SFTTrainer):
             add_modules(self.model, self.objective.make_modules(base_of(self.model), self.teacher.models))
         self.meter = Meter(self.objective.metrics, self.accelerator.device)
         self._eval_tally = self.meter.zeros()
+        self._context = context_length(self.model)
         if is_in_notebook():
             from llm_distill.notebook import show_table  # there is an IPython only there
 
@@ -175,6 +176,7 @@ class DistillationTrainer(SFTTrainer):
     ) -> Any:
         """The objective over this micro-batch's share of `num_items_in_batch` rows (default: over its own rows)."""
         training, view, signal = self.model.training, View.of(inputs), None
+        refuse_past_context(view.length, self._context, "the batch", "student")
         if self.teacher is not None and (self.objective.uses_teacher or not training):
             with self.meter.in_teacher if training else nullcontext(), self.accelerator.autocast():
                 signal = self.teacher.score(view, self.objective.teacher_needs)

@@ -7,10 +7,11 @@ from typing import Any
 
 import pyarrow.compute as pc
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.data.prepare import PreparedData
-from llm_distill.models import refuse_past_context
+from llm_distill.models import context_length, refuse_past_context
 from llm_distill.rows import IGNORED, View
 from llm_distill.signals import Signal
 from llm_distill.teachers.base import Teacher
@@ -28,16 +29,24 @@ class ReadingCollator:
         return self.read(self.collate(rows))
 
 
-def require_usable(data: PreparedData, collate: Callable[[list[Any]], Any], teacher: Teacher | None) -> None:
-    """Raises ValueError if a dataset has nothing to learn from, a text too long for the teacher, or one that a stored
-    teacher does not know.
+def require_usable(
+    data: PreparedData,
+    collate: Callable[[list[Any]], Any],
+    student: PreTrainedModel | PeftModel,
+    teacher: Teacher | None,
+) -> None:
+    """Raises ValueError if a dataset has nothing to learn from, a text too long for student or teacher, or one that a
+    stored teacher does not know.
 
     Args:
         collate: what makes the batches of training.
     """
+    contexts = {"student": context_length(student), "teacher": None if teacher is None else teacher.max_length}
     for name, dataset in data.datasets.items():
         require_rows(dataset, name)
-        require_length(dataset, name, None if teacher is None else teacher.max_length)
+        longest = longest_sequence(dataset) or 0
+        for role, max_length in contexts.items():
+            refuse_past_context(longest, max_length, f"the {name} dataset", role)
     if isinstance(collate, ReadingCollator) and teacher is not None and teacher.is_stored:
         for name, dataset in data.datasets.items():
             require_readable(dataset, name, collate)
@@ -52,12 +61,6 @@ def require_rows(dataset: Any, name: str) -> None:
             f"the {name} dataset ({len(dataset)} rows after preparation) has no token to learn from: every label is "
             "masked. Is max_length shorter than the prompts, or does the chat template mark no assistant turn?"
         )
-
-
-def require_length(dataset: Any, name: str, max_length: int | None) -> None:
-    """Raises ValueError if a sequence of a prepared dataset is longer than the teacher's context."""
-    if max_length is not None:
-        refuse_past_context(longest_sequence(dataset) or 0, max_length, f"the {name} dataset")
 
 
 def longest_sequence(dataset: Any) -> int | None:

@@ -237,22 +237,27 @@ def test_data_in_which_nothing_counts_is_refused(build: Build, refused: Refused,
         build({"packing": packing, "max_length": 8}, train_dataset=cut)
 
 
+@pytest.mark.parametrize("role", ["student", "teacher"])
 @pytest.mark.parametrize("split", ["train", "eval"])
 @pytest.mark.parametrize("packing", [False, True])
-def test_sequences_longer_than_the_teachers_context_are_refused_and_packs_of_shorter_ones_are_not(
-    build: Build, refused: Refused, tokenizer: PreTrainedTokenizerBase, packing: bool, split: str
+def test_sequences_longer_than_a_models_context_are_refused_and_packs_of_shorter_ones_are_not(
+    build: Build, refused: Refused, tokenizer: PreTrainedTokenizerBase, packing: bool, split: str, role: str
 ) -> None:
     def rows(length: int) -> Dataset:
         return Dataset.from_dict(
             {"input_ids": [list(range(1, length + 1))] * 4, "labels": [list(range(1, length + 1))] * 4}
         )
 
-    teacher = LiveTeacher(tiny_llama(2, max_position_embeddings=20), tokenizer)
+    def models() -> dict[str, Any]:
+        limits = {other: 20 if other == role else 128 for other in ("student", "teacher")}
+        teacher = LiveTeacher(tiny_llama(2, max_position_embeddings=limits["teacher"]), tokenizer)
+        return {"model": tiny_llama(1, hidden=16, max_position_embeddings=limits["student"]), "teacher": teacher}
+
     options = {"packing": packing, "max_length": 64}
     data = {"train_dataset": rows(20), "eval_dataset": rows(20)}
-    build(options, teacher=teacher, **data).train()
-    with refused(f"the {split} dataset", "21 tokens", "context of 20", "max_length=20"):
-        build(options, teacher=teacher, **(data | {f"{split}_dataset": rows(21)}))
+    build(options, **models(), **data).train()
+    with refused(f"the {split} dataset", "21 tokens", f"the {role}'s context of 20", "max_length=20"):
+        build(options, **models(), **(data | {f"{split}_dataset": rows(21)}))
 
 
 def test_a_folder_with_checkpoints_of_another_run_is_neither_overwritten_nor_gone_on_from(
@@ -296,12 +301,22 @@ def test_a_teacher_that_is_the_student_is_refused(build: Build, tokenizer: Any) 
         build(model=model, teacher=LiveTeacher(model, tokenizer), peft_config=LoraConfig(target_modules="all-linear"))
 
 
-def test_a_stream_longer_than_the_teachers_context_is_refused(build: Build, tokenizer: Any) -> None:
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_stream_longer_than_a_models_context_is_refused(build: Build, tokenizer: Any, role: str) -> None:
     stream = Dataset.from_dict({"text": ["x = 1\n" * 60]}).to_iterable_dataset()
-    teacher = LiveTeacher(tiny_llama(2, max_position_embeddings=32), tokenizer)
-    trainer = build({"max_length": 64}, teacher=teacher, train_dataset=stream)
-    with pytest.raises(ValueError, match="longer than the teacher's context of 32"):
+    short = tiny_llama(2, max_position_embeddings=32)
+    models = {"teacher": LiveTeacher(short, tokenizer)} if role == "teacher" else {"model": short}
+    trainer = build({"max_length": 64}, train_dataset=stream, **models)
+    with pytest.raises(ValueError, match=f"longer than the {role}'s context of 32"):
         trainer.train()
+
+
+def test_a_learned_prompt_takes_its_part_of_the_context(build: Build, refused: Refused) -> None:
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    ids = list(range(1, 31))
+    data = Dataset.from_dict({"input_ids": [ids] * 4, "labels": [ids] * 4})
+    with refused("30 tokens", "the student's context of 28"):
+        build(model=tiny_llama(1, max_position_embeddings=32), peft_config=prompt, train_dataset=data)
 
 
 def test_a_pickle_that_would_go_to_the_hub_is_refused(tmp_path: Path) -> None:
