@@ -116,7 +116,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from llm_distill import DistillationConfig, DistillationTrainer
-    from llm_distill.models import bits_and_bytes
+    from llm_distill.loading import bits_and_bytes
 
     folder = Path(task["folder"])
     options = {"max_length": 64 if task["short"] else 256, "use_cpu": task["device"] == "cpu"} | OPTIONS

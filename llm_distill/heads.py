@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from accelerate.utils import align_module_device, has_offloaded_params
 from jaxtyping import Float
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
@@ -168,7 +169,7 @@ def _measure_post_processing(model: PreTrainedModel, projection: nn.Linear) -> L
 @torch.no_grad()
 def _logits_from_raw(model: PreTrainedModel, projection: nn.Linear, raw: Float[Tensor, " vocab"]) -> Tensor:
     """What the model's own forward makes of `raw` as the output of its projection. The backbone does not run."""
-    device = projection.weight.device
+    device = _device_of(projection)
     called = False
 
     def raw_logits(hidden: Tensor) -> Tensor:
@@ -190,6 +191,12 @@ def _logits_from_raw(model: PreTrainedModel, projection: nn.Linear, raw: Float[T
     if not called:
         raise ValueError(f"{type(model).__name__} does not call its output embeddings as a module: not supported.")
     return logits[0, -1].float().cpu()
+
+
+def _device_of(module: nn.Linear) -> torch.device:
+    """Where it computes."""
+    hook: Any = getattr(module, "_hf_hook", None)
+    return torch.device(hook.execution_device) if has_offloaded_params(module) else module.weight.device
 
 
 class _OnlyHidden:
@@ -217,7 +224,11 @@ def _whole(parameter: Tensor) -> Tensor:
 
 
 def _gathered(module: nn.Module) -> AbstractContextManager[None]:
-    """Under ZeRO-3, a module's parameters outside its own forward are empty: gather them for the while."""
+    """Under ZeRO-3, and where accelerate has offloaded them, a module's parameters outside its own forward are empty:
+    gather them for the while.
+    """
+    if has_offloaded_params(module):
+        return align_module_device(module)
     if any(parameter.numel() == 0 and hasattr(parameter, "ds_id") for parameter in module.parameters()):
         import deepspeed
 

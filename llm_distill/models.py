@@ -18,21 +18,22 @@ from accelerate import PartialState
 from jaxtyping import Float
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    BitsAndBytesConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import cached_file, extract_commit_hash
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import extract_commit_hash
 
 from llm_distill.heads import LMHead, intercepted
+from llm_distill.loading import (
+    bits_and_bytes,
+    find_config,
+    find_tokenizer,
+    hub_options,
+    load_config,
+    load_model,
+    merge_adapters,
+    tokenizer_in,
+)
 from llm_distill.rows import Positions, View
 
-HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
-"""Those of `from_pretrained` that say where a model lies, and so its configuration and tokenizer too."""
 SAMPLES = 64
 """Places at which a weight, or a file of weights, is looked at: any training changes them all."""
 
@@ -60,7 +61,7 @@ class LanguageModel:
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
         """Without a `tokenizer`, the model's own folder or repository is asked for one."""
         self.model = model
-        self.tokenizer = tokenizer or own_tokenizer(model)
+        self.tokenizer = own_tokenizer(model) if tokenizer is None else tokenizer_in(tokenizer, "tokenizer")
         self.head = LMHead.of(model)
         self._description = describe_model(model, self.tokenizer)
 
@@ -75,10 +76,11 @@ class LanguageModel:
         trust_remote_code: bool = False,
         **init_kwargs: Any,
     ) -> LanguageModel:
-        """From the Hub or a folder, in the checkpoint's own dtype unless `dtype` says otherwise.
+        """From the Hub or a folder, in the checkpoint's own dtype unless `dtype` says otherwise. Adapters are merged
+        into what they are of.
 
         Raises:
-            ValueError: nothing loadable is there.
+            ValueError: nothing loadable is there, or not all of its weights.
         """
         if load_in_4bit + load_in_8bit + ("quantization_config" in init_kwargs) > 1:
             raise ValueError("a model is loaded in 4 bits, in 8 bits or with a quantization_config: choose one.")
@@ -87,10 +89,13 @@ class LanguageModel:
             init_kwargs["quantization_config"] = bits_and_bytes(4 if load_in_4bit else 8)
         if "quantization_config" in init_kwargs:
             init_kwargs.setdefault("device_map", {"": PartialState().device})  # what is packed is not moved later
-        hub = {name: init_kwargs[name] for name in HUB_OPTIONS if name in init_kwargs}
+        hub = hub_options(init_kwargs)
         config_file = find_config(name_or_path, **hub)
         with _whole_on_every_rank():
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, **init_kwargs)
+            model = load_model(name_or_path, **init_kwargs)
+        if isinstance(model, PeftModel):
+            model = merge_adapters(model)
+            model.config._name_or_path = name_or_path
         model.config._commit_hash = extract_commit_hash(config_file, None)  # no longer kept by every transformers
         loaded = cls(model, own_tokenizer(model, trust_remote_code=init_kwargs["trust_remote_code"], **hub))
         loaded._description |= files_hash(config_file)
@@ -258,11 +263,9 @@ def describe_checkpoint(
     Raises:
         ValueError: nothing loadable is there.
     """
-    hub = {name: options[name] for name in HUB_OPTIONS if name in options}
+    hub = hub_options(options)
     config_file = find_config(name_or_path, **hub)
-    config = AutoConfig.from_pretrained(
-        name_or_path, trust_remote_code=options.get("trust_remote_code", False), **hub
-    ).get_text_config()
+    config = load_config(name_or_path, options.get("trust_remote_code", False), **hub).get_text_config()
     dtype = config.dtype if dtype == "auto" else dtype
     description = {
         "model": public_name(name_or_path),
@@ -275,27 +278,13 @@ def describe_checkpoint(
     return description | files_hash(config_file)
 
 
-def find_config(name_or_path: str, **hub: Any) -> str:
-    """The `config.json` of a model, fetched if it must be.
-
-    Raises:
-        ValueError: nothing loadable is there.
-    """
-    try:
-        return cached_file(name_or_path, "config.json", **hub)
-    except OSError as error:
-        raise ValueError(
-            f"the model {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
-            f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
-        ) from error
-
-
 def files_hash(config_file: str) -> dict[str, str]:
     """`{"files": hash}` of sizes and samples of the weight files beside a `config.json`. Nothing where there are none,
     or where a commit of the Hub says it all.
     """
     folder = Path(config_file).parent
-    files = sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")])
+    kinds = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors")
+    files = sorted(path for kind in kinds for path in folder.glob(kind))
     if not files or extract_commit_hash(config_file, None):
         return {}
     digest = hashlib.sha256()
@@ -357,14 +346,9 @@ def _whole_on_every_rank() -> Iterator[None]:
 
 def own_tokenizer(model: PreTrainedModel, **options: Any) -> PreTrainedTokenizerBase | None:
     """The tokenizer that lies beside the weights; None for a model made from a config."""
-    if not model.config._name_or_path:
-        return None
-    try:
-        options.setdefault("trust_remote_code", False)
-        options["revision"] = getattr(model.config, "_commit_hash", None)  # a folder has none
-        return AutoTokenizer.from_pretrained(model.config._name_or_path, **options)
-    except (OSError, ValueError, KeyError):
-        return None
+    name = model.config._name_or_path
+    options["revision"] = getattr(model.config, "_commit_hash", None)  # a folder has none
+    return find_tokenizer(name, **options) if name else None
 
 
 def require_same_ids(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> None:
@@ -403,13 +387,3 @@ def refuse_past_context(length: int, max_length: int | None, where: str, role: s
             f"{where} has a sequence of {length:,} tokens, longer than the {role}'s context of {max_length:,}. Set "
             f"max_length={max_length} or less."
         )
-
-
-def bits_and_bytes(bits: int) -> BitsAndBytesConfig:
-    """4 bits (nf4) or 8, by bitsandbytes."""
-    return BitsAndBytesConfig(
-        load_in_4bit=bits == 4,
-        load_in_8bit=bits == 8,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
-    )

@@ -36,7 +36,13 @@ from llm_distill.models import context_length, refuse_past_context, vocabulary_s
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
 from llm_distill.rows import SKIPPED, View, count_rows
-from llm_distill.students.build import load_tokenizer, require_student, require_supported
+from llm_distill.students.build import (
+    load_student,
+    loading_options_taken,
+    require_student,
+    require_supported,
+    student_tokenizer,
+)
 from llm_distill.students.modules import add_modules, load_modules, modules_set_aside, save_modules
 from llm_distill.teachers import Teacher, make_teacher
 from llm_distill.teachers.base import FlushTeacher
@@ -92,7 +98,7 @@ class DistillationTrainer(SFTTrainer):
         self.run = RunRecord(args, model, teacher)
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
-        tokenizer = processing_class or load_tokenizer(model, args)
+        tokenizer = student_tokenizer(processing_class, model, args)
         self.row_checks = RowChecks(
             tokenizer, args, sft.get("formatting_func") is not None, sft.get("data_collator") is not None
         )
@@ -104,7 +110,9 @@ class DistillationTrainer(SFTTrainer):
             self.teacher.check(self.objective.head.divergence, self.objective.head.temperature)
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
                 self.teacher.fit_to(tokenizer)
-        with self.row_checks.naming_rows(train, evaluation):
+        if isinstance(model, str):
+            model = load_student(model, args, sft.pop("quantization_config", None), sft.get("peft_config"))
+        with self.row_checks.naming_rows(train, evaluation), loading_options_taken(args):
             sft |= {"train_dataset": train, "eval_dataset": evaluation}
             super().__init__(model=model, args=args, processing_class=tokenizer, **sft)
 

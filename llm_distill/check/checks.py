@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+from transformers import PreTrainedConfig
 from trl import SFTTrainer
 
 from llm_distill.check.licences import check_licences
@@ -28,6 +28,7 @@ from llm_distill.check.sample import (
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import longest_sequence
 from llm_distill.heads import base_of, output_projection
+from llm_distill.loading import find_adapters, load_config, load_tokenizer
 from llm_distill.machine import free_memory
 from llm_distill.models import bits_of, millions, require_same_ids, vocabulary_size
 
@@ -335,12 +336,11 @@ def check_configurations(
     for role, (name, commit) in named.items():
         options = {"revision": commit, "trust_remote_code": args.trust_remote_code}
         try:
-            configs[role] = AutoConfig.from_pretrained(name, **options)
-            tokenizers[role] = AutoTokenizer.from_pretrained(name, **options)
-        except (OSError, ValueError, KeyError) as error:
-            text = f"{name!r} cannot be loaded: {' '.join(str(error).split())}"
+            configs[role] = load_config(name, **options)
+            tokenizers[role] = load_tokenizer(name, **options)
+        except ValueError as error:
             todo = "check the name, HF_TOKEN for a gated repository, HF_HUB_OFFLINE"
-            findings.append(Finding("red", role, text, todo))
+            findings.append(Finding("red", role, str(error), todo))
         else:
             findings.append(
                 Finding("green", role, f"{configs[role].model_type}: configuration and tokenizer are there")
@@ -352,6 +352,8 @@ def check_configurations(
         except ValueError as error:
             findings.append(Finding("red", "tokenizers", str(error)))
     if "student" in configs:
+        if find_adapters(student, revision=revision) is not None:
+            peft_config = PeftConfig.from_pretrained(student, revision=revision, inference_mode=False)
         findings.append(_least_memory(configs, args, peft_config, bits, dtype))
     findings += check_licences(named["student"], [named["teacher"]] if "teacher" in named else [])
     return Report(tuple(findings))

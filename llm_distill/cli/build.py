@@ -101,8 +101,8 @@ def _load_splits(script: ScriptArguments, args: DistillationConfig, model: Model
 
 
 def _load_tokenizer(args: DistillationConfig, model: ModelConfig) -> Any:
-    from transformers import AutoTokenizer
+    from llm_distill.loading import load_tokenizer
 
-    return AutoTokenizer.from_pretrained(
+    return load_tokenizer(
         model.model_name_or_path, revision=model.model_revision, trust_remote_code=args.trust_remote_code
     )

@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Pr
 from transformers.generation import BaseStreamer
 
 from llm_distill.heads import base_of
+from llm_distill.loading import bits_and_bytes
 from llm_distill.machine import free_memory, is_cuda, peak_memory, reset_peak_memory, seconds, used_memory
-from llm_distill.models import bits_and_bytes
 
 GIB = 2**30
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")

@@ -7,19 +7,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from huggingface_hub.errors import HFValidationError
 from tqdm.auto import tqdm
 from transformers import AutoConfig
-from transformers.utils import extract_commit_hash, find_adapter_config_file
+from transformers.utils import extract_commit_hash
 
 from llm_distill.evaluation.compare import TEACHER
+from llm_distill.loading import find_adapters, find_config
 from llm_distill.machine import describe_machine, run_in_fresh_process
-from llm_distill.models import find_config, public_name
+from llm_distill.models import public_name
 from llm_distill.tables import Table
 
 VARIANTS = (4, 8)
@@ -123,9 +122,7 @@ def find_checkpoint(name_or_path: str, revision: str | None, trust_remote_code: 
     Raises:
         ValueError, OSError, KeyError, ImportError: there is none, or none that transformers knows.
     """
-    adapters = None
-    with suppress(OSError, HFValidationError):  # what is neither a folder nor a repository, find_config says better
-        adapters = find_adapter_config_file(name_or_path, revision=revision)
+    adapters = find_adapters(name_or_path, revision=revision)
     if adapters is not None:
         settings = json.loads(Path(adapters).read_text())
         base = find_checkpoint(settings["base_model_name_or_path"], settings.get("revision"), trust_remote_code)

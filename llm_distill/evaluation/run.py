@@ -8,9 +8,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import AutoPeftModelForCausalLM
-from transformers import AutoTokenizer
-from transformers.utils import find_adapter_config_file
 
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import require_rows
@@ -168,11 +165,7 @@ def _load(config: EvaluateConfig, name: str) -> LanguageModel:
         f"load_in_{n}bit": True for n in (4, 8) if name == TEACHER and getattr(config, f"teacher_load_in_{n}bit")
     }
     options = {"revision": revision, "dtype": config.dtype, "trust_remote_code": config.trust_remote_code}
-    if find_adapter_config_file(path, revision=revision) is None:
-        model = LanguageModel.load(path, **options, **bits)
-    else:
-        adapted = AutoPeftModelForCausalLM.from_pretrained(path, **options).merge_and_unload()
-        model = LanguageModel(adapted, AutoTokenizer.from_pretrained(path, revision=revision))
+    model = LanguageModel.load(path, **options, **bits)
     if model.tokenizer is None:
         raise ValueError(f"the {name} {path!r} comes without a tokenizer: save it beside the weights.")
     model.model.eval()

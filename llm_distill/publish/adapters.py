@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from llm_distill.loading import load_model, merge_adapters
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -22,17 +24,5 @@ def load_merged(folder: str | Path, **options: Any) -> PreTrainedModel:
     Raises:
         ValueError: nothing loadable is there, or adapters that are no change of weights.
     """
-    options = {"dtype": "auto", **options}
-    try:
-        if not Path(folder, ADAPTER_CONFIG).is_file():
-            return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
-        config = PeftConfig.from_pretrained(folder)
-        base = AutoModelForCausalLM.from_pretrained(config.base_model_name_or_path, revision=config.revision, **options)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"the student in {folder} cannot be loaded. ({error})") from error
-    model = PeftModel.from_pretrained(base, folder)
-    if not hasattr(model, "merge_and_unload") or not hasattr(model.base_model, "merge_and_unload"):
-        raise ValueError(
-            f"adapters of the kind {config.peft_type.value} are no change of weights, so they cannot be merged."
-        )
-    return model.merge_and_unload(safe_merge=True).eval()
+    model = load_model(str(folder), **{"dtype": "auto", **options})
+    return (merge_adapters(model) if isinstance(model, PeftModel) else model).eval()

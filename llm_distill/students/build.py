@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
 from peft import PeftModel
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from trl.trainer.utils import create_model_from_path
 
 from llm_distill.config import DistillationConfig
+from llm_distill.loading import find_adapters, find_tokenizer, hub_options, load_config, load_model, tokenizer_in
 
 
 def require_student(model: Any, args: Any, quantization_config: Any) -> None:
@@ -34,20 +38,59 @@ def revision_of(args: DistillationConfig) -> str | None:
     return (args.model_init_kwargs or {}).get("revision")
 
 
-def load_tokenizer(model: Any, args: DistillationConfig) -> PreTrainedTokenizerBase:
-    """The student's own.
+def load_student(
+    name: str, args: DistillationConfig, quantization_config: Any, peft_config: Any
+) -> PreTrainedModel | PeftModel:
+    """As `SFTTrainer` loads a student by its name, but whole. Of a folder of adapters, these are trained on.
+
+    Raises:
+        ValueError: it cannot be loaded, or lacks weights; adapters, and a `peft_config` for further ones.
+    """
+    options = {"trust_remote_code": args.trust_remote_code, **(args.model_init_kwargs or {})}
+    if quantization_config is not None:
+        if "quantization_config" in options:
+            raise ValueError("there are two quantization_config, one of them in model_init_kwargs: give one.")
+        options["quantization_config"] = quantization_config
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        options["device_map"] = None
+    if find_adapters(name, **options) is not None and peft_config is not None:
+        raise ValueError(
+            f"the student {name!r} is a folder of adapters, which are trained on, and there is a peft_config for new "
+            "ones: leave it out (--use_peft), or merge the adapters into their model and begin from that."
+        )
+    if not load_config(name, args.trust_remote_code, **hub_options(options)).architectures:
+        options["architecture"] = AutoModelForCausalLM
+    set_seed(args.seed)  # as SFTTrainer does before it loads
+    return load_model(name, load=create_model_from_path, is_trainable=True, **options)
+
+
+@contextmanager
+def loading_options_taken(args: DistillationConfig) -> Iterator[None]:
+    """Inside, `args` do not say how to load a student: `SFTTrainer` would warn that it has one."""
+    options, args.model_init_kwargs = args.model_init_kwargs, None
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = options
+
+
+def student_tokenizer(processing_class: Any, model: Any, args: DistillationConfig) -> PreTrainedTokenizerBase:
+    """The one that is given, that of a processor, or else the student's own.
 
     Raises:
         ValueError: there is none beside it.
+        TypeError: something else was given.
     """
+    if processing_class is not None:
+        return tokenizer_in(processing_class, "processing_class")
     name, revision = name_of(model), revision_of(args) if isinstance(model, str) else None
-    try:
-        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    except (OSError, ValueError) as error:
+    tokenizer = find_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    if tokenizer is None:
         raise ValueError(
             f"no tokenizer can be loaded for the student {name!r}: pass processing_class=..., or check the name, "
-            f"HF_TOKEN for a gated repository, HF_HUB_OFFLINE. ({error})"
-        ) from error
+            f"HF_TOKEN for a gated repository, HF_HUB_OFFLINE."
+        )
+    return tokenizer
 
 
 def require_supported(

@@ -1,0 +1,183 @@
+"""Models and tokenizers from the Hub or a folder: whole, or refused in words.
+
+transformers draws weights that a checkpoint lacks at random and goes on. Here that is an error.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from peft import PeftConfig, PeftModel
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.utils import cached_file, find_adapter_config_file
+
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
+"""Those of `from_pretrained` that say where a model lies, and so its configuration and tokenizer too."""
+LOADING_ERRORS = (
+    *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
+    *(ImportError, UserWarning, SafetensorError, StrictDataclassError),
+)
+"""What libraries raise at files that are missing, broken or of another kind."""
+
+
+def load_model(
+    name_or_path: str,
+    *,
+    load: Callable[..., Any] = AutoModelForCausalLM.from_pretrained,
+    is_trainable: bool = False,
+    **options: Any,
+) -> PreTrainedModel | PeftModel:
+    """A causal LM with each of its weights from the checkpoint; of a folder of adapters, a `PeftModel`.
+
+    Args:
+        name_or_path: on the Hub or in a folder.
+        load: what is called with the name and the options.
+        is_trainable: whether adapters are trained on.
+        options: of `from_pretrained`.
+
+    Raises:
+        ValueError: nothing loadable is there, or weights are missing or of another shape.
+    """
+    if find_adapters(name_or_path, **options) is not None:
+        return _load_adapted(name_or_path, load, is_trainable, options)
+    find_config(name_or_path, **hub_options(options))
+    with errors_of_loading(f"the model {name_or_path!r}"):
+        model, info = load(name_or_path, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    lacking = sorted(info["missing_keys"])
+    lacking += [f"{name} {tuple(there)} for {tuple(wanted)}" for name, there, wanted in sorted(info["mismatched_keys"])]
+    if lacking:
+        raise ValueError(
+            f"the model {name_or_path!r} lacks {len(lacking):,} weights of a {type(model).__name__} ({lacking[0]}, …): "
+            "they would be random numbers. Does its config.json belong to its files, and are they all there?"
+        )
+    return model
+
+
+def _load_adapted(
+    name_or_path: str, load: Callable[..., Any], is_trainable: bool, options: dict[str, Any]
+) -> PeftModel:
+    """As PEFT's `AutoPeftModelForCausalLM`, but whole. A `revision` is of the adapters."""
+    hub = hub_options(options)
+    of_base = {name: value for name, value in options.items() if name not in ("revision", "subfolder")}
+    with errors_of_loading(f"the adapters {name_or_path!r}"):
+        config = PeftConfig.from_pretrained(name_or_path, **hub)
+    try:
+        base = load_model(config.base_model_name_or_path, load=load, revision=config.revision, **of_base)
+    except ValueError as error:
+        raise ValueError(f"the adapters {name_or_path!r} are of a model that cannot be had: {error}") from error
+    tokenizer = find_tokenizer(name_or_path, trust_remote_code=options.get("trust_remote_code", False), **hub)
+    if tokenizer is not None and len(tokenizer) > len(base.get_input_embeddings().weight):
+        base.resize_token_embeddings(len(tokenizer))
+    with errors_of_loading(f"the adapters {name_or_path!r}"), warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Found missing adapter keys")
+        return PeftModel.from_pretrained(base, name_or_path, is_trainable=is_trainable, config=config, **hub)
+
+
+def merge_adapters(model: PeftModel) -> PreTrainedModel:
+    """Raises ValueError for adapters that are no change of weights."""
+    if not hasattr(model.base_model, "merge_and_unload"):
+        kind = model.active_peft_config.peft_type.value
+        raise ValueError(f"adapters of the kind {kind} are no change of weights, so they cannot be merged.")
+    return model.merge_and_unload(safe_merge=True)
+
+
+def find_adapters(name_or_path: str, **options: Any) -> str | None:
+    """The `adapter_config.json` of a folder or repository that holds adapters; None where there is none."""
+    with suppress(OSError, HFValidationError):  # what is neither a folder nor a repository, find_config says better
+        return find_adapter_config_file(name_or_path, **hub_options(options))
+    return None
+
+
+def find_config(name_or_path: str, **hub: Any) -> str:
+    """The `config.json` of a model, fetched if it must be; of adapters, theirs.
+
+    Raises:
+        ValueError: nothing loadable is there.
+    """
+    try:
+        return find_adapters(name_or_path, **hub) or cached_file(name_or_path, "config.json", **hub)
+    except OSError as error:
+        raise ValueError(
+            f"the model {name_or_path!r} cannot be loaded: it is neither a folder with a model nor a repository "
+            f"that can be reached. Check the name, HF_TOKEN for a gated one, HF_HUB_OFFLINE. ({error})"
+        ) from error
+
+
+def load_config(name_or_path: str, trust_remote_code: bool = False, **hub: Any) -> PreTrainedConfig:
+    """The configuration of a model; of adapters, that of the model they are of.
+
+    Raises:
+        ValueError: nothing loadable is there.
+    """
+    find_config(name_or_path, **hub)
+    with errors_of_loading(f"the configuration of {name_or_path!r}"):
+        if find_adapters(name_or_path, **hub) is not None:
+            adapters = PeftConfig.from_pretrained(name_or_path, **hub)
+            return load_config(adapters.base_model_name_or_path, trust_remote_code, revision=adapters.revision)
+        return AutoConfig.from_pretrained(name_or_path, trust_remote_code=trust_remote_code, **hub)
+
+
+def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase:
+    """Raises ValueError where there is none."""
+    with errors_of_loading(f"the tokenizer of {name_or_path!r}"):
+        return AutoTokenizer.from_pretrained(name_or_path, **options)
+
+
+def find_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase | None:
+    """The one that lies beside weights; None where there is none."""
+    try:
+        return load_tokenizer(name_or_path, **options)
+    except ValueError:
+        return None
+
+
+def tokenizer_in(processing_class: Any, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer that is given, or that of a processor. Raises TypeError, naming `what` was given, for all else."""
+    tokenizer = processing_class.tokenizer if isinstance(processing_class, ProcessorMixin) else processing_class
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise TypeError(
+            f"{what} must be a tokenizer of transformers, or a processor that has one, got "
+            f"{type(processing_class).__name__}: AutoTokenizer.from_pretrained(...) loads one."
+        )
+    return tokenizer
+
+
+def hub_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Those that say where a model lies."""
+    return {name: options[name] for name in HUB_OPTIONS if options.get(name) is not None}
+
+
+@contextmanager
+def errors_of_loading(what: str) -> Iterator[None]:
+    """Turns what libraries raise inside into a ValueError that names `what` cannot be loaded."""
+    try:
+        yield
+    except LOADING_ERRORS as error:
+        reason = " ".join(str(error).split())
+        kind = "" if isinstance(error, OSError | ValueError) and reason else f"{type(error).__name__}: "
+        raise ValueError(f"{what} cannot be loaded: {kind}{reason}") from error
+
+
+def bits_and_bytes(bits: int) -> BitsAndBytesConfig:
+    """4 bits (nf4) or 8, by bitsandbytes."""
+    return BitsAndBytesConfig(
+        load_in_4bit=bits == 4,
+        load_in_8bit=bits == 8,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=torch.bfloat16 if torch.cuda.is_available() else torch.float32,
+    )
