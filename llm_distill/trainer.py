@@ -25,6 +25,7 @@ from llm_distill.check.checks import check_trainer
 from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
+from llm_distill.data.counts import count_rows_left
 from llm_distill.data.policy import Policy, keep_dataset_text
 from llm_distill.data.prepare import PreparedData, named_evaluation
 from llm_distill.data.validate import RowChecks
@@ -126,8 +127,11 @@ class DistillationTrainer(SFTTrainer):
             self.add_callback(FlushTeacher(self.teacher))
             if self.teacher.reader is not None and self.objective.uses_teacher:
                 self.data_collator: Any = checks.ReadingCollator(self.collate, self.teacher.reader)
+        before = {"train": train, **named_evaluation(evaluation)}
+        after = {"train": self.train_dataset, **named_evaluation(self.eval_dataset)}
+        self.row_counts = count_rows_left(before, after, args.max_length)
         checks.require_usable(self.data, self.data_collator, self.model, self.teacher)
-        self.run.begin(self.model, self.objective, self.teacher, train)
+        self.run.begin(self.model, self.objective, self.teacher, train, self.row_counts.get("train"))
         if args.push_to_hub and self.is_world_process_zero():
             self.run.require_place(self.hub_model_id)
         if self.objective.terms and self.teacher is not None:
@@ -150,6 +154,7 @@ class DistillationTrainer(SFTTrainer):
             self.processing_class,
             self.args,
             self.accelerator,
+            self.row_counts,
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:

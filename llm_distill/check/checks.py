@@ -221,6 +221,9 @@ def _data(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
         yield Finding("amber", "what counts", text, f"the other tokens cost time and teach nothing: {masked}")
     else:
         yield Finding("green", "what counts", share)
+    if counts := trainer.row_counts.get("train"):
+        todo = "a larger max_length, or shorter prompts: such rows are left out of the run" if counts.lost else ""
+        yield Finding("amber" if counts.lost else "green", "rows", str(counts), todo)
     if args.packing:
         yield Finding("skipped", "cut texts", "not seen in packed rows")
     elif args.max_length and sample.lengths:

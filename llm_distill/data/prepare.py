@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from llm_distill.config import DistillationConfig
+from llm_distill.data.counts import RowCounts, count_rows_left
 from llm_distill.data.validate import RowChecks
 from llm_distill.models import vocabulary_size
 
@@ -32,6 +33,8 @@ class PreparedData:
     tokenizer: PreTrainedTokenizerBase
     args: DistillationConfig
     accelerator: Accelerator
+    row_counts: dict[str, RowCounts]
+    """What became of the rows of each dataset that is no stream."""
 
     @property
     def datasets(self) -> dict[str, Any]:
@@ -72,13 +75,18 @@ def prepare(
             eval_dataset=evaluation,
             processing_class=tokenizer,
         )
+    prepared = named_evaluation(trainer.eval_dataset)
+    before, after = named_evaluation(evaluation), prepared
+    if all(train is not dataset for dataset in before.values()):
+        before, after = {"train": train, **before}, {"train": trainer.train_dataset, **after}
     return PreparedData(
         trainer.train_dataset,
-        named_evaluation(trainer.eval_dataset),
+        prepared,
         trainer.data_collator,
         trainer.processing_class,
         args,
         trainer.accelerator,
+        count_rows_left(before, after, args.max_length),
     )
 
 

@@ -28,6 +28,8 @@ class DomainFigures(TypedDict, total=False):
     texts: int
     tokens: int
     bytes: int
+    lost: str
+    """How many texts could not be used, in words; nothing if all could."""
     models: dict[str, Figures]
     """`loss_figures` of each model."""
     calibration: dict[str, dict[str, Any]]

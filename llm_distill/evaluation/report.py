@@ -166,7 +166,8 @@ class GapReport:
     def sections(self) -> Iterator[Section]:
         """All that was measured, or why it was not."""
         comparable = self.content["comparable"]
-        yield Section("Quality", [self.quality_table()], plot="quality")
+        lost = [f"{name}: {domain['lost']}." for name, domain in self.domains.items() if "lost" in domain]
+        yield Section("Quality", [self.quality_table(), *lost], plot="quality")
         if comparable is True:
             folded = {
                 f"By position and frequency: {name}": [

@@ -101,9 +101,12 @@ def _domains(
         if comparable:
             live = LiveTeacher(teacher)
             live.prepare(data.accelerator, torch.nn.Module())
-            yield name, measure_domain(together, live, texts, others)
+            figures = measure_domain(together, live, texts, others)
         else:
-            yield name, domain_figures(compare(together, None, texts) | others, comparable=False)
+            figures = domain_figures(compare(together, None, texts) | others, comparable=False)
+        if (counts := data.row_counts.get(name)) and counts.lost:
+            figures["lost"] = str(counts)
+        yield name, figures
 
 
 def _scores_alone(

@@ -14,6 +14,7 @@ from transformers.trainer import TRAINING_ARGS_NAME
 from transformers.trainer_utils import get_last_checkpoint
 
 from llm_distill.config import DistillationConfig
+from llm_distill.data.counts import RowCounts
 from llm_distill.leaks import public_value
 from llm_distill.losses.objective import Objective
 from llm_distill.publish.card import write_model_card
@@ -38,12 +39,19 @@ class RunRecord:
         self._earlier = get_last_checkpoint(args.output_dir) if self.folder.is_dir() else None
 
     def begin(
-        self, student: PreTrainedModel | PeftModel, objective: Objective, teacher: Teacher | None, data: Any
+        self,
+        student: PreTrainedModel | PeftModel,
+        objective: Objective,
+        teacher: Teacher | None,
+        data: Any,
+        row_counts: RowCounts | None,
     ) -> None:
         """Notes what is distilled from what, before anything is learned."""
         self.record = run_record(objective, teacher, student, revision_of(self.args))
         if hasattr(data, "__len__"):
             self.record["data.texts"] = len(data)
+        if row_counts is not None:
+            self.record |= {"data.texts_lost": row_counts.lost, "data.texts_cut": row_counts.cut}
         student.add_model_tags(TAGS)
 
     def name_data(self, name: str | None) -> None:

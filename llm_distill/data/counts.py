@@ -1,0 +1,69 @@
+"""What became of the rows of a dataset when it was prepared: max_length may leave nothing of them to learn."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from llm_distill.data.validate import BATCH, LENGTHS
+from llm_distill.ranks import ranks
+from llm_distill.rows import IGNORED
+
+logger = logging.getLogger(__name__)
+
+
+class RowCounts(NamedTuple):
+    """Of one dataset."""
+
+    rows: int
+    """Before it was prepared."""
+    lost: int
+    """Those in which nothing is left to learn, because max_length ends within their prompts or all is masked."""
+    cut: int
+    """Those that fill max_length: most likely they were longer."""
+
+    def __str__(self) -> str:
+        return f"nothing is left to learn in {self.lost:,} of {self.rows:,} rows, and {self.cut:,} fill max_length"
+
+
+def count_rows_left(
+    before: Mapping[str, Any], after: Mapping[str, Any], max_length: int | None
+) -> dict[str, RowCounts]:
+    """Of each dataset that was prepared, by name; warns of those of which rows are lost. Streams are not counted, nor
+    rows that were packed by something else than their number.
+    """
+    counts = {}
+    for name, dataset in after.items():
+        if (counted := _count(before.get(name), dataset, max_length)) is None:
+            continue
+        counts[name] = counted
+        if counted.lost and ranks().is_main_process:
+            logger.warning("the %s dataset: %s=%s. A larger max_length keeps them.", name, counted, max_length)
+    return counts
+
+
+def _count(before: Any, after: Any, max_length: int | None) -> RowCounts | None:
+    if not (isinstance(before, Dataset) and isinstance(after, Dataset)) or "labels" not in after.column_names:
+        return None
+    is_packed = LENGTHS in after.column_names
+    left = cut = documents = 0
+    columns = ["labels", LENGTHS] if is_packed else ["labels"]
+    for table in after.select_columns(columns).with_format("arrow").iter(batch_size=BATCH):
+        labels = table["labels"].combine_chunks()
+        lengths = table[LENGTHS].combine_chunks().flatten() if is_packed else pc.list_value_length(labels)
+        lengths = lengths.to_numpy()
+        lengths = lengths[lengths > 0]
+        starts = np.cumsum(lengths) - lengths
+        counts = labels.flatten().to_numpy() != IGNORED
+        counts[starts] = False  # nothing predicts a first token
+        left += int(np.logical_or.reduceat(counts, starts).sum()) if len(starts) else 0
+        documents += len(lengths)
+        cut += int((lengths == max_length).sum())
+    if documents > len(before) or (is_packed and LENGTHS in before.column_names):
+        return None  # split into several, or packed beforehand
+    return RowCounts(len(before), len(before) - left, cut)
