@@ -9,6 +9,7 @@ from transformers.trainer_utils import HubStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
+from llm_distill.generation.options import OnPolicyOptions
 from llm_distill.leaks import without_secrets
 from llm_distill.losses.options import ObjectiveOptions
 from llm_distill.options import fields_chosen, option
@@ -19,7 +20,7 @@ SERVER_WORKERS = 2
 
 
 @dataclass
-class DistillationConfig(TeacherOptions, ObjectiveOptions, SFTConfig):
+class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTConfig):
     """Configuration of `DistillationTrainer`; the training, data and model fields are those of `trl.SFTConfig`.
 
     loss = kd_weight · T² · D(teacher‖student at T) + ce_weight · cross-entropy, a mean over the tokens that count.
@@ -74,4 +75,5 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, SFTConfig):
         return super().conflicts() | {
             "loss_type (divergence, kd_weight and ce_weight say what is minimised)": self.loss_type != "nll",
             "label_smoothing_factor (soft targets take its place)": self.label_smoothing_factor != 0,
+            "packing (what the student writes is not packed)": self.packing and self.on_policy_share,
         }

@@ -16,6 +16,7 @@ from accelerate.utils import DistributedType
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from transformers.utils import is_in_notebook
@@ -26,6 +27,7 @@ from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
 from llm_distill.data.counts import count_rows_left
+from llm_distill.data.on_policy import OnPolicy, add_empty_completions
 from llm_distill.data.policy import Policy, keep_dataset_text
 from llm_distill.data.prepare import PreparedData, named_evaluation
 from llm_distill.data.validate import RowChecks
@@ -60,7 +62,7 @@ class DistillationTrainer(SFTTrainer):
         teacher: a model id, a folder, a `PreTrainedModel` or a `Teacher`; by default what `args` name. With
             `kd_weight=0` it may be left out; if it is there, evaluation compares with it.
         args: a `DistillationConfig`.
-        policy: puts other text into the batches of a step, before their rows are counted; by default none.
+        policy: puts other text into the batches of a step, before their rows are counted; by default what `args` say.
         **sft: everything else that `SFTTrainer` takes: `train_dataset`, `eval_dataset`, `processing_class`,
             `peft_config`, `quantization_config`, `callbacks`, …
 
@@ -88,14 +90,19 @@ class DistillationTrainer(SFTTrainer):
         args: DistillationConfig | None = None,
         *,
         processing_class: PreTrainedTokenizerBase | None = None,
-        policy: Policy = keep_dataset_text,
+        policy: Policy | None = None,
         **sft: Any,
     ) -> None:
         args = args if args is not None else DistillationConfig(output_dir="distilled")
         require_student(model, args, sft.get("quantization_config"))
         if sft.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would have no effect: the loss is the distillation objective.")
-        self.objective, self.policy = Objective.of(args), policy
+        if policy is not None and args.on_policy_share:
+            raise ValueError(f"on_policy_share={args.on_policy_share} would have no effect: the policy is another.")
+        self.objective = Objective.of(args)
+        self.policy = policy or (OnPolicy(args, args.seed) if args.on_policy_share else keep_dataset_text)
+        if args.on_policy_share:
+            sft["train_dataset"] = add_empty_completions(sft.get("train_dataset"), args.on_policy_share)
         self.run = RunRecord(args, model, teacher)
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
@@ -130,6 +137,10 @@ class DistillationTrainer(SFTTrainer):
         before = {"train": train, **named_evaluation(evaluation)}
         after = {"train": self.train_dataset, **named_evaluation(self.eval_dataset)}
         self.row_counts = count_rows_left(before, after, args.max_length)
+        if isinstance(self.policy, OnPolicy):
+            tokenizer, collate = self.processing_class, self.data_collator
+            self.policy.begin(self.model, tokenizer, self.teacher, collate, self.accelerator)
+            self.add_callback(self.policy)
         checks.require_usable(self.data, self.data_collator, self.model, self.teacher)
         self.run.begin(self.model, self.objective, self.teacher, train, self.row_counts.get("train"))
         if args.push_to_hub and self.is_world_process_zero():
@@ -166,6 +177,16 @@ class DistillationTrainer(SFTTrainer):
         finally:
             if self.teacher is not None:
                 self.teacher.flush()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """As `Trainer.get_train_dataloader`. What a policy will write is read by the teacher afterwards."""
+        collate = self.data_collator
+        if isinstance(self.policy, OnPolicy):
+            self.data_collator = self.collate
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = collate
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -247,6 +268,8 @@ class DistillationTrainer(SFTTrainer):
         """As `Trainer.log`, with the objective's metrics since the last one: with each loss, and when training ends."""
         if "loss" in logs or ("train_loss" in logs and self.meter.tokens):
             logs.update(self.meter.log(self.accelerator))
+            if isinstance(self.policy, OnPolicy):
+                logs.update(self.policy.log())
         super().log(logs, start_time)
 
     def check(self) -> Report:

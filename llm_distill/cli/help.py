@@ -19,6 +19,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "the report": {},
     "the teacher": {},
     "the objective": {},
+    "the student's own text": {},
     "the student": {
         "model_name_or_path": "The student is this model: a model id on the Hub, or a folder.",
         "model_revision": "The student is of this branch, tag or commit.",

@@ -12,6 +12,7 @@ from launch import Run
 # Rows 2 and 3 are all that the second rank has in the first step: nothing counts there. The other rows are uneven.
 MASKED = [2, 3, 9]
 LOSSES = [{"name": "hidden", "layers": {1: 2, 2: 2}, "weight": 0.1}]
+ON_POLICY = {"on_policy_share": 0.5, "max_completion_length": 6, "sampling_temperature": 0.0}
 LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce")
 
 
@@ -22,6 +23,7 @@ LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "
             {"masked": MASKED, "config": {"ce_weight": 0.5, "loss_temperature": 2.0, "losses": LOSSES}}, id="full"
         ),
         pytest.param({"masked": MASKED, "lora": True}, id="lora"),
+        pytest.param({"config": ON_POLICY}, id="on-policy"),
     ],
 )
 def test_two_ranks_and_one_rank_take_the_same_steps(run_worker: Callable[..., Run], options: dict[str, Any]) -> None:

@@ -21,6 +21,8 @@ CONFIG = {
     "train_sampling_strategy": "random",
     "gradient_accumulation_steps": 2,
     "losses": [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}],  # with a projection, which must be resumed too
+    "on_policy_share": 0.5,  # what is sampled must be the same too
+    "max_completion_length": 4,
 }
 
 

@@ -39,7 +39,7 @@ def make_trainer(
         model=student,
         teacher=teacher,
         args=make_config(folder / "out", **(defaults | options)),
-        train_dataset=make_rows([]),
+        train_dataset=make_rows([], shortest_prompt=2 if options.get("on_policy_share") else 0),
         processing_class=tokenizer,
         peft_config=peft_config,
         quantization_config=quantization_config,

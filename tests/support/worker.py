@@ -26,14 +26,14 @@ from llm_distill import DistillationTrainer, LiveTeacher
 ROWS = 24
 
 
-def make_rows(masked: list[int]) -> Dataset:
+def make_rows(masked: list[int], shortest_prompt: int = 0) -> Dataset:
     """Sequences of random tokens and lengths, with prompts masked; nothing counts in the rows named in `masked`."""
     generator = torch.Generator().manual_seed(0)
     rows = []
     for index in range(ROWS):
         length = int(torch.randint(6, 24, (), generator=generator))
         ids = torch.randint(1, VOCAB, (length,), generator=generator).tolist()
-        prompt = length if index in masked else int(torch.randint(0, length - 2, (), generator=generator))
+        prompt = length if index in masked else int(torch.randint(shortest_prompt, length - 2, (), generator=generator))
         rows.append({"input_ids": ids, "labels": [-100] * prompt + ids[prompt:]})
     return Dataset.from_list(rows)
 
@@ -65,7 +65,9 @@ def train(folder: Path, options: dict[str, Any], tokenizer: Any) -> Distillation
         model=student.to(dtype),
         teacher=LiveTeacher(tiny_llama(2).to(dtype), tokenizer),
         args=make_config(folder / "out", **(config | options.get("config", {}))),
-        train_dataset=make_rows(options.get("masked", [])),
+        train_dataset=make_rows(
+            options.get("masked", []), 2 if options.get("config", {}).get("on_policy_share") else 0
+        ),
         eval_dataset=make_rows([]).select(range(7)),  # does not divide into batches over two ranks
         processing_class=tokenizer,
         peft_config=lora,

@@ -119,8 +119,9 @@ def top_k_losses(folder: Path, tokenizer: PreTrainedTokenizerBase, student: str,
         {"divergence": "forward_kl", "ce_weight": 0.3},
         {"divergence": "reverse_kl", "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2},
         {"divergence": "jsd", "train_sampling_strategy": "random", "dataloader_num_workers": 1},
+        {"on_policy_share": 0.5, "max_completion_length": 5, "gradient_accumulation_steps": 2},
     ],
-    ids=["forward_kl", "accumulation", "shuffled"],
+    ids=["forward_kl", "accumulation", "shuffled", "on-policy"],
 )
 def test_the_whole_vocabulary_served_is_live_step_for_step(
     tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokenizerBase, server: str, options: dict[str, Any]

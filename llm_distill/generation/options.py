@@ -1,0 +1,48 @@
+"""What a person can choose of text that the student writes while it is trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from llm_distill.options import Options, option
+
+
+@dataclass
+class OnPolicyOptions(Options):
+    """How much of the text that is learned from the student writes itself, and how it is sampled."""
+
+    heading = "the student's own text"
+
+    on_policy_share: float = option(
+        0.0,
+        "The student writes this share of the texts itself, after the dataset's prompts, as it is in that step "
+        "(on-policy distillation; λ of GKD). 0 is the dataset's own text, and 1 needs prompts alone.",
+        at_least=0,
+    )
+    max_completion_length: int = option(
+        256, "The student writes at most this many tokens after a prompt.", needs="on_policy_share", at_least=1
+    )
+    sampling_temperature: float = option(
+        1.0,
+        "Where the student writes, its logits are divided by this temperature, which is another than that of the loss. "
+        "0 takes the likeliest token each time.",
+        needs="on_policy_share",
+    )
+    top_p: float = option(
+        1.0,
+        "Where the student writes, only the likeliest tokens are sampled that have this probability together.",
+        needs="on_policy_share",
+    )
+    top_k: int = option(
+        0,
+        "Where the student writes, only this many of the likeliest tokens are sampled. 0 samples from all.",
+        needs="on_policy_share",
+    )
+    mask_truncated_completions: bool = option(
+        False, "What the student did not end within max_completion_length is not learned from.", needs="on_policy_share"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.on_policy_share > 1:
+            raise ValueError(f"on_policy_share is a share, from 0 to 1, got {self.on_policy_share}.")

@@ -1,0 +1,196 @@
+"""On-policy: what the student writes is what is learned from, the same however it is batched, spread or resumed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from datasets import Dataset
+from kinds_of_data import CHAT_TEMPLATE, DATA
+from runs import copied_state
+from tiny import VOCAB, make_config, tiny_llama
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill.data.on_policy import OnPolicy, prompt_of, rows_of
+from llm_distill.rows import IGNORED
+
+GREEDY = {"on_policy_share": 1.0, "max_completion_length": 5, "sampling_temperature": 0.0}
+PROMPTS = [list(range(5, 5 + length)) for length in (3, 9, 4, 7, 11, 5, 8, 6)]
+
+
+@pytest.fixture
+def build(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., DistillationTrainer]:
+    """A trainer of two tiny Llamas on prompts with completions of two tokens."""
+    rows = [{"input_ids": [*prompt, 3, 4], "labels": [IGNORED] * len(prompt) + [3, 4]} for prompt in PROMPTS]
+
+    def build_trainer(
+        data: Any = None, student: Any = None, teacher: Any = None, **options: Any
+    ) -> DistillationTrainer:
+        plain = {"optim": "sgd", "max_grad_norm": 0.0, "train_sampling_strategy": "sequential", "learning_rate": 1.0}
+        return DistillationTrainer(
+            model=student or tiny_llama(1, hidden=16).double(),
+            teacher=teacher or LiveTeacher(tiny_llama(2).double(), tokenizer),
+            args=make_config(tmp_path / "out", **(plain | GREEDY | options)),
+            train_dataset=data or Dataset.from_list(rows),
+            processing_class=tokenizer,
+        )
+
+    return build_trainer
+
+
+ENDS = (0, 2)
+"""The tokenizer's end of text, and that of the tiny Llamas' generation_config."""
+
+
+def written_alone(student: PreTrainedModel, prompt: list[int]) -> list[int]:
+    """The likeliest five tokens after a prompt, each from a forward without padding, batch or cache."""
+    ids = list(prompt)
+    for _ in range(5):
+        with torch.no_grad():
+            ids.append(int(student(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        if ids[-1] in ENDS:
+            break
+    return ids[len(prompt) :]
+
+
+def completions_of(student: PreTrainedModel) -> list[list[int]]:
+    return [written_alone(student, prompt) for prompt in PROMPTS]
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(8, 1), (2, 4), (3, 2)])
+def test_the_step_is_that_on_what_the_student_writes_alone(
+    build: Callable[..., DistillationTrainer], size: int, accumulation: int
+) -> None:
+    batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_steps": 1}
+    on_policy = build(**batches)
+    completions = completions_of(on_policy.model)
+    by_hand = [
+        {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + ids}
+        for prompt, ids in zip(PROMPTS, completions, strict=True)
+    ]
+    off_policy = build(Dataset.from_list(by_hand), on_policy_share=0.0, **batches | NOT_WRITTEN)
+    on_policy.train()
+    off_policy.train()
+    expected = copied_state(off_policy.model)
+    for name, weight in copied_state(on_policy.model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-12)
+    log = on_policy.state.log_history[0]
+    seen = completions[: size * accumulation]
+    assert log["completion_length"] == pytest.approx(sum(map(len, seen)) / len(seen))
+    assert log["completion_cut_share"] == pytest.approx(sum(ids[-1] not in ENDS for ids in seen) / len(seen))
+    assert log["writing_seconds"] > 0
+
+
+NOT_WRITTEN = {"max_completion_length": 256, "sampling_temperature": 1.0}
+"""The defaults of options that have no effect where nothing is written."""
+
+
+def test_a_mixture_draws_rows_by_step_and_leaves_the_others(build: Callable[..., DistillationTrainer]) -> None:
+    trainer = build(on_policy_share=0.5, per_device_train_batch_size=8)
+    batch = next(iter(trainer.get_train_dataloader()))
+    changed = []
+    for step in range(40):
+        trainer.policy._state.global_step = step
+        (mixed,) = trainer.policy([batch])
+        rows = {tuple(prompt_of(row)): row["input_ids"] for row in rows_of(mixed)}
+        assert {*rows} == {tuple(prompt) for prompt in PROMPTS}
+        changed.append([rows[tuple(prompt)] != [*prompt, 3, 4] for prompt in PROMPTS])
+    assert 0.4 < sum(map(sum, changed)) / 320 < 0.6
+    assert len({tuple(row) for row in changed}) > 20, "other rows in other steps"
+
+
+def test_what_was_not_ended_can_be_left_out_and_ends_of_the_teacher_end(
+    build: Callable[..., DistillationTrainer],
+) -> None:
+    trainer = build(mask_truncated_completions=True, per_device_train_batch_size=8)
+    (batch,) = trainer.policy([next(iter(trainer.get_train_dataloader()))])
+    learned = {len(row["input_ids"]): any(label != IGNORED for label in row["labels"]) for row in rows_of(batch)}
+    ended = {len(PROMPTS[i]) + len(ids): ids[-1] in ENDS for i, ids in enumerate(completions_of(trainer.model))}
+    assert learned == ended
+    assert {*ended.values()} == {True, False}
+
+    first = written_alone(trainer.model, PROMPTS[0])[0]
+    teacher = LiveTeacher(tiny_llama(2).double(), trainer.processing_class)
+    teacher.model.generation_config.eos_token_id = [first]
+    trainer = build(teacher=teacher, per_device_train_batch_size=1)
+    (batch,) = trainer.policy([next(iter(trainer.get_train_dataloader()))])
+    assert batch["input_ids"].tolist() == [[*PROMPTS[0], first]]
+
+
+def test_a_student_that_writes_nothing_and_one_that_never_ends_are_trained(
+    build: Callable[..., DistillationTrainer], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for direction in (1e3, -1e3):
+        student = tiny_llama(1, hidden=16, attention_bias=False).double()
+        head = torch.nn.Linear(16, VOCAB).double()
+        torch.nn.init.zeros_(head.bias)
+        with torch.no_grad():
+            head.bias[tokenizer.eos_token_id] = direction
+        student.lm_head = head
+        trainer = build(student=student, sampling_temperature=1.0, learning_rate=1e-3)
+        trainer.train()
+        assert trainer.state.log_history[0]["completion_length"] == (1 if direction > 0 else 5)
+        assert all(torch.isfinite(weight).all() for weight in trainer.model.parameters())
+
+
+def test_a_teacher_that_is_the_student_teaches_nothing_of_its_text(
+    build: Callable[..., DistillationTrainer], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    itself = LiveTeacher(tiny_llama(1, hidden=16).double(), tokenizer)
+    trainer = build(teacher=itself, divergence="reverse_kl", sampling_temperature=1.0)
+    trainer.train()
+    assert trainer.state.log_history[0]["kd"] == pytest.approx(0, abs=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["text", "conversation"])
+def test_prompts_alone_are_enough(
+    build: Callable[..., DistillationTrainer], tokenizer: PreTrainedTokenizerBase, kind: str
+) -> None:
+    tokenizer.chat_template = CHAT_TEMPLATE
+    prompts = DATA["prompt and completion"]["prompt"]
+    if kind == "conversation":
+        prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    trainer = build(Dataset.from_dict({"prompt": prompts}), per_device_train_batch_size=8)
+    (batch,) = trainer.policy([next(iter(trainer.get_train_dataloader()))])
+    asked = {tokenizer.decode(prompt_of(row)) for row in rows_of(batch)}
+    assert asked == {f"U:x = {i}\nA:" if kind == "conversation" else f"x = {i}" for i in range(8)}
+
+
+def test_sampling_disturbs_nothing_else_that_is_random(build: Callable[..., DistillationTrainer]) -> None:
+    trainer = build(sampling_temperature=1.0)
+    batch = next(iter(trainer.get_train_dataloader()))
+    before = torch.get_rng_state()
+    first, second = (trainer.policy([batch])[0]["input_ids"] for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(first, second), "the step decides"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_policy_share": 1.5}, "from 0 to 1"),
+        ({"on_policy_share": 0.0}, "max_completion_length .on_policy_share is 0.0"),
+        ({"packing": True}, "packing .what the student writes is not packed"),
+        ({"sampling_temperature": 0.0, "top_p": 0.5}, "top_p and top_k"),
+        ({"max_completion_length": 128}, "more than the student's context of 128"),
+        ({"data": DATA["text"]}, "begins with what is to be learned"),
+        ({"data": DATA["prompt and completion"].remove_columns("completion"), "on_policy_share": 0.5}, "it has none"),
+    ],
+)
+def test_what_cannot_be_is_refused(
+    build: Callable[..., DistillationTrainer], options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        build(**options).train()
+
+
+def test_a_policy_and_an_option_for_another_are_one_too_many(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    args = make_config(tmp_path, on_policy_share=1.0)
+    with pytest.raises(ValueError, match="the policy is another"):
+        DistillationTrainer(tiny_llama(1), tiny_llama(2), args, train_dataset=DATA["chat"], policy=OnPolicy(args, 0))
