@@ -136,7 +136,8 @@ class RowChecks:
             if "prompt" in first:
                 raise ValueError(
                     f"{present}: prompts without a `completion`. Let the teacher write them first (`llm-distill "
-                    "generate`) and train on what it has written, or rename the column that answers them."
+                    "generate`) and train on what it has written, let the student write as it learns "
+                    "(on_policy_share=1), or rename the column that answers them."
                 )
             raise ValueError(
                 f"{present}, and none to learn from: a `{text}`, a `prompt` with its `completion`, `messages` or "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +20,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from llm_distill import __version__
 from llm_distill.publish.adapters import load_merged
 from llm_distill.publish.verify import EXACT, ROUNDED, TEXTS, require_same_next_tokens
 
@@ -78,7 +78,7 @@ def export_gguf(folder: str | Path, output: str | Path, dtype: str = "auto") -> 
     with TemporaryDirectory(dir=output.parent.resolve(), prefix=".gguf-") as temporary:
         path = Path(temporary, output.name)  # whole, or transformers would prefer a file of this name that lies here
         writer = gguf.GGUFWriter(path, student.config.model_type, use_temp_file=True)
-        writer.add_string(MARK, __version__)
+        writer.add_string(MARK, version("llm-distill"))
         _write_settings(writer, student, output.stem, dtype)
         _write_tokenizer(writer, student, tokenizer, pre_tokenizer, Path(temporary))
         _write_tensors(writer, student, dtype)

@@ -148,9 +148,12 @@ def test_a_teacher_that_is_the_student_teaches_nothing_of_its_text(
 
 @pytest.mark.parametrize("kind", ["text", "conversation"])
 def test_prompts_alone_are_enough(
-    build: Callable[..., DistillationTrainer], tokenizer: PreTrainedTokenizerBase, kind: str
+    build: Callable[..., DistillationTrainer],
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
 ) -> None:
-    tokenizer.chat_template = CHAT_TEMPLATE
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
     prompts = DATA["prompt and completion"]["prompt"]
     if kind == "conversation":
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
