@@ -7,6 +7,7 @@ environment names; those on http are one's own, and are reached directly.
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import math
@@ -15,7 +16,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 from urllib.request import getproxies, proxy_bypass
@@ -32,6 +33,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds, doubled with each failure in between."""
 LONGEST_RETRY_AFTER = 60.0
 """Seconds: a server that asks for more time than this is tried after this."""
+ADDRESS_HINT = "Is that the server's address? An endpoint's usually ends in /v1."
 _STARTING = threading.Lock()
 
 
@@ -41,6 +43,10 @@ class RefusedError(ValueError):
     def __init__(self, message: str, status: int, reason: str = "") -> None:
         super().__init__(message)
         self.status, self.reason = status, reason
+
+
+class UnbelievableError(ValueError):
+    """An answer that cannot be: another one would be no truer. The message follows the server's address."""
 
 
 class NoAnswerError(ConnectionError):
@@ -112,6 +118,7 @@ class ServerPool:
 
         Raises:
             RefusedError: a server refuses, with its message.
+            UnbelievableError: `read` has raised it; the message then begins with the server's address.
             NoAnswerError: the last of `attempts` has failed.
             ConnectionError: no server has answered within `patience`; with the last reason of each.
         """
@@ -130,6 +137,8 @@ class ServerPool:
                     result = answer if read is None else read(answer)
                     self._note_answer(server)
                     return result
+            except UnbelievableError as error:
+                raise UnbelievableError(f"{server.url} {error}") from error
             except NoAnswerError as failure:
                 failures += 1
                 self._note_failure(server, failure, began)
@@ -160,21 +169,27 @@ class ServerPool:
                 future.cancel()
 
     def _attempt(self, url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-        key = os.environ.get(KEY_VARIABLE)
+        key = os.environ.get(KEY_VARIABLE, "").strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ValueError(f"{KEY_VARIABLE} is no key: it has a line break in it, or a letter that no key has.")
         headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+        send = functools.partial(
+            self._connections[url].request,
+            "GET" if body is None else "POST",
+            url + path,
+            body=None if body is None else json.dumps(body, separators=(",", ":")).encode(),
+            headers=headers | self._headers,
+            timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, seconds), read=seconds),
+            retries=False,
+            redirect=False,
+        )
         try:
-            response = self._connections[url].request(
-                "GET" if body is None else "POST",
-                url + path,
-                body=None if body is None else json.dumps(body, separators=(",", ":")).encode(),
-                headers=headers | self._headers,
-                timeout=urllib3.Timeout(connect=min(CONNECT_SECONDS, seconds), read=seconds),
-                retries=False,
-                redirect=False,
-            )
-        except urllib3.exceptions.HTTPError as error:
+            response = _call_within(seconds, send)
+        except (urllib3.exceptions.HTTPError, TimeoutError) as error:
             raise NoAnswerError(_reason_of(error)) from error
         status = response.status
+        if status == 200 and response.data.lstrip().startswith(b"<"):
+            raise RefusedError(f"{url}{path} is a web page and no model's server. {ADDRESS_HINT}", status, "a web page")
         if status == 200:
             try:
                 answer = json.loads(response.data)
@@ -194,7 +209,8 @@ class ServerPool:
             raise RefusedError(message, status)
         if 300 <= status < 400:
             reason = f"it has moved to {response.headers.get('Location')}"
-        raise RefusedError(f"{url}{path} refuses with HTTP {status}: {reason}", status, reason)
+        hint = f". {ADDRESS_HINT}" if status in (404, 405) else ""
+        raise RefusedError(f"{url}{path} refuses with HTTP {status}: {reason}{hint}", status, reason)
 
     def _start_process(self) -> None:
         with _STARTING:
@@ -248,6 +264,25 @@ def parse_url(url: str) -> urllib3.util.Url:
     return parsed
 
 
+def _call_within(seconds: float, function: Callable[[], Any]) -> Any:
+    """Its result; TimeoutError if it takes longer. A client's own timeout is for each read, and a server that sends a
+    byte now and then would never meet it.
+    """
+    result = Future[Any]()
+
+    def call() -> None:
+        try:
+            result.set_result(function())
+        except Exception as error:  # raised where it is waited for
+            result.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    try:
+        return result.result(seconds)
+    except TimeoutError as error:
+        raise TimeoutError(f"no whole answer in {seconds:.3g} seconds") from error
+
+
 def _connections_to(url: str, size: int) -> urllib3.PoolManager:
     host = parse_url(url).host or ""
     proxy = getproxies().get("https") if url.startswith("https:") and not proxy_bypass(host) else None
@@ -276,8 +311,8 @@ def _message_in(body: bytes) -> str:
         error = error.get("error", error)
         text = str(error["message"] if "message" in error else error.get("detail", error))
     except (ValueError, AttributeError, TypeError):
-        text = body.decode(errors="replace")
-    return " ".join(text.split())[:400] or "without a word"
+        text = "a web page" if body.lstrip().startswith(b"<") else body.decode(errors="replace")
+    return " ".join(text.encode(errors="replace").decode().split())[:400] or "without a word"
 
 
 def _seconds(retry_after: str | None) -> float | None:

@@ -11,14 +11,18 @@ RAISED = (TemplateError, ArithmeticError, AttributeError, LookupError, RuntimeEr
 """What a template may end with: its own `raise_exception`, or an operation that a value does not have."""
 
 
+class TemplateRefusedError(ValueError):
+    """The template refuses a conversation, and says why."""
+
+
 def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], **options: Any) -> Any:
     """As the tokenizer's `apply_chat_template`.
 
     Raises:
-        ValueError: the template refuses the conversation, with what it says.
+        TemplateRefusedError: with what the template says.
     """
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except RAISED as error:
         reason = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
-        raise ValueError(f"the chat template refuses this conversation: {reason}") from error
+        raise TemplateRefusedError(f"the chat template refuses this conversation: {reason}") from error

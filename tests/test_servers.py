@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pickle
+import socket
 import threading
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -55,6 +57,41 @@ def test_a_refusal_is_not_repeated_and_does_not_show_the_key(monkeypatch: pytest
         assert error.value.status == 400
         assert KEY not in str(error.value) + error.value.reason
         assert [headers["Authorization"] for headers in server.headers] == [f"Bearer {KEY}"]
+
+
+@pytest.mark.parametrize("part", ["status line", "headers", "body"])
+def test_a_server_that_sends_a_byte_now_and_then_is_left(part: str) -> None:
+    beginnings = {"status line": b"HTTP/1.1", "headers": b"HTTP/1.1 200 OK\r\nX-", "body": b"HTTP/1.1 200 OK\r\n\r\n"}
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(beginnings[part])
+                for _ in range(100):
+                    time.sleep(0.05)
+                    connection.sendall(b" ")
+
+        threading.Thread(target=drip, daemon=True).start()
+        began = time.monotonic()
+        with pytest.raises(NoAnswerError, match=r"no whole answer in 0\.3 seconds"):
+            pool(f"http://127.0.0.1:{listening.getsockname()[1]}", timeout=0.3, attempts=1).request("/v1/models")
+        assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [
+        (200, r"/models is a web page .* usually ends in /v1"),
+        (404, r"HTTP 404: a web page\. Is that the server's addr"),
+    ],
+)
+def test_a_web_page_is_no_model(status: int, message: str) -> None:
+    with (
+        scripted([(status, " <html><body>Welcome</body></html>")]) as server,
+        pytest.raises(RefusedError, match=message),
+    ):
+        pool(server.url).request("/models")
 
 
 def test_a_server_that_has_moved_says_where_to() -> None:

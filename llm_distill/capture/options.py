@@ -23,10 +23,10 @@ class CaptureConfig(Options):
     )
     cache_kwargs: dict[str, Any] | str | None = option(
         None,
-        "These are the parameters of the method, as JSON or YAML: k (32), mass (1.0: no more tokens than have this "
-        "mass), threshold (0: no token of less probability) and step (1/128, of the root of a probability) of top_k, "
-        "threshold (0.02) and step (1/32) of hybrid, draws (50) of sampled, dtype (bfloat16, int8 or float32) of "
-        "hidden.",
+        "These are the parameters of the method, as JSON or YAML: k (32, or teacher_server_k), mass (1.0: no more "
+        "tokens than have this mass), threshold (0: no token of less probability) and step (1/128, of the root of a "
+        "probability) of top_k, threshold (0.02) and step (1/32) of hybrid, draws (50) of sampled, dtype (bfloat16, "
+        "int8 or float32) of hidden.",
         parse=parse_mapping,
     )
     examples_per_shard: int = option(

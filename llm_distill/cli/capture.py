@@ -17,8 +17,10 @@ def capture(argv: Sequence[str]) -> None:
     from llm_distill.capture.report import report_fidelity
     from llm_distill.capture.run import capture as fill
 
-    tells_all = args.divergence == "forward_kl" and args.teacher_server_url is None
-    method = make_method(options.cache_method or ("hybrid" if tells_all else "top_k"), **options.cache_kwargs)
+    is_served = args.teacher_server_url is not None
+    name = options.cache_method or ("hybrid" if args.divergence == "forward_kl" and not is_served else "top_k")
+    told = {"k": args.teacher_server_k} if is_served and name == "top_k" else {}
+    method = make_method(name, **(told | options.cache_kwargs))
     folder = args.teacher_cache or str(Path(args.output_dir, "teacher_cache"))
     teacher, data = build_capture(script, args, model)
     cache = fill(

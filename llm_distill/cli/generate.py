@@ -24,6 +24,9 @@ def generate(argv: Sequence[str]) -> None:
     filters = config.make_filters()
     if not script.dataset_name:
         raise ValueError("--dataset_name is missing: prompts, as a Hub id, a folder, a file, or `stdlib`.")
+    data, output = Path(script.dataset_name).resolve(), Path(config.output_dir).resolve()
+    if data.exists() and output in (data, *data.parents):
+        raise ValueError(f"the prompts of {data} lie in output_dir: choose another folder for the texts.")
     dataset = load_data(script)[script.dataset_train_split]
     engine = make_engine(config)
     prompts = list(
@@ -38,11 +41,13 @@ def generate(argv: Sequence[str]) -> None:
         )
     )
     try:
-        report = write(engine, prompts, config.output_dir, filters=filters)
+        report = write(engine, prompts, config.output_dir, filters=filters, retry_refused=config.retry_refused)
     except BudgetReachedError as reached:
         print_once(f"Stopped: {reached}")
         report = read_report(config.output_dir)
     print_once(f"\n{report.as_markdown()}\n")
+    if report.unanswered:
+        print_once("Prompts without an answer are asked again with --retry_refused true.")
     if config.generated_hub_id is not None and ranks().is_main_process:
         from llm_distill.publish.datasets import push_generated
 

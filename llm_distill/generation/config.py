@@ -101,10 +101,15 @@ class GenerateConfig(TeacherModelOptions):
     )
     budget: float | None = option(
         None,
-        "The run stops before more than this is spent, with all earlier parts of the run.",
+        "The run stops before more than this is spent, with all earlier parts of the run. An answer is asked for "
+        "only where the budget allows for the most that it can cost, by max_new_tokens; it counts as that much where "
+        "the endpoint does not tell how many tokens were used.",
         needs={"engine": (ENDPOINT,)},
     )
 
+    retry_refused: bool = option(
+        False, "Prompts that were refused, or whose answers could not be used, are asked again by a run that goes on."
+    )
     filters: dict[str, Any] | str | None = option(
         None,
         "These filters choose what is kept, in this order, as JSON or YAML: {name: {parameter: value}} of "

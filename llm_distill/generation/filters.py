@@ -30,6 +30,12 @@ class Candidate(NamedTuple):
     finished: bool
     tokens: int
     mean_log_prob: float | None
+    extra: dict[str, Any] | None = None
+    """What the message has besides its text: `reasoning_content`, `tool_calls`."""
+
+    @property
+    def tool_calls(self) -> list[Any]:
+        return (self.extra or {}).get("tool_calls", [])
 
 
 Filter = Callable[[Sequence[Candidate]], Sequence[Candidate | None]]
@@ -56,7 +62,7 @@ class Finished(IndependentFilter):
 
 @dataclass(frozen=True)
 class Length(IndependentFilter):
-    """Those of so many tokens, and of so many characters besides blanks."""
+    """Those of so many tokens, and of so many characters besides blanks, unless they call a tool."""
 
     min_tokens: int = 1
     max_tokens: int | None = None
@@ -66,7 +72,7 @@ class Length(IndependentFilter):
         return (
             self.min_tokens <= candidate.tokens
             and (self.max_tokens is None or candidate.tokens <= self.max_tokens)
-            and len(candidate.text.strip()) >= self.min_characters
+            and (len(candidate.text.strip()) >= self.min_characters or bool(candidate.tool_calls))
         )
 
 
@@ -125,7 +131,7 @@ class ExactDuplicates:
     def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
         new: list[Candidate | None] = []
         for candidate in candidates:
-            key = (str(candidate.prompt), candidate.text.strip())
+            key = (str(candidate.prompt), candidate.text.strip() + str(candidate.tool_calls or ""))
             new.append(None if key in self._seen else candidate)
             self._seen.add(key)
         return new
@@ -215,12 +221,22 @@ class Private(IndependentFilter):
         self._private_data = PrivateData(self.region)
 
     def keeps(self, candidate: Candidate) -> bool:
-        return self._private_data.mask(candidate.text) == candidate.text
+        return self._mask(candidate) == candidate
 
     def __call__(self, candidates: Sequence[Candidate]) -> list[Candidate | None]:
         if self.action == "drop":
             return super().__call__(candidates)
-        return [candidate._replace(text=self._private_data.mask(candidate.text)) for candidate in candidates]
+        return [self._mask(candidate) for candidate in candidates]
+
+    def _mask(self, candidate: Candidate) -> Candidate:
+        return candidate._replace(text=self._masked(candidate.text), extra=self._masked(candidate.extra))
+
+    def _masked(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._masked(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self._masked(item) for item in value]
+        return self._private_data.mask(value) if isinstance(value, str) else value
 
 
 FILTERS: dict[str, Callable[..., Filter]] = {

@@ -23,7 +23,7 @@ from llm_distill.generation.engines.base import Answer, Completion
 SETTINGS_FILE = "generation.json"
 FORMAT, VERSION = "llm_distill generation", 1
 SECONDS_BETWEEN_SYNCS = 1.0
-IDENTITY = ("teacher", "sampling")
+IDENTITY = ("teacher", "sampling", "tokenizer")
 """What all completions of a folder share. More prompts and other filters are welcome."""
 
 
@@ -77,14 +77,14 @@ class Journal:
         entry = {
             "prompt_id": prompt.id,
             "prompt": prompt.content,
-            "row": prompt.row,
+            **prompt.options,
             "prompt_ids": answer.prompt_ids,
             "completions": [completion._asdict() for completion in answer.completions],
             "refused": answer.refused,
             "cost": answer.cost,
             **provenance,
         }
-        text = json.dumps(entry, ensure_ascii=False, default=str).encode()
+        text = json.dumps(entry, ensure_ascii=False).encode()
         self._file.write(b"%08x %s\n" % (zlib.crc32(text), text))
         self._file.flush()
         if time.monotonic() - self._synced > SECONDS_BETWEEN_SYNCS:
@@ -101,22 +101,34 @@ class Journal:
 
 
 class JournalEntries:
-    """The answers of a folder by prompt: where they lie, and not what they say. A folder that is not there has none."""
+    """The answers of a folder by prompt: where they lie, and not what they say. A folder that is not there has none.
+    Of a prompt that was asked again after a refusal, the later answer counts.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Raises ValueError if a line was changed after it was written."""
         self._places: dict[str, tuple[Path, int]] = {}
-        self.cost, self.tokens = 0.0, 0
+        self.refused: set[str] = set()
+        self.extra: set[str] = set()
+        """What the messages have besides a text, by name."""
+        self.cost = 0.0
         for path in sorted(Path(folder).glob("journal-*.jsonl")):
             place = 0
             with path.open("rb") as file:
                 for line in file:
                     entry = _parse_line(line, path, place)
-                    if entry is not None and entry["prompt_id"] not in self._places:
-                        self._places[entry["prompt_id"]] = (path, place)
-                        self.cost += entry["cost"]
-                        self.tokens += sum(completion["tokens"] for completion in entry["completions"])
+                    if entry is not None:
+                        self._add(entry, (path, place))
                     place += len(line)
+
+    def _add(self, entry: dict[str, Any], place: tuple[Path, int]) -> None:
+        prompt_id = entry["prompt_id"]
+        self.cost += entry["cost"]
+        if prompt_id in self._places and prompt_id not in self.refused:
+            return
+        self._places[prompt_id] = place
+        self.extra.update(*(completion.get("extra") or {} for completion in entry["completions"]))
+        (self.refused.add if entry["refused"] else self.refused.discard)(prompt_id)
 
     def __len__(self) -> int:
         return len(self._places)

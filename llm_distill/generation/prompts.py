@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedTokenizerBase
+from trl.trainer.utils import remove_none_values
 
 from llm_distill.templates import apply_template
 
@@ -19,6 +20,8 @@ OUR_COLUMNS = (
 )
 """Columns of what is written, which the dataset's own cannot have."""
 
+SYSTEM_ROLES = ("system", "developer")
+
 Content = str | list[dict[str, Any]]
 """A text, or the messages of a conversation."""
 
@@ -27,15 +30,19 @@ class Prompt(NamedTuple):
     """One question to the teacher."""
 
     id: str
-    """A hash of `content`: the same question is the same prompt, wherever it stands."""
+    """A hash of `content` and `options`: the same question is the same prompt, wherever it stands."""
     content: Content
     row: dict[str, Any]
     """The other columns of its row: a verifier may need them, and they are handed on."""
+    options: dict[str, Any]
+    """What the chat template gets besides a conversation: the row's `tools` and `chat_template_kwargs`."""
 
 
 def make_prompt(content: Content, row: Mapping[str, Any]) -> Prompt:
-    text = json.dumps(content, sort_keys=True, ensure_ascii=False)
-    return Prompt(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), content, dict(row))
+    """Raises ValueError for tools or template options of another form, TypeError for what is no JSON."""
+    options = {} if isinstance(content, str) else _template_options(row)
+    text = json.dumps([content, options] if options else content, sort_keys=True, ensure_ascii=False)
+    return Prompt(hashlib.blake2b(text.encode(), digest_size=16).hexdigest(), content, dict(row), options)
 
 
 def prompts_of(
@@ -84,7 +91,10 @@ def prompts_of(
         others = {name: value for name, value in row.items() if name != column and name not in OUR_COLUMNS}
         if "completion" in row:
             others["reference"] = row["completion"]
-        prompt = make_prompt(content, others)
+        try:
+            prompt = make_prompt(content, others)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"row {number} cannot be sent to a teacher: {error}.") from error
         if prompt.id not in seen:
             seen.add(prompt.id)
             yield prompt
@@ -92,23 +102,23 @@ def prompts_of(
             return
 
 
-def prompt_ids(content: Content, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens after which the teacher writes.
 
     Raises:
         ValueError: a conversation, and a tokenizer without a chat template, or with one that refuses it.
     """
-    if isinstance(content, str):
-        return tokenizer(content)["input_ids"]
+    if isinstance(prompt.content, str):
+        return tokenizer(prompt.content)["input_ids"]
     if tokenizer.chat_template is None:
         raise ValueError(
             "the prompts are conversations and the teacher's tokenizer has no chat template: it is a base model. Ask "
             "one that has learned to chat, or give the prompts as text."
         )
-    try:
-        return apply_template(tokenizer, content, add_generation_prompt=True, return_dict=True)["input_ids"]
-    except ValueError as error:
-        raise ValueError(f"the prompt {str(content)[:80]!r}: {error}") from error
+    options = {"add_generation_prompt": True, **prompt.options.get("chat_template_kwargs", {})}
+    return apply_template(tokenizer, prompt.content, tools=prompt.options.get("tools"), return_dict=True, **options)[
+        "input_ids"
+    ]
 
 
 def _column(row: Mapping[str, Any], wanted: str | None) -> str:
@@ -133,9 +143,26 @@ def _content(value: Any, number: int, column: str, as_chat: bool, system_prompt:
             return value
         value = [{"role": "user", "content": value}]
     last = max((i for i, message in enumerate(value) if message["role"] == "user"), default=None)
-    if last is None:
+    if last is None or not str(value[last].get("content") or "").strip():
         raise ValueError(f"row {number} of {column!r} is a conversation in which no user asks.")
-    messages = [dict(message) for message in value[: last + 1]]
-    if system_prompt is None or any(message["role"] == "system" for message in messages):
+    messages = [{"content": message.get("content"), **remove_none_values(message)} for message in value[: last + 1]]
+    if system_prompt is None or any(message["role"] in SYSTEM_ROLES for message in messages):
         return messages
     return [{"role": "system", "content": system_prompt}, *messages]
+
+
+def _template_options(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a row's `tools` and `chat_template_kwargs` that say something. What is null in them is what the columns
+    of the dataset have filled up, but in JSON text.
+    """
+    tools, template_kwargs = row.get("tools") or [], row.get("chat_template_kwargs") or {}
+    tools = json.loads(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise ValueError(f"its `tools` must be a list of JSON schemas, or that as JSON text, got {str(tools)[:80]!r}")
+    if not isinstance(template_kwargs, dict):
+        raise ValueError(f"its `chat_template_kwargs` must be a mapping, got {str(template_kwargs)[:80]!r}")
+    options = {
+        "tools": tools if isinstance(row.get("tools"), str) else remove_none_values(tools),
+        "chat_template_kwargs": remove_none_values(template_kwargs),
+    }
+    return {name: value for name, value in options.items() if value}

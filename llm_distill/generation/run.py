@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
+from datasets import Dataset, Features, Json, List, Value
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -28,12 +28,30 @@ from llm_distill.generation.prompts import Prompt
 from llm_distill.models import describe_tokenizer
 from llm_distill.ranks import ranks
 from llm_distill.rows import IGNORED
+from llm_distill.servers import RefusedError
 from llm_distill.tables import Table
 
 logger = logging.getLogger(__name__)
 
 ACCEPTED, REJECTED, REPORT = "train.parquet", "rejected.parquet", "report.json"
 ROWS_AT_ONCE = 2048
+TRAINED = ("prompt", "completion", "tools", "chat_template_kwargs")
+"""Columns that a training run reads, of those that are there."""
+FEATURES = {
+    "prompt_id": Value("string"),
+    "sample": Value("int64"),
+    "finished": Value("bool"),
+    "tokens": Value("int64"),
+    "mean_log_prob": Value("float64"),
+    "seed": Value("int64"),
+    "time": Value("float64"),
+    "teacher": Value("string"),
+    "prompt_ids": List(Value("int64")),
+    "completion_ids": List(Value("int64")),
+}
+"""Of the columns that all datasets of generated texts have."""
+MESSAGE_FEATURES = {"reasoning_content": Value("string"), "tool_calls": List(Json())}
+"""Of what a message may have besides role and content."""
 
 
 class GenerationReport(NamedTuple):
@@ -63,7 +81,12 @@ class GenerationReport(NamedTuple):
 
 
 def generate(
-    engine: Engine, prompts: Sequence[Prompt], folder: str | Path, *, filters: Mapping[str, Filter] | None = None
+    engine: Engine,
+    prompts: Sequence[Prompt],
+    folder: str | Path,
+    *,
+    filters: Mapping[str, Filter] | None = None,
+    retry_refused: bool = False,
 ) -> GenerationReport:
     """Has every prompt answered that is not yet, filters all answers anew, and leaves in `folder`
 
@@ -77,11 +100,14 @@ def generate(
         prompts: the same on every rank.
         folder: of this run; the same call goes on where a kill stopped it.
         filters: by name, in the order in which they are asked.
+        retry_refused: asks those prompts again that were refused, or whose answers could not be used.
 
     Raises:
-        ValueError: no prompts, none that fits, a folder of another configuration, another run at work in it, several
-            ranks for an engine that is one process.
-        BudgetReachedError: after all files are written, if the budget was.
+        ValueError: no prompts, none that fits, columns that a file cannot hold, a folder of another configuration,
+            another run at work in it, several ranks for an engine that is one process.
+        BudgetReachedError, RefusedError, ConnectionError: the budget is used up, or the server answers no longer. What
+            has arrived until then is filtered and written before.
+        OSError: the disk is full, or cannot be written. What has arrived stays.
     """
     if not prompts:
         raise ValueError("there are no prompts: is the dataset empty, or every text shorter than prompt_tokens?")
@@ -91,6 +117,7 @@ def generate(
             f"a {type(engine).__name__} does all by itself, and this is a launch of {state.num_processes} ranks: run "
             "`llm-distill generate` (or --stage generate of the recipe) in one process."
         )
+    features = _features_of(prompts)
     settings = {
         "teacher": engine.describe(),
         "sampling": asdict(engine.sampling),
@@ -101,20 +128,26 @@ def generate(
         if state.is_main_process:
             open_folder(folder, settings)
         state.wait_for_everyone()
-        out_of_budget: BudgetReachedError | None = None
+        interruption: BudgetReachedError | RefusedError | ConnectionError | None = None
         try:
-            _write_answers(engine, prompts, folder, filters)
-        except BudgetReachedError as error:
-            out_of_budget = error
-        state.wait_for_everyone()
-        if state.is_main_process:
-            _write_texts(prompts, folder, filters, settings)
+            try:
+                _write_answers(engine, prompts, folder, filters, retry_refused)
+            except (BudgetReachedError, RefusedError, ConnectionError) as error:
+                interruption = error
+            state.wait_for_everyone()
+            if state.is_main_process:
+                _write_texts(prompts, folder, filters, settings, features)
+        except OSError as error:
+            raise OSError(
+                f"{folder} could not be written ({error.strerror or error}). What has arrived stays, and the same "
+                "command goes on."
+            ) from error
         state.wait_for_everyone()
         report = read_report(folder)
+    if interruption is not None:
+        raise interruption
     if not report.written and report.unanswered:
         raise ValueError(f"no prompt was answered: {'; '.join(report.unanswered)}.")
-    if out_of_budget is not None:
-        raise out_of_budget
     return report
 
 
@@ -122,10 +155,13 @@ def read_report(folder: str | Path) -> GenerationReport:
     return GenerationReport(**json.loads(Path(folder, REPORT).read_text()))
 
 
-def _write_answers(engine: Engine, prompts: Sequence[Prompt], folder: Path, filters: Mapping[str, Filter]) -> None:
+def _write_answers(
+    engine: Engine, prompts: Sequence[Prompt], folder: Path, filters: Mapping[str, Filter], retry_refused: bool
+) -> None:
     state, entries = ranks(), JournalEntries(folder)
     state.wait_for_everyone()  # so that all have seen the same
-    left = [prompt for prompt in prompts if prompt.id not in entries]
+    again = entries.refused if retry_refused else ()
+    left = [prompt for prompt in prompts if prompt.id not in entries or prompt.id in again]
     if not left:
         return
     engine.check()
@@ -138,11 +174,13 @@ def _write_answers(engine: Engine, prompts: Sequence[Prompt], folder: Path, filt
         tqdm(total=len(left), desc="Writing", unit=" prompts", disable=not state.is_main_process) as bar,
     ):
         for answer in engine.write(left):
-            entry = journal.append(answer, **provenance, time=time.time())
+            journal.append(answer, **provenance, time=time.time())
             tokens += sum(completion.tokens for completion in answer.completions)
             cost += answer.cost
             written += len(answer.completions)
-            accepted += sum(reason is None for _, reason in apply_filters(entry, answer.completions, independent))
+            accepted += sum(
+                reason is None for _, reason in apply_filters(answer.prompt, answer.completions, independent)
+            )
             bar.update()
             share = f", {accepted / max(written, 1):.0%} accepted" if independent else ""
             spent = f", cost {cost:.4f}" if cost else ""
@@ -150,13 +188,12 @@ def _write_answers(engine: Engine, prompts: Sequence[Prompt], folder: Path, filt
 
 
 def apply_filters(
-    entry: Mapping[str, Any], completions: Sequence[Completion], filters: Mapping[str, Filter]
+    prompt: Prompt, completions: Sequence[Completion], filters: Mapping[str, Filter]
 ) -> list[tuple[Candidate, str | None]]:
     """Each completion as the filters leave it, with the name of the one that rejected it."""
-    prompt, row = entry["prompt"], entry["row"]
     candidates = [
-        Candidate(prompt, row, completion.text, completion.finished, completion.tokens, completion.mean_log_prob)
-        for completion in completions
+        Candidate(prompt.content, prompt.row, text, finished, tokens, mean_log_prob, extra)
+        for text, finished, tokens, _, mean_log_prob, extra in completions
     ]
     reasons: list[str | None] = [None] * len(candidates)
     for name, keep in filters.items():
@@ -172,27 +209,37 @@ def apply_filters(
 
 
 def _write_texts(
-    prompts: Sequence[Prompt], folder: Path, filters: Mapping[str, Filter], settings: dict[str, Any]
+    prompts: Sequence[Prompt],
+    folder: Path,
+    filters: Mapping[str, Filter],
+    settings: dict[str, Any],
+    features: dict[str, Any],
 ) -> None:
     """Filters all answers, and writes what is accepted, what is rejected, the report and the settings."""
-    entries, count = JournalEntries(folder), len({prompt.id for prompt in prompts})
+    entries, by_id = JournalEntries(folder), {prompt.id: prompt for prompt in prompts}
     unanswered, rejected = Counter[str](), Counter[str](dict.fromkeys(filters, 0))
-    accepted = written = 0
-    about = {"llm_distill": json.dumps(settings)}
+    accepted = written = tokens = 0
+    about, count = {"llm_distill": json.dumps(settings)}, len(by_id)
+    is_chat = not isinstance(prompts[0].content, str)
+    message = {"role": Value("string"), "content": Value("string")}
+    message |= {name: MESSAGE_FEATURES[name] for name in MESSAGE_FEATURES if name in entries.extra}
+    features = {**features, "completion": List(message) if is_chat else Value("string")}
     with (
         replacing(folder / ACCEPTED) as accepted_path,
         replacing(folder / REJECTED) as rejected_path,
-        closing(_ParquetWriter(accepted_path, about)) as accepted_rows,
-        closing(_ParquetWriter(rejected_path, about)) as rejected_rows,
+        closing(_ParquetWriter(accepted_path, features, about)) as accepted_rows,
+        closing(_ParquetWriter(rejected_path, {**features, "reason": Value("string")}, about)) as rejected_rows,
         tqdm(total=count, desc="Filtering", unit=" prompts", disable=count < ROWS_AT_ONCE) as bar,
     ):
-        for entry in entries.read(prompt.id for prompt in prompts):
+        for entry in entries.read(by_id):
             bar.update()
-            written += len(entry["completions"])
+            prompt, completions = by_id[entry["prompt_id"]], entry["completions"]
+            written += len(completions)
+            tokens += sum(completion.tokens for completion in completions)
             if entry["refused"]:
                 unanswered[entry["refused"]] += 1
-            for number, (candidate, reason) in enumerate(apply_filters(entry, entry["completions"], filters)):
-                row = _row(entry, number, candidate)
+            for number, (candidate, reason) in enumerate(apply_filters(prompt, completions, filters)):
+                row = _row(prompt, entry, number, candidate)
                 if reason is None:
                     accepted += 1
                     accepted_rows.add(row)
@@ -205,7 +252,7 @@ def _write_texts(
         written=written,
         accepted=accepted,
         rejected=dict(rejected),
-        tokens=entries.tokens,
+        tokens=tokens,
         cost=entries.cost,
         complete=all(prompt.id in entries for prompt in prompts),
     )
@@ -213,13 +260,13 @@ def _write_texts(
     save_settings(folder, settings)
 
 
-def _row(entry: Mapping[str, Any], number: int, candidate: Candidate) -> dict[str, Any]:
-    is_chat = not isinstance(entry["prompt"], str)
+def _row(prompt: Prompt, entry: Mapping[str, Any], number: int, candidate: Candidate) -> dict[str, Any]:
     completion: Completion = entry["completions"][number]
     has_ids = completion.ids is not None and completion.text == candidate.text
+    message = {"role": "assistant", "content": candidate.text, **(candidate.extra or {})}
     return {
-        "prompt": entry["prompt"],
-        "completion": [{"role": "assistant", "content": candidate.text}] if is_chat else candidate.text,
+        "prompt": prompt.content,
+        "completion": candidate.text if isinstance(prompt.content, str) else [message],
         "prompt_id": entry["prompt_id"],
         "sample": number,
         "finished": candidate.finished,
@@ -230,45 +277,54 @@ def _row(entry: Mapping[str, Any], number: int, candidate: Candidate) -> dict[st
         "teacher": entry["teacher"],
         "prompt_ids": entry["prompt_ids"] if has_ids else None,
         "completion_ids": completion.ids if has_ids else None,
-        **entry["row"],
+        **prompt.row,
     }
 
 
-class _ParquetWriter:
-    """Rows into a Parquet file, whose columns are those of the first ones."""
+def _features_of(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Of the columns of what is written, but for the completion: from all rows, as a column may be empty in the first.
 
-    def __init__(self, path: Path, about: dict[str, str]) -> None:
-        self._path, self._about = path, about
-        self._writer: pq.ParquetWriter | None = None
+    Raises:
+        ValueError: texts among conversations, or a column that no file can hold.
+    """
+    if len({isinstance(prompt.content, str) for prompt in prompts}) > 1:
+        raise ValueError("some prompts are texts and others conversations: as_chat=true makes the texts conversations.")
+    names = {"prompt": None, **dict.fromkeys(name for prompt in prompts for name in prompt.row)}
+    rows = [{name: {"prompt": prompt.content, **prompt.row}.get(name) for name in names} for prompt in prompts]
+    try:
+        inferred = Dataset.from_list(rows, on_mixed_types="use_json").features
+    except (pa.ArrowException, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(
+            f"the columns {', '.join(names)} cannot be handed on in a Parquet file ({error}). Leave out of the dataset "
+            "what is neither text nor numbers."
+        ) from error
+    return {"prompt": inferred.pop("prompt"), **FEATURES, **inferred}
+
+
+class _ParquetWriter:
+    """Rows into a Parquet file."""
+
+    def __init__(self, path: Path, features: dict[str, Any], about: dict[str, str]) -> None:
+        self._features = Features(features)
+        schema = self._features.arrow_schema
+        self._writer = pq.ParquetWriter(
+            path, schema.with_metadata({**(schema.metadata or {}), **about}), compression="zstd"
+        )
         self._rows: list[dict[str, Any]] = []
 
     def add(self, row: dict[str, Any]) -> None:
-        self._rows.append(row)
+        self._rows.append({name: row.get(name) for name in self._features})
         if len(self._rows) >= ROWS_AT_ONCE:
             self._flush()
 
     def close(self) -> None:
         self._flush()
-        assert self._writer is not None, "it has flushed"
         self._writer.close()
 
     def _flush(self) -> None:
-        rows, self._rows = self._rows, []
-        if self._writer is None:
-            schema = _without_nulls(pa.Table.from_pylist(rows).schema).with_metadata(self._about)
-            self._writer = pq.ParquetWriter(self._path, schema, compression="zstd")
-        if rows:
-            self._writer.write_table(pa.Table.from_pylist(rows, self._writer.schema))
-
-
-def _without_nulls(schema: pa.Schema) -> pa.Schema:
-    """A column that was empty so far will hold what ours hold, or text."""
-    known = {
-        "mean_log_prob": pa.float64(),
-        "prompt_ids": pa.list_(pa.int64()),
-        "completion_ids": pa.list_(pa.int64()),
-    }
-    return pa.schema([f.with_type(known.get(f.name, pa.string())) if pa.types.is_null(f.type) else f for f in schema])
+        if self._rows:
+            self._writer.write_table(Dataset.from_list(self._rows, features=self._features).data.table)
+        self._rows = []
 
 
 def load_generated(folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None) -> Dataset:
@@ -298,7 +354,7 @@ def load_generated(folder: str | Path, tokenizer: PreTrainedTokenizerBase | None
             unfinished,
             len(data),
         )
-    return data.select_columns(["prompt", "completion"])
+    return data.select_columns([name for name in TRAINED if name in data.column_names])
 
 
 def _labelled(row: dict[str, Any]) -> dict[str, list[int]]:

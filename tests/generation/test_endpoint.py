@@ -14,7 +14,7 @@ from typing import Any
 
 import protocol_server
 import pytest
-from datasets import Dataset
+from datasets import Dataset, load_dataset
 from proxy import FaultyProxy
 from scripted import scripted
 from servers import RunningServer, serving
@@ -23,8 +23,9 @@ from warm import warm_process
 from llm_distill.cli import main
 from llm_distill.generation import Prompt, Sampling, generate, make_filters, prompts_of
 from llm_distill.generation.engines.endpoint import BudgetReachedError, EndpointEngine, Prices
+from llm_distill.generation.filters import DEFAULTS
 from llm_distill.generation.journal import JournalEntries
-from llm_distill.generation.run import read_report
+from llm_distill.generation.run import ACCEPTED, read_report
 
 SCRIPT, KEY = Path(protocol_server.__file__), "sk-not-to-be-shown-anywhere"
 SAMPLING = Sampling(max_new_tokens=6, temperature=0)
@@ -102,7 +103,7 @@ def test_newer_models_call_the_limit_by_another_name(prompts: list[Prompt]) -> N
     (chat,) = prompts_of([{"prompt": "import os"}], as_chat=True)
     refusal = (400, {"error": {"message": "Use 'max_completion_tokens' instead of 'max_tokens'."}})
     with scripted([refusal, (200, answer_with("a"))]) as server:
-        engine = engine_at(server.url, log_probs=True)
+        engine = engine_at(server.url, log_probs=True, concurrency=1)
         assert list(texts_of(engine.write([chat, chat])).values()) == ["a"]
         names = [{"max_tokens", "max_completion_tokens"} & body.keys() for body in server.bodies]
         assert names[0] == {"max_tokens"}
@@ -111,13 +112,14 @@ def test_newer_models_call_the_limit_by_another_name(prompts: list[Prompt]) -> N
 
 
 def test_answers_without_choices_are_tried_again_and_counted(prompts: list[Prompt]) -> None:
+    """The run ends after the second prompt without an answer: the first may have been the prompt's fault."""
     with scripted([(200, {"choices": []}), (200, answer_with("a")), (200, {})]) as server:
         engine = engine_at(server.url, max_retries=2, concurrency=1)
         written = engine.write(prompts)
         assert next(written).completions[0].text == "a"
         with pytest.raises(ConnectionError, match=r"answered 200 3 times\. .*its answer has no choices"):
             next(written)
-        assert len(server.paths) == 2 + 3
+        assert len(server.paths) == 2 + 3 + 3
 
 
 def test_what_is_missing_of_several_completions_is_asked_for(prompts: list[Prompt]) -> None:
@@ -140,6 +142,85 @@ def test_log_probabilities_are_those_that_the_endpoint_tells(as_chat: bool) -> N
     with scripted([(200, answer)]) as server:
         (completion,) = next(engine_at(server.url, log_probs=True).write([prompt])).completions
         assert (completion.mean_log_prob, completion.tokens, completion.finished) == (-1.5, 2, True)
+
+
+def test_what_reasoning_models_and_callers_of_tools_say_is_kept(prompts: list[Prompt], tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    row = {"tools": [tool], "chat_template_kwargs": {"thinks": True}}
+    rows = [{"prompt": f"{prompt.content} {n}", **row} for n, prompt in enumerate(prompts[:3])]
+    chats = list(prompts_of(rows, as_chat=True))
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": '{"city": "Rome"}'}}
+    messages = [{"content": "42", "reasoning_content": "6 x 7"}, {"content": "42", "reasoning": "7 x 6"}]
+    messages += [{"content": None, "tool_calls": [call]}]
+    answers = [(200, answer_with("") | {"choices": [{"message": m, "finish_reason": "stop"}]}) for m in messages]
+    with scripted([(404, ""), *answers]) as server:
+        generate(engine_at(server.url, concurrency=1), chats, tmp_path / "run", filters=make_filters(DEFAULTS))
+        assert all(body["tools"] == [tool] for body in server.bodies[1:])
+        assert all(body["chat_template_kwargs"] == {"thinks": True} for body in server.bodies[1:])
+    data = load_dataset("parquet", data_files=str(tmp_path / "run" / ACCEPTED))["train"]
+    turns = [turn for (turn,) in data["completion"]]
+    assert [turn["reasoning_content"] for turn in turns] == ["6 x 7", "7 x 6", None]
+    assert turns[2]["tool_calls"][0]["function"] == {"name": "weather", "arguments": {"city": "Rome"}}
+    assert data["tools"] == [[tool]] * 3
+
+
+UNUSABLE = {
+    "surrogate": (200, answer_with("\ud83d oops"), "half of a character"),
+    "parts": (200, {"choices": [{"text": [{"type": "text"}]}]}, "another form than OpenAI's"),
+    "no_choice": (200, {"choices": ["text"]}, "another form than OpenAI's"),
+    "log_probs": (
+        200,
+        {"choices": [{"text": "a", "logprobs": {"token_logprobs": [3.0]}}]},
+        "log-probabilities are none",
+    ),
+    "413": (413, "too large", "the endpoint refused it: too large"),
+    "422": (422, {"error": {"message": "\ud83d tokens"}}, "the endpoint refused it: ? tokens"),
+    "500": (500, "out of memory", "the endpoint answered 500 1 times"),
+}
+
+
+@pytest.mark.parametrize("kind", UNUSABLE)
+def test_one_bad_answer_costs_that_answer_and_is_not_paid_for_again(
+    prompts: list[Prompt], tmp_path: Path, kind: str
+) -> None:
+    status, content, reason = UNUSABLE[kind]
+    good, runs = (200, answer_with("a")), []
+    with scripted([(404, ""), good, (status, content), good, good, (404, ""), good]) as server:
+        for retry in (False, False, True):
+            engine = engine_at(server.url, concurrency=1, max_retries=0)
+            runs.append(generate(engine, prompts[:4], tmp_path / "run", retry_refused=retry))
+            assert len(server.paths) == 5 + 2 * retry
+    assert [report.written for report in runs] == [3, 3, 4]
+    (told,) = runs[0].unanswered
+    assert reason in told
+    assert not runs[2].unanswered
+
+
+def test_what_ends_a_run_comes_after_its_files(prompts: list[Prompt], tmp_path: Path) -> None:
+    with (
+        scripted([(404, ""), (200, answer_with("a")), (401, "")]) as server,
+        pytest.raises(ValueError, match="refuses the key in OPENAI_API_KEY"),
+    ):
+        generate(engine_at(server.url, concurrency=1), prompts, tmp_path / "run")
+    assert read_report(tmp_path / "run").accepted == 1
+    assert (tmp_path / "run" / ACCEPTED).is_file()
+
+
+@pytest.mark.parametrize(
+    "usage", [None, {"prompt_tokens": -5, "completion_tokens": -9}, {"prompt_tokens": 0}, "x"], ids=str
+)
+def test_a_budget_holds_where_no_usage_is_told(
+    prompts: list[Prompt], usage: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    (*_, most) = (len(json.dumps([prompt.content, {}])) + SAMPLING.max_new_tokens for prompt in prompts[:1])
+    with scripted([(200, answer_with("a") | {"usage": usage})]) as server:
+        engine = engine_at(server.url, prices=Prices(input=1e6, output=1e6, budget=3.5 * most))
+        written = engine.write(prompts[:1] * 50)
+        with pytest.raises(BudgetReachedError, match=r"the next answer could cost .*max_new_tokens=6"):
+            list(written)
+        assert len(server.paths) == 3
+        assert engine.spent == 3 * most
+    assert len([record for record in caplog.records if "how many tokens it has used" in record.message]) == 1
 
 
 def test_a_password_in_the_address_is_used_and_not_shown(prompts: list[Prompt]) -> None:
@@ -238,6 +319,9 @@ def data(prompts: list[Prompt], tmp_path_factory: pytest.TempPathFactory) -> Pat
         ({"model": "gpt-9"}, "does not serve 'gpt-9', only teacher"),
         ({"url": "http://me:hunter2@127.0.0.1:9"}, "nothing answers at http://127.0.0.1:9/v1"),
         ({"budget": "0"}, "budget=0.0 allows nothing"),
+        ({"key": "sk-two\nlines-secret"}, "OPENAI_API_KEY is no key: it has a line break"),
+        ({"url": "127.0.0.1:8000"}, "a server's address is like http://host:8000, got '127.0.0.1:8000/v1'"),
+        ({"url": "http://127.0.0.1:8000/v1?key=hunter2"}, "has a query (?…) in it"),
     ],
     ids=str,
 )
@@ -259,7 +343,7 @@ def test_what_cannot_work_is_said_within_seconds_and_without_the_key(
     assert time.monotonic() - began < 15
     output = "".join(capsys.readouterr())
     assert message in output
-    for secret in (KEY, "sk-another-secret", "hunter2"):
+    for secret in (KEY, "sk-another-secret", "lines-secret", "hunter2"):
         assert secret not in output
 
 

@@ -10,6 +10,7 @@ import pytest
 from llm_distill.generation.engines.base import Completion
 from llm_distill.generation.filters import FILTERS, Candidate, make_filters
 from llm_distill.generation.private_data import PrivateData
+from llm_distill.generation.prompts import make_prompt
 from llm_distill.generation.run import apply_filters
 
 PROSE = "The quick brown fox jumps over the lazy dog while the band plays a slow song in the old town hall"
@@ -110,6 +111,16 @@ def test_private_data_is_dropped_or_masked(text: str, masked: str) -> None:
     assert [clean.text for clean in mask([candidate(text)])] == [masked]
 
 
+def test_what_a_message_has_besides_its_text_is_judged_too() -> None:
+    calls = [candidate("", extra={"tool_calls": [{"function": {"name": name}}]}) for name in ("a", "b", "a")]
+    assert keeps("length", [*calls, candidate("")]) == [True, True, True, False]
+    assert keeps("exact_duplicates", calls) == [True, True, False]
+    thinks = candidate("ok", extra={"reasoning_content": "he is jane.doe@example.org"})
+    assert keeps("private_data", [thinks]) == [False]
+    (mask,) = make_filters({"private_data": {"action": "mask"}}).values()
+    assert [clean.extra for clean in mask([thinks])] == [{"reasoning_content": "he is [EMAIL]"}]
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -131,8 +142,7 @@ def test_numbers_without_a_country_need_a_region() -> None:
 
 def test_filters_go_in_order_and_each_counts_what_it_rejects() -> None:
     completions = [Completion("ok", True, 1), Completion("ok", True, 1), Completion("", True, 0)]
-    entry = {"prompt": "p", "row": {}}
-    verdicts = apply_filters(entry, completions, make_filters({"length": {}, "exact_duplicates": {}}))
+    verdicts = apply_filters(make_prompt("p", {}), completions, make_filters({"length": {}, "exact_duplicates": {}}))
     assert [reason for _, reason in verdicts] == [None, "exact_duplicates", "length"]
     assert [candidate.text for candidate, _ in verdicts] == ["ok", "ok", ""]
 

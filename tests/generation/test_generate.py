@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,10 +22,12 @@ from llm_distill.generation import (
     generate,
     load_generated,
     make_filters,
+    make_prompt,
     prompts_of,
+    run,
 )
 from llm_distill.generation.engines.base import Answer, Engine
-from llm_distill.generation.journal import JournalEntries
+from llm_distill.generation.journal import Journal, JournalEntries
 from llm_distill.generation.run import ACCEPTED, REJECTED
 from llm_distill.models import LanguageModel
 
@@ -102,12 +105,75 @@ class Counting(Engine):
         yield from self.engine.write(prompts)
 
 
+class Silent(Engine):
+    """Never answers."""
+
+    sampling = GREEDY
+
+    def describe(self) -> dict[str, Any]:
+        return {"model": "silent"}
+
+    def write(self, prompts: Sequence[Prompt]) -> Iterator[Answer]:
+        raise AssertionError("nothing was to be asked")
+
+
 def test_what_is_there_is_not_written_again(teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path) -> None:
     engine, folder = Counting(TransformersEngine(teacher, GREEDY)), tmp_path / "run"
     generate(engine, prompts[:5], folder)
     report = generate(engine, prompts, folder, filters=make_filters({"length": {"min_tokens": 6}}))
     assert engine.asked == [prompt.id for prompt in prompts]
     assert report.rejected["length"] + report.accepted == report.written == 9
+
+
+def test_other_columns_are_todays_and_filters_judge_them_anew(
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    engine = Counting(TransformersEngine(teacher, GREEDY))
+    right = make_filters({"verifier": {"check": lambda prompt, text, row: row["line"] == "right"}})
+    for line, accepted in (("wrong", 0), ("right", len(prompts))):
+        mended = [prompt._replace(row={"line": line}) for prompt in prompts]
+        assert generate(engine, mended, tmp_path / "run", filters=right).accepted == accepted
+    assert len(engine.asked) == len(prompts)
+    assert set(load_dataset("parquet", data_files=str(tmp_path / "run" / ACCEPTED))["train"]["line"]) == {"right"}
+
+
+def test_columns_are_those_of_all_rows(
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "ROWS_AT_ONCE", 2)
+    values = [None, None, None, 3, 4.5, None, {"a": [1]}, "text", None]
+    rows = [{"level": value} | ({"late": n} if n > 4 else {}) for n, value in enumerate(values)]
+    varied = [prompt._replace(row=row) for prompt, row in zip(prompts, rows, strict=True)]
+    generate(TransformersEngine(teacher, GREEDY), varied, tmp_path / "run")
+    data = load_dataset("parquet", data_files=str(tmp_path / "run" / ACCEPTED))["train"]
+    assert data["level"] == values
+    assert data["late"] == [None] * 5 + [5, 6, 7, 8]
+
+
+def test_what_no_file_can_hold_is_refused_before_anything_is_written(prompts: list[Prompt], tmp_path: Path) -> None:
+    strange = [prompts[0]._replace(row={"thing": "\ud83d"})]
+    with pytest.raises(ValueError, match="the columns prompt, thing cannot be handed on in a Parquet file"):
+        generate(Silent(), strange, tmp_path / "run")
+    with pytest.raises(ValueError, match="some prompts are texts and others conversations"):
+        generate(Silent(), [*prompts, make_prompt([{"role": "user", "content": "a"}], {})], tmp_path / "run")
+
+
+def test_a_full_disk_is_said_and_what_has_arrived_stays(
+    teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, append = Counting(TransformersEngine(teacher, GREEDY)), Journal.append
+
+    def append_until_full(journal: Journal, answer: Answer, **provenance: Any) -> None:
+        if answer.prompt == prompts[0]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(journal, answer, **provenance)
+
+    with monkeypatch.context() as full:
+        full.setattr(Journal, "append", append_until_full)
+        with pytest.raises(OSError, match=r"run could not be written \(No space left on device\)\. What has arrived"):
+            generate(engine, prompts, tmp_path / "run")
+    assert generate(engine, prompts, tmp_path / "run").complete
+    assert len(JournalEntries(tmp_path / "run")) == len(prompts)
 
 
 def test_rejected_texts_are_kept_with_the_reason(teacher: LanguageModel, prompts: list[Prompt], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.generation.prompts import Prompt, prompt_ids
+from llm_distill.templates import TemplateRefusedError
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Completion(NamedTuple):
     """The author's own tokens, with the end token where it ended; None from a server that tells none."""
     mean_log_prob: float | None = None
     """The author's, in nats a token, at temperature 1."""
+    extra: dict[str, Any] | None = None
+    """What a server tells of the author's message besides its text: `reasoning_content`, `tool_calls`."""
 
 
 class Answer(NamedTuple):
@@ -72,7 +75,7 @@ class Answer(NamedTuple):
     prompt: Prompt
     completions: list[Completion]
     refused: str | None = None
-    """Why there are none: it is not asked again."""
+    """Why there are none, or not all: it is not asked again, unless that is asked for."""
     prompt_ids: list[int] | None = None
     cost: float = 0.0
     """In the currency of the prices."""
@@ -116,7 +119,11 @@ class LocalEngine(Engine):
         new, context = self.sampling.max_new_tokens, self.max_length
         fitting = []
         for prompt in prompts:
-            ids = prompt_ids(prompt.content, self.tokenizer)
+            try:
+                ids = prompt_ids(prompt, self.tokenizer)
+            except TemplateRefusedError as error:
+                yield Answer(prompt, [], str(error))
+                continue
             if context is not None and len(ids) + new > context:
                 yield Answer(prompt, [], f"with {new:,} new tokens longer than the teacher's context of {context:,}")
             else:
