@@ -43,6 +43,9 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "This is the older name of activation_checkpointing, which is off by default."}
     )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "This has no effect: a loss that is not finite ends the run."}
+    )
     hub_strategy: HubStrategy | str = option(
         "end",
         "With push_to_hub, the student is pushed at the end. Every other choice of transformers.TrainingArguments "
@@ -61,6 +64,11 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
         super().__post_init__()
         if self.teacher_server_url is not None and self.dataloader_num_workers == 0:
             self.dataloader_num_workers = SERVER_WORKERS
+        if self.max_steps == 0 or self.max_steps < -1 or (self.max_steps == -1 and not self.num_train_epochs > 0):
+            raise ValueError(
+                f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: nothing would be learned, "
+                "or for longer than it seems. max_steps must be positive, or -1 for a positive num_train_epochs."
+            )
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy={self.hub_strategy} uploads training_args.bin, a pickle with local paths and hub_token. "
@@ -74,6 +82,7 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
     def conflicts(self) -> dict[str, Any]:
         return super().conflicts() | {
             "loss_type (divergence, kd_weight and ce_weight say what is minimised)": self.loss_type != "nll",
+            "logging_nan_inf_filter (a loss that is not finite ends the run)": self.logging_nan_inf_filter,
             "label_smoothing_factor (soft targets take its place)": self.label_smoothing_factor != 0,
             "packing (what the student writes is not packed)": self.packing and self.on_policy_share,
         }

@@ -76,6 +76,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def move_into(source: Path, folder: Path) -> None:
+    """Moves what is in one folder into another on the same disk, each file or folder at once. A folder of the same name
+    is set aside for it within `source`.
+    """
+    for path in sorted(source.iterdir()):
+        place = folder / path.name
+        if place.is_dir():
+            place.rename(source / f".replaced-{path.name}")
+        path.replace(place)
+
+
 def locked(folder: Path, at_work: str) -> filelock.AcquireReturnProxy:
     """The lock of a folder, which is made if need be: for `with`, or to be held. The system opens it when the process
     dies.

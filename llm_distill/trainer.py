@@ -18,7 +18,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput, rotate_checkpoints
 from transformers.utils import is_in_notebook
 from trl import SFTTrainer
 
@@ -36,12 +37,14 @@ from llm_distill.losses.in_forward import LossRequest, add_loss_forward
 from llm_distill.losses.metrics import Meter
 from llm_distill.losses.objective import Objective
 from llm_distill.models import context_length, refuse_past_context, vocabulary_size
+from llm_distill.publish.folder import written_aside
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
 from llm_distill.rows import SKIPPED, View, count_rows
 from llm_distill.students.build import (
     load_student,
     loading_options_taken,
+    require_finite,
     require_student,
     require_supported,
     student_tokenizer,
@@ -150,6 +153,7 @@ class DistillationTrainer(SFTTrainer):
         self.meter = Meter(self.objective.metrics, self.accelerator.device)
         self._eval_tally = self.meter.zeros()
         self._context = context_length(self.model)
+        self._checkpoints: Path | None = None
         if is_in_notebook():
             from llm_distill.notebook import show_table  # there is an IPython only there
 
@@ -170,13 +174,15 @@ class DistillationTrainer(SFTTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
         """As `Trainer.train`. Raises ValueError in a folder with another run's checkpoints, resumed or not."""
-        self.run.require_resumable(resume_from_checkpoint)
+        checkpoint = self.run.require_resumable(resume_from_checkpoint)
+        require_finite(self.model)
         self.meter.reset()
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        finally:
-            if self.teacher is not None:
-                self.teacher.flush()
+        with self.run.at_work():
+            try:
+                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+            finally:
+                if self.teacher is not None:
+                    self.teacher.flush()
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As `Trainer.get_train_dataloader`. What a policy will write is read by the teacher afterwards."""
@@ -220,13 +226,13 @@ class DistillationTrainer(SFTTrainer):
         request = LossRequest(self.objective, view.positions, time, signal, num_items_in_batch)
         outputs = model(**view.inputs, **router, use_cache=False, loss_request=request)
         loss = request.exact(outputs["loss"])
-        if not torch.isfinite(loss):
-            checks.refuse_broken_signal(signal, view, self.state.global_step, self.processing_class)
         if num_items_in_batch is not None and self._averages_over_ranks:
             loss = loss * self.accelerator.num_processes  # the engine averages gradients over ranks
         if self.aux_loss_enabled:  # a mean per micro-batch, unlike the rest
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs["aux_loss"] / micro_batches
+        if not torch.isfinite(loss):
+            checks.refuse_broken_loss(request.metrics, signal, view, self.state.global_step, self.processing_class)
 
         skipped = (view.fetched or {}).get(SKIPPED)
         tallies = self.meter.by_sample(request.metrics, view.positions.sample, samples, outputs["aux_loss"], skipped)
@@ -250,6 +256,18 @@ class DistillationTrainer(SFTTrainer):
         _, checked = self.row_checks.apply(None, eval_dataset)
         with self.row_checks.naming_rows(None, checked):
             return super().evaluate(checked, *args, **kwargs)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Tensor | float | None = None) -> Tensor | float | None:
+        """As `Trainer._get_grad_norm`, which comes before each optimizer step. Raises ValueError where the step would
+        ruin the student; fp16's scaler skips such a step by itself.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and self.accelerator.mixed_precision != "fp16" and not math.isfinite(norm):
+            raise ValueError(
+                f"the gradients after step {self.state.global_step} are not finite, though the loss is: the step would "
+                "ruin the student and is not taken. A lower learning_rate or loss_temperature nearer to 1 may help."
+            )
+        return norm
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
         """As `Trainer.evaluation_loop`, with the objective's metrics, each a mean over all tokens that count."""
@@ -312,11 +330,44 @@ class DistillationTrainer(SFTTrainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As `Trainer.save_model`, with a record of the run (`distillation.json`, `run.yaml`) in place of its pickle of
-        `args`, which tells local paths, and to load one is to run it.
+        `args`, which tells local paths, and to load one is to run it. Raises ValueError where it would be written over
+        another student, or has weights that are not finite.
         """
-        super().save_model(output_dir, _internal_call)
+        require_finite(self.model)
+        folder = Path(output_dir or self.args.output_dir)
+        if folder.resolve() != self.run.folder.resolve():
+            super().save_model(output_dir, _internal_call=True)
+        else:
+            self.run.require_folder()
+            with written_aside(folder, self.args.should_save) as aside:
+                super().save_model(str(aside), _internal_call=True)
+                self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            self.run.write(Path(output_dir or self.args.output_dir), self.state, self.accelerator.num_processes)
+            self.run.write(folder, self.state, self.accelerator.num_processes)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub()
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self._checkpoints or super()._get_output_dir(trial))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """As `Trainer._save_checkpoint`, but under its name only once it is whole, and others are removed then."""
+        folder, name = Path(self._get_output_dir(trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        with written_aside(folder, self.args.should_save) as self._checkpoints:
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                aside, self._checkpoints = self._checkpoints, None
+            if self.state.best_model_checkpoint == str(aside / name):
+                self.state.best_model_checkpoint = str(folder / name)
+                if self.args.should_save:
+                    self.state.save_to_json(str(aside / name / TRAINER_STATE_NAME))
+            self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            rotate_checkpoints(
+                str(folder), self.args.save_total_limit, self.state.best_model_checkpoint, use_mtime=True
+            )
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         with modules_set_aside(self.model) as modules:

@@ -30,6 +30,7 @@ from transformers.utils import logging
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.data.corpus import load_corpus, token_blocks, train_tokenizer
+from llm_distill.publish.folder import require_unused
 from llm_distill.ranks import ranks
 
 
@@ -171,13 +172,15 @@ def train_students(
         for method, weights in METHODS.items():
             PartialState().print(f"Training a student: {method}, seed {seed} of {seeds}")
             model = make_model(recipe, recipe.student_width, recipe.student_layers, seed)
-            args = make_config(folder / "student", recipe, recipe.student_steps, seed, **weights)
+            is_kept = method == "distilled" and seed == 1
+            output = folder / ("student" if is_kept else "others")
+            args = make_config(output, recipe, recipe.student_steps, seed, **weights)
             trainer, seconds = train(model, teacher, corpus.short, corpus, args)
             history = [entry for entry in trainer.state.log_history if "eval_ce" in entry]
             final = {name: history[-1][key] for name, key in FIGURES.items()}
             curve = {entry["step"]: entry["eval_ce"] for entry in history}
             runs[method].append({**final, "seconds": seconds, "parameters": model.num_parameters(), "curve": curve})
-            if method == "distilled" and seed == 1:
+            if is_kept:
                 trainer.save_model()
                 trainer.create_model_card("demo-student", dataset_name=None)
     return runs
@@ -259,6 +262,10 @@ def main() -> None:
     logging.set_verbosity_error()
     use_all_cores()
     folder, recipe = arguments.output_dir, Recipe()
+    try:
+        require_unused(folder / "student")
+    except ValueError as error:
+        parser.error(str(error))
 
     began = time.perf_counter()
     corpus = prepare_corpus(recipe)

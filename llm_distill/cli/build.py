@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llm_distill.data.load import load_data
@@ -15,6 +16,27 @@ if TYPE_CHECKING:
     from llm_distill.models import LanguageModel
     from llm_distill.teachers import Teacher
     from llm_distill.trainer import DistillationTrainer
+
+
+def require_free_folder(
+    script: ScriptArguments, args: DistillationConfig, model: ModelConfig, *, is_new: bool = True
+) -> None:
+    """Raises ValueError, before anything is loaded, if the student would be written over something.
+
+    Args:
+        is_new: the run begins anew, and does not go on in the folder.
+    """
+    from llm_distill.publish.folder import require_output_folder, require_unused
+
+    inputs = {
+        "the student": model.model_name_or_path,
+        "the teacher": args.teacher_model_name_or_path,
+        "the teacher_cache": args.teacher_cache,
+        "the dataset": script.dataset_name,
+    }
+    require_output_folder(args.output_dir, inputs)
+    if is_new:
+        require_unused(Path(args.output_dir))
 
 
 def build_trainer(script: ScriptArguments, args: DistillationConfig, model: ModelConfig) -> DistillationTrainer:

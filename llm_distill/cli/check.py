@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_distill.cli.build import build_trainer
+from llm_distill.cli.build import build_trainer, require_free_folder
 from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.data.load import load_data
 
@@ -52,6 +52,10 @@ def checked(
     from llm_distill.check.report import Finding, Report
 
     before = before_loading(args, model)
+    try:
+        require_free_folder(script, args, model, is_new=args.resume_from_checkpoint is None)
+    except ValueError as error:
+        before = Report((Finding("red", "output folder", str(error)), *before.findings))
     if any(finding.what == "memory" and finding.level == "red" for finding in before.findings):
         skipped = Finding(
             "skipped", "all else", "not looked at: student and teacher are not loaded into too little memory"
@@ -72,7 +76,8 @@ def checked(
                 findings.append(Finding("red", "data", " ".join(str(problem).split())))
         skipped = Finding("skipped", "losses, time", "not measured: the run could not be set up")
         return Report((*findings, skipped)), None
-    return trainer.check(), trainer
+    folder = [finding for finding in before.findings if finding.what == "output folder"]
+    return Report((*folder, *trainer.check().findings)), trainer
 
 
 def before_loading(args: DistillationConfig, model: ModelConfig) -> Report:

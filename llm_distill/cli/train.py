@@ -6,12 +6,13 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llm_distill.cli.build import build_trainer
+from llm_distill.cli.build import build_trainer, require_free_folder
 from llm_distill.cli.check import before_loading
 from llm_distill.cli.parsing import errors_in_one_line, parse
 
 if TYPE_CHECKING:
     from llm_distill.check.report import Report
+    from llm_distill.trainer import DistillationTrainer
 
 
 @errors_in_one_line
@@ -22,32 +23,38 @@ def train(argv: Sequence[str]) -> None:
     from llm_distill.leaks import public_value
     from llm_distill.publish.record import run_options
 
-    options = run_options(script, args, model)
+    options, resumption = run_options(script, args, model), _resumption(args.resume_from_checkpoint)
+    require_free_folder(script, args, model, is_new=not resumption)
     if start.check and model.model_name_or_path:
         refuse_red(before_loading(args, model), only="memory")
     trainer = build_trainer(script, args, model)
     trainer.run.command, trainer.run.options = ["llm-distill", "train", *argv], options
     trainer.run.record["data.name"] = public_value(script.dataset_name)
-    resumption = _resumption(args.resume_from_checkpoint)
     trainer.run.require_resumable(resumption)
     if start.check:
         refuse_red(trainer.check())
-    dataset = None if script.dataset_name == corpus.NAME else script.dataset_name
-    trainer.train(resume_from_checkpoint=resumption)
+    with trainer.run.at_work():
+        trainer.train(resume_from_checkpoint=resumption)
+        save_and_tell(trainer, None if script.dataset_name == corpus.NAME else script.dataset_name)
+    trainer.end()
+
+
+def save_and_tell(trainer: DistillationTrainer, dataset: str | None) -> None:
+    """Saves the student, and only then what may fail: its card, its evaluation, its way to the Hub."""
+    args = trainer.args
+    trainer.save_model(_internal_call=True)
+    trainer.accelerator.print(f"The student is in {args.output_dir}.")
+    trainer.create_model_card(dataset_name=dataset)
     if trainer.eval_dataset is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+        trainer.create_model_card(dataset_name=dataset)
     if args.push_to_hub:
         try:
-            trainer.push_to_hub(dataset_name=dataset)  # saves both first
+            trainer.push_to_hub(dataset_name=dataset)
         except (ValueError, ConnectionError) as error:
             raise ValueError(f"the student is in {args.output_dir}, but is not on the Hub: {error}") from error
-    else:
-        trainer.save_model()
-        trainer.create_model_card(dataset_name=dataset)
-    trainer.accelerator.print(f"The student is in {args.output_dir}.")
-    trainer.end()
 
 
 def refuse_red(report: Report, only: str | None = None) -> None:

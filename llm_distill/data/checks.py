@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
-from typing import Any
+from collections.abc import Callable, Mapping, MutableMapping
+from typing import Any, NoReturn
 
 import pyarrow.compute as pc
+import torch
 from datasets import Dataset
+from jaxtyping import Float
 from peft import PeftModel
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.data.prepare import PreparedData
@@ -86,14 +89,38 @@ def require_readable(dataset: Any, name: str, read: Callable[[list[Any]], Any]) 
             raise ValueError(f"the {name} dataset: {error}") from error
 
 
-def refuse_broken_signal(signal: Signal | None, view: View, step: int, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raises ValueError naming the batch if it is the teacher that is not finite. Called after a loss that is not."""
-    if signal is None or not (broken := signal.broken_rows()).any():
-        return
-    sample = int(view.positions.sample[broken][0])
-    text = tokenizer.decode(view.inputs["input_ids"][sample][:48], skip_special_tokens=True)
+def refuse_broken_loss(
+    values: Mapping[str, Float[Tensor, " rows"]],
+    signal: Signal | None,
+    view: View,
+    step: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> NoReturn:
+    """Raises ValueError naming the batch, and who gave what is not finite. Called after a loss that is not.
+
+    Args:
+        values: what the loss is made of, per row.
+    """
+    broken = {name: ~value.isfinite() for name, value in values.items() if not value.isfinite().all()}
+    if signal is not None and (signal.broken_rows().any() or ("teacher_ce" in broken and "ce" not in broken)):
+        who, rows = "the teacher gave NaN or infinity", signal.broken_rows() | broken.get("teacher_ce", False)
+        todo = (
+            "A teacher in float16 often overflows: load it in bfloat16 "
+            '(teacher_model_init_kwargs=\'{"dtype": "bfloat16"}\').'
+        )
+    else:
+        name, rows = next(iter(broken.items()), ("loss", torch.ones(len(view.positions.sample), dtype=torch.bool)))
+        who = f"the student gave NaN or infinity, as its {name} shows,"
+        todo = (
+            "Its weights or activations have most likely grown past what a number can hold: a lower learning_rate, "
+            "warmup_steps, or bf16 in place of fp16."
+        )
+    where = ""
+    if rows.any():
+        sample = int(view.positions.sample[rows.to(view.positions.sample.device)][0])
+        text = tokenizer.decode(view.inputs["input_ids"][sample][:48], skip_special_tokens=True)
+        where = f", first in its sequence {sample}, which begins {text!r}"
     raise ValueError(
-        f"the teacher gave NaN or infinity for {int(broken.sum())} of {len(broken)} positions in the batch after step "
-        f"{step}, first in its sequence {sample}, which begins {text!r}. A teacher in float16 often overflows: load it "
-        'in bfloat16 (teacher_model_init_kwargs=\'{"dtype": "bfloat16"}\'). Nothing was learned from this batch.'
+        f"{who} for {int(rows.sum())} of {len(rows)} positions in the batch after step {step}{where}. {todo} Nothing "
+        "was learned from this batch."
     )

@@ -8,6 +8,9 @@ from typing import Any
 
 from llm_distill.options import Options, option, parse_mapping, parse_mappings
 
+MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e3
+"""Within these, float32 tells the logits of real models over T from each other, and from infinity."""
+
 
 @dataclass
 class ObjectiveOptions(Options):
@@ -59,6 +62,11 @@ class ObjectiveOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not MIN_TEMPERATURE <= self.loss_temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"loss_temperature={self.loss_temperature} must be between {MIN_TEMPERATURE:g} and "
+                f"{MAX_TEMPERATURE:g}: beyond, logits over T are all rounding error."
+            )
         weights = (self.kd_weight, self.ce_weight)
         if not (all(0 <= weight < math.inf for weight in weights) and (any(weights) or self.losses)):
             raise ValueError(

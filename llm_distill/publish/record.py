@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from transformers.utils import extract_commit_hash
 
 from llm_distill.config import DistillationConfig
-from llm_distill.files import differences
+from llm_distill.files import differences, write_atomically
 from llm_distill.heads import base_of
 from llm_distill.leaks import public_command, public_value
 from llm_distill.losses.objective import Objective
@@ -98,8 +98,8 @@ def run_options(*groups: Any, **more: Any) -> dict[str, Any]:
 
 def write_run(folder: str | Path, record: dict[str, Any], options: dict[str, Any]) -> None:
     """`distillation.json` and `run.yaml`, nothing local and nothing secret in either."""
-    Path(folder, FILE).write_text(json.dumps(record, indent=2) + "\n")
-    Path(folder, OPTIONS_FILE).write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True))
+    write_atomically(Path(folder, FILE), (json.dumps(record, indent=2) + "\n").encode())
+    write_atomically(Path(folder, OPTIONS_FILE), yaml.safe_dump(options, sort_keys=False, allow_unicode=True).encode())
 
 
 def require_same_run(checkpoint: str | Path, record: dict[str, Any]) -> None:

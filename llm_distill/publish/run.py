@@ -3,30 +3,52 @@
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import filelock
 from huggingface_hub import CommitInfo, HfApi, run_as_future
 from peft import PeftModel
 from transformers import PreTrainedModel, TrainerState
 from transformers.trainer import TRAINING_ARGS_NAME
-from transformers.trainer_utils import get_last_checkpoint
 
 from llm_distill.config import DistillationConfig
 from llm_distill.data.counts import RowCounts
+from llm_distill.files import locked
 from llm_distill.leaks import public_value
 from llm_distill.losses.objective import Objective
 from llm_distill.publish.card import write_model_card
+from llm_distill.publish.folder import (
+    AT_WORK,
+    PARTIAL,
+    last_checkpoint,
+    require_output_folder,
+    require_own,
+    require_unused,
+    why_torn,
+)
 from llm_distill.publish.hub import TAGS, hub_errors
-from llm_distill.publish.record import RESUMED, circumstances, require_same_run, run_options, run_record, write_run
+from llm_distill.publish.record import (
+    FILE,
+    RESUMED,
+    circumstances,
+    require_same_run,
+    run_options,
+    run_record,
+    write_run,
+)
 from llm_distill.publish.student import prepare_push, require_place
+from llm_distill.ranks import run_on_first_rank
 from llm_distill.students.build import name_of, revision_of
 from llm_distill.teachers import Teacher
 
 
 class RunRecord:
-    """Of one trainer. What it finds in the output folder when it is made is an earlier run's."""
+    """Of one trainer. What it finds in the output folder when training begins is an earlier run's."""
 
     def __init__(self, args: DistillationConfig, student: Any, teacher: Any) -> None:
         self.args, self.folder = args, Path(args.output_dir)
@@ -34,9 +56,12 @@ class RunRecord:
         """By default that of this process."""
         name = teacher if isinstance(teacher, str) else getattr(getattr(teacher, "config", None), "_name_or_path", None)
         given = {"teacher_model_name_or_path": name} if name else {}
+        inputs = {"the student": name_of(student), "the teacher": name or args.teacher_model_name_or_path}
+        require_output_folder(self.folder, inputs | {"the teacher_cache": args.teacher_cache})
         self.options = run_options(args, model_name_or_path=name_of(student), **given)
         self.record: dict[str, Any] = {}
-        self._earlier = get_last_checkpoint(args.output_dir) if self.folder.is_dir() else None
+        self._owns_folder = False
+        self._lock: filelock.AcquireReturnProxy | None = None
 
     def begin(
         self,
@@ -61,21 +86,56 @@ class RunRecord:
             if not os.path.exists(name) and public_value(name) == name:
                 self.record["run.dataset"] = name
 
-    def require_resumable(self, resume_from_checkpoint: str | bool | None) -> None:
-        """Raises ValueError if training can neither start nor go on like this in this output folder."""
-        if not resume_from_checkpoint and self._earlier:
+    @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Inside, no other run writes into the folder. Raises ValueError on every rank if one does."""
+        if self._lock is not None:  # by a caller
+            yield
+            return
+
+        def lock() -> None:
+            self._lock = locked(self.folder, AT_WORK)
+            shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)  # a kill has left it
+
+        run_on_first_rank(lock)
+        try:
+            yield
+        finally:
+            if self._lock is not None:
+                self._lock.lock.release()
+                self._lock = None
+
+    def require_resumable(self, resume_from_checkpoint: str | bool | None) -> str | None:
+        """The checkpoint to go on from, if any. Raises ValueError if training can neither start nor go on like this in
+        this output folder.
+        """
+        if not resume_from_checkpoint:
+            self.require_folder()
+            return None
+        if resume_from_checkpoint is True:
+            checkpoint, where = last_checkpoint(self.folder), f"checkpoint in {self.folder}"
+        else:
+            checkpoint, where = Path(resume_from_checkpoint), f"checkpoint at {resume_from_checkpoint}"
+        if checkpoint is None or not checkpoint.is_dir():
+            raise ValueError(f"there is no {where} to resume from.")
+        if reason := why_torn(checkpoint):
             raise ValueError(
-                f"{self._earlier} is of an earlier run. Go on from it with resume_from_checkpoint=True "
-                "(--resume_from_checkpoint true), or choose another output_dir."
+                f"{checkpoint} is not whole, so that nothing can be resumed from it: {reason}. "
+                "resume_from_checkpoint=True takes the last one that is."
             )
-        if resume_from_checkpoint:
-            latest = get_last_checkpoint(self.args.output_dir) if self.folder.is_dir() else None
-            checkpoint = latest if resume_from_checkpoint is True else resume_from_checkpoint
-            if checkpoint is None or not os.path.isdir(checkpoint):
-                where = f"in {self.folder}" if checkpoint is None else f"at {checkpoint}"
-                raise ValueError(f"there is no checkpoint {where} to resume from.")
-            require_same_run(checkpoint, self.record)
-        self._earlier = None  # from here on, what lies there is ours
+        require_same_run(checkpoint, self.record)
+        if not self._owns_folder:
+            require_same_run(self.folder, self.record)
+            if checkpoint.parent.resolve() != self.folder.resolve() or not (checkpoint / FILE).is_file():
+                require_own(self.folder)
+        self._owns_folder = True
+        return str(checkpoint)
+
+    def require_folder(self) -> None:
+        """Raises ValueError if the output folder has what another run has left. Afterwards it is this run's."""
+        if not self._owns_folder:
+            require_unused(self.folder)
+        self._owns_folder = True
 
     def require_place(self, repo_id: str) -> None:
         """Raises ValueError if another run's student is in that repository, or there is no right to write."""

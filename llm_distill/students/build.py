@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.parallelism_config import ParallelismConfig
 from peft import PeftModel
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.trainer.utils import create_model_from_path
 
@@ -26,6 +27,17 @@ def require_student(model: Any, args: Any, quantization_config: Any) -> None:
         raise TypeError(f"model must be a name, a PreTrainedModel or a PeftModel, got {type(model).__name__}.")
     if not isinstance(model, str) and (args.model_init_kwargs or quantization_config is not None):
         raise ValueError("model_init_kwargs and quantization_config would have no effect: the student is loaded.")
+
+
+def require_finite(model: PreTrainedModel | PeftModel) -> None:
+    """Raises ValueError, naming the weight, if one that is trained is not finite."""
+    for name, weight in model.named_parameters():
+        local = weight.to_local() if isinstance(weight, DTensor) else weight
+        if weight.requires_grad and not local.isfinite().all():
+            raise ValueError(
+                f"the student's {name} has NaN or infinity in it, so the student is neither trained nor saved. Was "
+                "learning_rate too high? A checkpoint from before may be whole."
+            )
 
 
 def name_of(model: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,11 +24,12 @@ class EnsembleTeacher(Teacher):
         """`weights` default to equal ones; others are taken relative to their sum.
 
         Raises:
-            ValueError: no teacher, a weight that is not positive, or another number of weights than of teachers.
+            ValueError: no teacher, a weight that is not positive and finite, or another number of weights than of
+                teachers.
         """
         weights = [1.0] * len(teachers) if weights is None else list(weights)
-        if not teachers or len(weights) != len(teachers) or min(weights) <= 0:
-            raise ValueError(f"{len(teachers)} teachers need as many positive weights, got {weights}.")
+        if not teachers or len(weights) != len(teachers) or not all(0 < weight < math.inf for weight in weights):
+            raise ValueError(f"{len(teachers)} teachers need as many positive, finite weights, got {weights}.")
         self.teachers = tuple(teachers)
         self.weights = tuple(weight / sum(weights) for weight in weights)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -15,12 +16,13 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from runs import copied_state, logged
 from tiny import VOCAB, make_config, tiny_llama
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, Trainer, TrainerCallback
 from trl import ScriptArguments, SFTConfig
 
 from llm_distill import DistillationTrainer, LiveTeacher
 from llm_distill.data.corpus import train_tokenizer
 from llm_distill.data.load import load_data
+from llm_distill.files import LOCK_FILE
 
 Build = Callable[..., DistillationTrainer]
 Refused = Callable[..., AbstractContextManager[None]]
@@ -48,16 +50,21 @@ def build(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Build:
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Refused:
-    """Inside, an error whose message has each of `parts`; afterwards, the output folder is as it was."""
+    """Inside, an error whose message has each of `parts`; afterwards, the output folder is as it was, but for the lock
+    of a training that has begun.
+    """
+
+    def paths() -> list[Path]:
+        return sorted(path for path in (tmp_path / "out").rglob("*") if path.name != LOCK_FILE)
 
     @contextmanager
     def expect(*parts: str, error: type[Exception] = ValueError) -> Iterator[None]:
-        before = sorted((tmp_path / "out").rglob("*"))
+        before = paths()
         with pytest.raises(error) as caught:
             yield
         for part in parts:
             assert part in str(caught.value)
-        assert sorted((tmp_path / "out").rglob("*")) == before
+        assert paths() == before
 
     return expect
 
@@ -74,6 +81,12 @@ def refused(tmp_path: Path) -> Refused:
         ({"loss_temperature": -2.0}, ["loss_temperature", "-2.0"]),
         ({"loss_temperature": float("nan")}, ["loss_temperature", "nan"]),
         ({"loss_temperature": float("inf")}, ["loss_temperature", "inf"]),
+        ({"loss_temperature": 1e-30}, ["loss_temperature=1e-30", "between 0.01 and 1000"]),
+        ({"loss_temperature": 1e30}, ["loss_temperature=1e+30", "between 0.01 and 1000"]),
+        ({"max_steps": 0}, ["max_steps=0", "nothing would be learned"]),
+        ({"max_steps": -5}, ["max_steps=-5", "must be positive, or -1"]),
+        ({"max_steps": -1, "num_train_epochs": 0}, ["num_train_epochs=0", "nothing would be learned"]),
+        ({"logging_nan_inf_filter": True}, ["logging_nan_inf_filter", "not finite ends the run"]),
         ({"divergence": "jsd", "divergence_kwargs": {"beta": 0}}, ["beta", "got 0", "forward_kl"]),
         ({"divergence": "jsd", "divergence_kwargs": {"beta": 1}}, ["beta", "got 1", "reverse_kl"]),
         ({"divergence": "skew_kl", "divergence_kwargs": {"lam": 0.0}}, ["lam", "got 0.0", "forward_kl"]),
@@ -227,6 +240,56 @@ def test_a_teacher_that_gives_nan_is_caught_in_evaluation(
         trainer.evaluate()
 
 
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_a_teacher_whose_head_gives_nan_is_caught_too(
+    build: Build, refused: Refused, tokenizer: PreTrainedTokenizerBase, accumulation: int
+) -> None:
+    model = tiny_llama(2)
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    trainer = build({"gradient_accumulation_steps": accumulation}, teacher=LiveTeacher(model, tokenizer))
+    before = copied_state(trainer.model)
+    with refused("the teacher gave NaN", "after step 0"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+    assert [finding.what for finding in trainer.check().findings if finding.level == "red"] == ["data"]
+
+
+@pytest.mark.parametrize("options", [{}, {"kd_weight": 0.0, "ce_weight": 1.0}], ids=str)
+def test_a_loss_that_is_not_finite_ends_the_run_and_is_never_logged(
+    build: Build, refused: Refused, options: dict[str, Any]
+) -> None:
+    trainer = build({"learning_rate": 1e30, "max_steps": 9} | options)
+    with refused("the student gave NaN or infinity", "after step 1", "learning_rate"):
+        trainer.train()
+    assert all(entry["loss"] != 0 for entry in trainer.state.log_history if "loss" in entry)
+
+    trainer = build(options)
+    original = trainer.model.model.norm.forward
+    trainer.model.model.norm.forward = lambda hidden: original(hidden) * torch.inf
+    with refused("the student gave NaN or infinity", "after step 0", "sequence 0", repr(TEXTS[0][:20])[1:-1]):
+        trainer.train()
+
+
+def test_gradients_that_are_not_finite_ruin_no_weights(build: Build, refused: Refused) -> None:
+    trainer = build()
+    trainer.model.model.norm.weight.register_hook(lambda gradient: gradient * torch.nan)
+    before = copied_state(trainer.model)
+    with refused("the gradients after step 0 are not finite"):
+        trainer.train()
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
+
+
+def test_a_student_of_nan_is_neither_trained_nor_saved(build: Build, refused: Refused) -> None:
+    trainer = build()
+    with torch.no_grad():
+        trainer.model.lm_head.weight[3] = torch.nan
+    with refused("lm_head.weight", "NaN"):
+        trainer.train()
+    with refused("lm_head.weight", "NaN"):
+        trainer.save_model()
+
+
 @pytest.mark.parametrize("packing", [False, True])
 def test_data_in_which_nothing_counts_is_refused(build: Build, refused: Refused, packing: bool) -> None:
     masked = Dataset.from_dict({"input_ids": [[1, 2, 3]] * 4, "labels": [[-100] * 3] * 4})
@@ -285,6 +348,77 @@ def test_a_folder_with_checkpoints_of_another_run_is_neither_overwritten_nor_gon
     resumed = build(longer)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 3
+
+
+def test_a_finished_student_is_not_overwritten(build: Build, refused: Refused, tmp_path: Path) -> None:
+    trainer = build()
+    trainer.train()
+    trainer.save_model()
+    trainer.train()
+    trainer.save_model()  # its own
+    for write in (build().train, build().save_model):
+        with refused("out has the student of an earlier run", "another output_dir"):
+            write()
+    with refused("out is also the student"):
+        build(model=str(tmp_path / "out"))
+
+
+def test_a_run_that_goes_on_is_the_one_whose_student_is_there(build: Build, refused: Refused, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 1}
+    first = build(saving)
+    first.train()
+    shutil.copytree(tmp_path / "out" / "checkpoint-2", tmp_path / "kept")
+    shutil.rmtree(tmp_path / "out")
+    other = build(saving | {"divergence": "jsd"})
+    other.train()
+    other.save_model()
+    with refused("out is of another distillation", "divergence"):
+        build(saving | {"max_steps": 3}).train(resume_from_checkpoint=str(tmp_path / "kept"))
+
+
+def test_two_runs_do_not_share_a_folder(build: Build, refused: Refused) -> None:
+    trainer = build()
+
+    class StartAnother(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            with refused("another run is writing into"):
+                build().train()
+
+    trainer.add_callback(StartAnother())
+    trainer.train()
+    build().train()
+
+
+def test_a_checkpoint_is_there_whole_or_not_at_all(
+    build: Build, refused: Refused, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 4, "save_total_limit": 2}
+    best = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "metric_for_best_model": "loss"}
+    best |= {"greater_is_better": True}  # the second, as it happens
+    trainer = build(options | best | {"learning_rate": 0.1}, eval_dataset=Dataset.from_dict({"text": TEXTS}))
+    saved = Trainer._save_rng_state
+
+    def save_or_fail(self: Trainer, folder: str) -> None:
+        saved(self, folder)
+        if self.state.global_step == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Trainer, "_save_rng_state", save_or_fail)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    out = tmp_path / "out"
+    names = {path.name for path in out.iterdir() if path.is_dir()}
+    assert names == {"checkpoint-2", "checkpoint-3"}
+    state = json.loads((out / "checkpoint-3" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == trainer.state.best_model_checkpoint == str(out / "checkpoint-2")
+
+    (out / "checkpoint-3" / "trainer_state.json").unlink()
+    monkeypatch.undo()
+    with refused("checkpoint-3 is not whole", "trainer_state.json is missing"):
+        build(options).train(resume_from_checkpoint=str(out / "checkpoint-3"))
+    resumed = build(options)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.log_history[-2]["step"] == 4
 
 
 def test_a_trainer_goes_on_from_its_own_checkpoint(build: Build) -> None:

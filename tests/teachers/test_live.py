@@ -270,12 +270,14 @@ def test_an_ensemble_is_the_mixture_of_its_members(tmp_path: Path, tokenizer: Pr
     assert ensemble.describe() == {"ensemble": [member.describe() for member in members], "weights": [0.25, 0.75]}
 
 
-@pytest.mark.parametrize("weights", [[1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [1.0, 0.0]])
+@pytest.mark.parametrize(
+    "weights", [[1.0], [1.0, 2.0, 3.0], [1.0, -1.0], [1.0, 0.0], [1.0, float("nan")], [1.0, float("inf")]]
+)
 def test_an_ensembles_weights_are_as_many_as_its_members_and_positive(
     weights: list[float], tokenizer: PreTrainedTokenizerBase
 ) -> None:
     members = [live(2, tokenizer), live(3, tokenizer)]
-    with pytest.raises(ValueError, match="2 teachers need as many positive weights"):
+    with pytest.raises(ValueError, match="2 teachers need as many positive, finite weights"):
         EnsembleTeacher(members, weights)
 
 
