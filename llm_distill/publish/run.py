@@ -60,8 +60,7 @@ class RunRecord:
         require_output_folder(self.folder, inputs | {"the teacher_cache": args.teacher_cache})
         self.options = run_options(args, model_name_or_path=name_of(student), **given)
         self.record: dict[str, Any] = {}
-        self._owns_folder = False
-        self._lock: filelock.AcquireReturnProxy | None = None
+        self._owns_folder, self._is_at_work = False, False
 
     def begin(
         self,
@@ -89,21 +88,23 @@ class RunRecord:
     @contextmanager
     def at_work(self) -> Iterator[None]:
         """Inside, no other run writes into the folder. Raises ValueError on every rank if one does."""
-        if self._lock is not None:  # by a caller
+        if self._is_at_work:  # for a caller
             yield
             return
+        locks: list[filelock.AcquireReturnProxy] = []
 
         def lock() -> None:
-            self._lock = locked(self.folder, AT_WORK)
+            locks.append(locked(self.folder, AT_WORK))
             shutil.rmtree(self.folder / PARTIAL, ignore_errors=True)  # a kill has left it
 
         run_on_first_rank(lock)
+        self._is_at_work = True
         try:
             yield
         finally:
-            if self._lock is not None:
-                self._lock.lock.release()
-                self._lock = None
+            self._is_at_work = False
+            for held in locks:
+                held.lock.release()
 
     def require_resumable(self, resume_from_checkpoint: str | bool | None) -> str | None:
         """The checkpoint to go on from, if any. Raises ValueError if training can neither start nor go on like this in

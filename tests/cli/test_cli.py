@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import SFTConfig
 
 import llm_distill
-from llm_distill import DistillationConfig
+from llm_distill import DistillationConfig, DistillationTrainer
 from llm_distill.cli import COMMANDS, main
 from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.cli.train import train
@@ -382,3 +382,36 @@ def test_the_recipe_takes_the_same_options(tmp_path: Path, run: dict[str, Any]) 
 def test_accelerate_understands_every_configuration(path: Path) -> None:
     config = load_config_from_file(str(path))
     assert config.distributed_type == yaml.safe_load(path.read_text())["distributed_type"]
+
+
+def test_what_fails_at_the_end_leaves_the_student(
+    tmp_path: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: DistillationTrainer) -> None:
+        raise RuntimeError("a metric\nof somebody fails")
+
+    monkeypatch.setattr(DistillationTrainer, "evaluate", fail)
+    for split in ("train", "test"):
+        write_rows(tmp_path / "data" / f"{split}.jsonl", "text")
+    with pytest.raises(SystemExit) as end:
+        train(as_flags(run | {"dataset_name": tmp_path / "data"}))
+    printed = capsys.readouterr()
+    assert end.value.code == 1
+    assert "RuntimeError: a metric of somebody fails" in printed.err.splitlines()[-1]
+    assert f"The student is in {run['output_dir']}." in printed.out
+    assert AutoModelForCausalLM.from_pretrained(run["output_dir"]).config.hidden_size == 16
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
+def test_the_folder_is_looked_at_before_anything_is_loaded(
+    tmp_path: Path, saved: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = run | {"model_name_or_path": str(tmp_path / "nowhere")}
+    for name, named in (("teacher_model_name_or_path", "the teacher"), ("dataset_name", "is a file")):
+        assert named in refused(capsys, train, as_flags(nowhere | {"output_dir": run[name]}))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").touch()
+    assert "holds a model, config.json" in refused(capsys, train, as_flags(nowhere))
+    with pytest.raises(SystemExit):
+        main(["check", *as_flags(run)])
+    assert "red      output folder" in capsys.readouterr().out
