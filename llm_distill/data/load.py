@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import glob
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,8 @@ if TYPE_CHECKING:
     from trl import ScriptArguments
 
 
+KINDS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+"""What reads a file, by the end of its name."""
 HELD_OUT = ("test", "validation", "train")
 """Splits to evaluate on, the first that is there."""
 
@@ -62,20 +66,71 @@ def _loaded(name: str, config: str | None = None, streaming: bool = False) -> Da
 
     from llm_distill.data import corpus
 
-    kinds = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+    path = Path(name)
     try:
         if name == corpus.NAME:
             data = corpus.load_corpus(max_characters=corpus.TRIAL_CHARACTERS)
-        elif Path(name).is_file() and Path(name).suffix in kinds:
-            data = load_dataset(kinds[Path(name).suffix], data_files=name, streaming=streaming)
+        elif path.is_file() and path.suffix in KINDS:
+            data = load_dataset(KINDS[path.suffix], data_files=glob.escape(name), streaming=streaming)
         else:
             data = load_dataset(name, name=config, streaming=streaming)
-    except (OSError, ValueError, ConnectionError, DatasetsError, StopIteration) as error:  # the last of an empty file
-        raise ValueError(
-            f"the dataset {name!r} cannot be loaded: it is no file, no folder with data, no repository that can be "
-            f"reached, and not `{corpus.NAME}`. ({error})"
-        ) from error
+        for split in data.values() if path.exists() else ():
+            _require_readable(split)
+    except (OSError, ValueError, DatasetsError, StopIteration) as error:  # the last of an empty file
+        raise ValueError(f"the dataset {name!r} cannot be loaded: {_reason(path, error)}") from error
     return data if streaming else DatasetDict(data)
+
+
+def _require_readable(split: Any) -> None:
+    """Raises ValueError where a file's bytes are no text, or the first rows of a stream are none."""
+    from datasets import Dataset
+
+    if isinstance(split, Dataset):
+        for table in split.with_format("arrow").iter(batch_size=10_000):
+            table.validate(full=True)
+    else:
+        next(iter(split), None)
+
+
+def _reason(path: Path, error: BaseException) -> str:
+    """Why a file, a folder or a repository cannot be loaded, in a line."""
+    from llm_distill.data import corpus
+
+    while error.__cause__ is not None:
+        error = error.__cause__
+    if not path.exists():
+        nowhere = f"it is no file, no folder with data, no repository that can be reached, and not `{corpus.NAME}`. "
+        return f"{nowhere if isinstance(error, OSError) else ''}({error})"
+    if path.is_file() and path.suffix not in KINDS:
+        return f"the file is there, and its name must end in one of {', '.join(KINDS)}."
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    if empty := [file.name for file in files if file.is_file() and file.suffix in KINDS and not file.stat().st_size]:
+        return f"{empty[0]} is empty."
+    broken = (_broken_json(file) for file in files if KINDS.get(file.suffix) == "json")
+    if problem := next(filter(None, broken), None):
+        return problem
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not in UTF-8: save it so. ({error})"
+    return f"it is there and cannot be read. ({str(error) or 'It has no rows.'})"
+
+
+def _broken_json(path: Path) -> str | None:
+    """What is wrong with the first line that is not JSON, if one is not; of one long list, where it breaks off."""
+    with path.open("rb") as file:
+        if file.read(64).lstrip().startswith(b"["):
+            try:
+                json.loads(path.read_bytes())
+            except ValueError as error:
+                return f"{path.name} is not JSON: {error}."
+            return None
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            try:
+                if line.strip() and not isinstance(json.loads(line), dict):
+                    return f'line {number} of {path.name} is not an object with columns, such as {{"text": …}}.'
+            except ValueError as error:
+                return f"line {number} of {path.name} is not JSON: {getattr(error, 'msg', error)}."
+    return None
 
 
 def _add_part(data: DatasetDict, split: str) -> None:
@@ -83,6 +138,15 @@ def _add_part(data: DatasetDict, split: str) -> None:
     from datasets import ReadInstruction
 
     whole = split.partition("[")[0]
-    if split not in data and whole in data:
-        (part,) = ReadInstruction.from_spec(split).to_absolute({whole: len(data[whole])})
-        data[split] = data[whole].select(range(part.from_, part.to))
+    if split in data or whole not in data:
+        return
+    rows = len(data[whole])
+    try:
+        (part,) = ReadInstruction.from_spec(split).to_absolute({whole: rows})
+    except ValueError as error:
+        raise ValueError(
+            f"{split!r} is no part of {whole!r}, such as {whole}[:500] or {whole}[:10%]: {error}"
+        ) from error
+    if part.from_ >= part.to:
+        raise ValueError(f"{split!r} has no rows: there are {rows:,} in {whole!r}.")
+    data[split] = data[whole].select(range(part.from_, part.to))
