@@ -37,6 +37,7 @@ from llm_distill.losses.in_forward import LossRequest, add_loss_forward
 from llm_distill.losses.metrics import Meter
 from llm_distill.losses.objective import Objective
 from llm_distill.models import context_length, refuse_past_context, vocabulary_size
+from llm_distill.probes import require_causal, require_documents_apart, student_forward
 from llm_distill.publish.folder import written_aside
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
@@ -129,11 +130,19 @@ class DistillationTrainer(SFTTrainer):
 
         if args.chat_template_path is not None and self.teacher is not None:
             self.teacher.fit_to(self.processing_class)  # cloning a template may have added tokens
-        add_loss_forward(self.model, LMHead.of(self.model, vocabulary_size(self.processing_class)))
+        head = LMHead.of(self.model, vocabulary_size(self.processing_class))
+        add_loss_forward(self.model, head)
         require_supported(self.model, self.args.n_gpu, self.padding_free, self.accelerator.parallelism_config)
         self.collate: Any = self.data_collator
+        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            forward = student_forward(self.model, head)  # what an engine will shard is not whole yet
+            require_causal(self.model, forward, self.accelerator)
+            if self.padding_free:
+                require_documents_apart(self.model, forward, self.collate, self.accelerator)
         if self.teacher is not None:
             self.teacher.prepare(self.accelerator, self.model)
+            if self.padding_free:
+                self.teacher.require_documents_apart(self.collate, self.accelerator)
             self.add_callback(FlushTeacher(self.teacher))
             if self.teacher.reader is not None and self.objective.uses_teacher:
                 self.data_collator: Any = checks.ReadingCollator(self.collate, self.teacher.reader)

@@ -140,6 +140,8 @@ def prepare_teacher(teacher: Teacher, data: PreparedData) -> None:
     if not teacher.is_student:
         teacher.fit_to(data.tokenizer)
         teacher.prepare(data.accelerator, nn.Module())
+        if data.packs:
+            teacher.require_documents_apart(data.collate, data.accelerator)
 
 
 def _keep_freed_memory() -> None:

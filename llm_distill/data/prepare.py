@@ -42,6 +42,11 @@ class PreparedData:
         return {"train": self.train, **self.evaluation}
 
     @property
+    def packs(self) -> bool:
+        """Whether several documents are read as one row."""
+        return getattr(self.collate, "padding_free", False)
+
+    @property
     def device(self) -> torch.device:
         return self.accelerator.device
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback
 
 from llm_distill.divergences import Divergence
 from llm_distill.models import HEAD, LanguageModel, Needs, millions
+from llm_distill.probes import Collator
 from llm_distill.rows import View
 from llm_distill.signals import Signal
 
@@ -63,6 +64,11 @@ class Teacher(ABC):
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:  # noqa: B027
         """Moves to the device, shards over ranks: called once, before the first `score`."""
+
+    def require_documents_apart(self, collate: Collator, accelerator: Accelerator) -> None:  # noqa: B027
+        """Raises ValueError if the documents of a row that `collate` packs would see each other; called after
+        `prepare`, where rows are packed.
+        """
 
     def flush(self) -> None:  # noqa: B027
         """Writes what it keeps of its answers: called after each epoch, with each checkpoint and when training ends."""

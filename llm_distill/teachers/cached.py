@@ -25,6 +25,7 @@ from llm_distill.divergences import Divergence
 from llm_distill.files import differences, locked
 from llm_distill.heads import LMHead
 from llm_distill.models import HEAD, LanguageModel, Needs, describe_tokenizer, vocabulary_size
+from llm_distill.probes import Collator
 from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, Example, View, examples_of
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
 from llm_distill.teachers.base import Teacher
@@ -159,6 +160,10 @@ class CachedTeacher(Teacher):
         self._locks = accelerator.is_main_process
         self.live.prepare(accelerator, student)
         require_same_teacher(self.cache, self.live.describe())
+
+    def require_documents_apart(self, collate: Collator, accelerator: Accelerator) -> None:
+        if self.live is not None:
+            self.live.require_documents_apart(collate, accelerator)
 
     def score(self, view: View, needs: Needs = HEAD) -> Signal:
         bits = view.fetched if view.fetched is not None else self._load(view)

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from llm_distill.divergences import Divergence
 from llm_distill.models import HEAD, LanguageModel, Needs
+from llm_distill.probes import Collator
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal, MixtureSignal
 from llm_distill.teachers.base import Teacher
@@ -62,6 +63,10 @@ class EnsembleTeacher(Teacher):
     @property
     def max_length(self) -> int | None:
         return min((limit for teacher in self.teachers if (limit := teacher.max_length)), default=None)
+
+    def require_documents_apart(self, collate: Collator, accelerator: Accelerator) -> None:
+        for teacher in self.teachers:
+            teacher.require_documents_apart(collate, accelerator)
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         for teacher in self.teachers:

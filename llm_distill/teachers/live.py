@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed
 
 from llm_distill.heads import LMHead
 from llm_distill.models import HEAD, LanguageModel, Needs
+from llm_distill.probes import Collator, require_causal, require_documents_apart
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
@@ -81,6 +82,13 @@ class LiveTeacher(Teacher):
             )
         if self._wrapped is None:  # once, however many students it teaches
             self._wrapped = _shard_as_the_student(self.model, accelerator)
+            require_causal(self.model, self._hidden, accelerator)
+
+    def require_documents_apart(self, collate: Collator, accelerator: Accelerator) -> None:
+        require_documents_apart(self.model, self._hidden, collate, accelerator)
+
+    def _hidden(self, view: View) -> Tensor:
+        return self.score(view).hidden
 
     @torch.no_grad()
     def score(self, view: View, needs: Needs = HEAD) -> HiddenSignal:
