@@ -111,9 +111,8 @@ class DistillationTrainer(SFTTrainer):
 
         # Everything that can be refused is refused before TRL prepares data and creates the output folder.
         tokenizer = student_tokenizer(processing_class, model, args)
-        self.row_checks = RowChecks(
-            tokenizer, args, sft.get("formatting_func") is not None, sft.get("data_collator") is not None
-        )
+        is_collated = sft.get("data_collator") is not None
+        self.row_checks = RowChecks(tokenizer, args, sft.pop("formatting_func", None), is_collated)
         train, evaluation = self.row_checks.apply(sft.pop("train_dataset", None), sft.pop("eval_dataset", None))
         needed, trusted = self.objective.uses_teacher, args.trust_remote_code
         self.teacher = make_teacher(teacher, args, is_needed=needed, trust_remote_code=trusted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any, NamedTuple
@@ -49,7 +49,7 @@ class RowChecks:
 
     Args:
         tokenizer: or a processor, which has one.
-        is_formatted: whether a `formatting_func` makes texts of the rows.
+        formatting_func: makes texts of rows that are no tokens yet.
         is_collated: whether a collator of the person's own makes batches of them.
     """
 
@@ -57,12 +57,12 @@ class RowChecks:
         self,
         tokenizer: PreTrainedTokenizerBase,
         args: DistillationConfig,
-        is_formatted: bool = False,
+        formatting_func: Callable[[Any], str] | None = None,
         is_collated: bool = False,
     ) -> None:
         self.processor, self.args = tokenizer, args
         self.tokenizer: PreTrainedTokenizerBase = getattr(tokenizer, "tokenizer", tokenizer)
-        self.is_formatted, self.is_collated = is_formatted, is_collated
+        self.formatting_func, self.is_collated = formatting_func, is_collated
         self.is_prepared = bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
         grows = args.chat_template_path is not None  # by the tokens of that template
         self.vocab_size = math.inf if grows else vocabulary_size(self.tokenizer)
@@ -92,10 +92,11 @@ class RowChecks:
             return dataset
         dataset = dataset.with_format(None)
         first = next(iter(dataset), None)
-        if first is None:
-            raise ValueError(f"the {name} dataset has no rows.")
-        if self.is_formatted and "input_ids" not in first:
-            return dataset
+        if not isinstance(first, Mapping):
+            raise ValueError(f"the {name} dataset has no rows{'' if first is None else ' with columns'}.")
+        if self.formatting_func is not None and "input_ids" not in first:
+            dataset = self._format(dataset, self.formatting_func, first, name)
+            first = next(iter(dataset))
         columns = self._choose_columns(first, name)
         stray = [column for column in ("prompt", "completion", "chosen", "rejected", *TURNS) if column in first]
         stray += [column for column in ("messages", self.args.dataset_text_field) if column in first]
@@ -116,9 +117,19 @@ class RowChecks:
         except RAISED:
             datasets = evaluation if isinstance(evaluation, dict) else {"eval": evaluation}
             for name, dataset in {"train": train, **datasets}.items():
-                if isinstance(dataset, Dataset) and not self.is_formatted and not self.is_prepared:
+                if isinstance(dataset, Dataset) and not self.is_prepared:
                     self._require_rendered_rows(dataset, name)
             raise
+
+    def _format(self, dataset: Any, formatting_func: Callable[[Any], str], first: Mapping[str, Any], name: str) -> Any:
+        """Texts in place of the rows. TRL would leave the columns that they are made of, and read those."""
+        has_pairs = {"prompt", "completion"} <= set(first)
+        if self.args.completion_only_loss or (has_pairs and self.args.completion_only_loss is None):
+            raise ValueError(
+                "a formatting_func makes whole texts, which completion_only_loss cannot cut: set it to False."
+            )
+        make_text = partial(_make_text, formatting_func, self.args.dataset_text_field, name)
+        return dataset.map(make_text, with_indices=True, remove_columns=list(first))
 
     def _choose_columns(self, first: Mapping[str, Any], name: str) -> Columns:
         """What TRL reads of a dataset with such a first row. Raises ValueError if there is nothing."""
@@ -130,7 +141,7 @@ class RowChecks:
             raise ValueError(f"{present}, no `input_ids`, and skip_prepare_dataset keeps them from being made.")
         text = self.args.dataset_text_field
         for used in (("prompt", "completion"), ("messages",), ("conversations",), (text,)):
-            if set(used) <= set(first):
+            if set(used) <= set(first) and used != ("prompt",):
                 break
         else:
             if "prompt" in first:
@@ -264,7 +275,7 @@ class RowChecks:
 
     @property
     def _drops_empty_rows(self) -> bool:
-        return self.args.max_length is not None and not (self.args.packing or self.is_prepared)
+        return self.args.max_length is not None and not self.is_prepared
 
     def _require_rendered_rows(self, dataset: Dataset, name: str) -> None:
         dataset = dataset.with_format(None)
@@ -302,6 +313,15 @@ class RowChecks:
         rendered = apply_template(self.processor, messages, **options)
         if counts and 1 not in rendered["assistant_masks"]:
             raise ValueError("no turn of an assistant counts, which is all that assistant_only_loss learns from.")
+
+
+def _make_text(formatting_func: Callable[[Any], str], column: str, name: str, row: Any, number: int) -> dict[str, str]:
+    text = formatting_func(row)
+    if not isinstance(text, str):
+        raise ValueError(
+            f"the {name} dataset, row {number}: formatting_func makes {_shortened(text)} of it, not a text."
+        )
+    return {column: text}
 
 
 def drop_masked_tokens(row: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def prompts_of(
         if number == 0:
             column = _column(row, column)
         assert column is not None, "the first row has named it"
-        content = _content(row[column], number, column, as_chat, system_prompt)
+        content = _content(row.get(column), number, column, as_chat, system_prompt)
         if isinstance(content, str) and column == "text" and prompt_tokens is None:
             raise ValueError(
                 "a column `text` holds whole texts and no prompts: --prompt_tokens 32 asks the teacher to go on from "

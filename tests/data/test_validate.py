@@ -136,6 +136,21 @@ def test_values_of_another_type_are_refused(prepared: Prepare, row: dict[str, An
     assert words in str(caught.value)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_formatting_function_makes_texts_whatever_the_columns_are_called(
+    config: Callable[..., DistillationConfig], chats: PreTrainedTokenizerBase, is_stream: bool
+) -> None:
+    data = Dataset.from_list([{"prompt": "a", "response": "b"}] * 3)
+    data = data.to_iterable_dataset() if is_stream else data
+    expected = Dataset.from_list([{"text": "a: b"}] * 3)
+    texts = RowChecks(chats, config(), lambda row: f"{row['prompt']}: {row['response']}").check(data, "train")
+    assert list(texts) == list(expected)
+    with pytest.raises(ValueError, match=r"row 0: formatting_func makes \['a'\] of it, not a text"):
+        list(RowChecks(chats, config(), lambda row: [row["prompt"]]).check(data, "train"))
+    with pytest.raises(ValueError, match="completion_only_loss"):
+        RowChecks(chats, config(), str).check(DATA["prompt and completion"], "train")
+
+
 def test_what_is_no_dataset_is_refused(prepared: Prepare) -> None:
     with pytest.raises(ValueError, match="a stream, got str"):
         prepared("data.jsonl")
@@ -144,6 +159,10 @@ def test_what_is_no_dataset_is_refused(prepared: Prepare) -> None:
     for empty in (DATA["text"].select([]), IterableDataset.from_generator(lambda: iter([]))):
         with pytest.raises(ValueError, match="has no rows"):
             prepared(empty)
+    with pytest.raises(ValueError, match="has no rows with columns"):
+        prepared(IterableDataset.from_generator(lambda: iter([1, 2])))
+    with pytest.raises(ValueError, match="prompts without a `completion`"):
+        prepared([{"prompt": "a"}] * 3, dataset_text_field="prompt")
 
 
 def test_a_tokenizer_without_a_template_or_an_end_is_refused(

@@ -80,6 +80,7 @@ def test_a_conversation_that_the_template_refuses_costs_that_conversation(saved:
         ([{"a": "b"}], {}, "no column .* only a"),
         ([{"prompt": 3}], {}, "row 0 has no prompt in 'prompt'"),
         ([{"prompt": "  "}], {}, "row 0 has no prompt"),
+        ([{"prompt": "a"}, {"text": "b"}], {}, "row 1 has no prompt"),
         ([{"messages": [{"role": "system", "content": "x"}]}], {}, "in which no user asks"),
         ([{"messages": [{"role": "user", "content": " "}]}], {}, "row 0 of 'messages' .* in which no user asks"),
         ([{"prompt": "a"}, {"prompt": "\ud83d"}], {}, "row 1 cannot be sent to a teacher: .*surrogates"),
