@@ -88,7 +88,7 @@ class LiveTeacher(Teacher):
         require_documents_apart(self.model, self._hidden, collate, accelerator)
 
     def _hidden(self, view: View) -> Tensor:
-        return self.score(view).hidden
+        return self.language_model.keep(view, wrapped=self._wrapped).hidden
 
     @torch.no_grad()
     def score(self, view: View, needs: Needs = HEAD) -> HiddenSignal:
