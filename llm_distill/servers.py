@@ -46,7 +46,7 @@ class RefusedError(ValueError):
 
 
 class UnbelievableError(ValueError):
-    """An answer that cannot be: another one would be no truer. The message follows the server's address."""
+    """An answer that cannot be: another one would be no truer."""
 
 
 class NoAnswerError(ConnectionError):
@@ -118,7 +118,7 @@ class ServerPool:
 
         Raises:
             RefusedError: a server refuses, with its message.
-            UnbelievableError: `read` has raised it; the message then begins with the server's address.
+            UnbelievableError: `read` has raised it; with the server's address in front.
             NoAnswerError: the last of `attempts` has failed.
             ConnectionError: no server has answered within `patience`; with the last reason of each.
         """
@@ -138,7 +138,7 @@ class ServerPool:
                     self._note_answer(server)
                     return result
             except UnbelievableError as error:
-                raise UnbelievableError(f"{server.url} {error}") from error
+                raise UnbelievableError(f"{server.url}: {error}") from error
             except NoAnswerError as failure:
                 failures += 1
                 self._note_failure(server, failure, began)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,14 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill.divergences import Divergence
 from llm_distill.models import HEAD, Needs, different_ids, public_name, refuse_past_context, vocabulary_size
 from llm_distill.rows import IGNORED, SIGNAL, Example, View, examples_of
-from llm_distill.servers import KEY_VARIABLE, NoAnswerError, RefusedError, ServerPool, parse_url
+from llm_distill.servers import (
+    KEY_VARIABLE,
+    NoAnswerError,
+    RefusedError,
+    ServerPool,
+    UnbelievableError,
+    parse_url,
+)
 from llm_distill.signals import SparseSignal
 from llm_distill.teachers.base import Teacher
 
@@ -36,6 +44,23 @@ ATTEMPTS_IN_TIMEOUT = 4
 IDS_A_REQUEST = 8192
 SMALLEST_TAIL = 2.0**-24
 """Log-probabilities come as float32: less mass than this is not told apart from none."""
+ROUNDING = 0.01
+"""By how much the probabilities of a row may exceed 1 together, or fall short of it."""
+LARGEST_DISTANCE = 0.2
+"""Nats a token, between servers of the same weights: what bfloat16 makes of them is a tenth of this."""
+PROBE = "The quick brown fox jumps over the lazy dog, and def main(argv): return len(argv) > 1 follows at 10:45."
+PROBE_TOKENS = 32
+
+
+class AnsweredRows(NamedTuple):
+    """What a server says of some tokens of a text."""
+
+    ids: np.ndarray
+    """Of the likeliest tokens in each one's place, [rows, k]."""
+    log_p: np.ndarray
+    """Theirs, [rows, k]."""
+    text_log_p: np.ndarray
+    """Of the text's own tokens, [rows]."""
 
 
 class ServedTeacher(Teacher):
@@ -61,7 +86,8 @@ class ServedTeacher(Teacher):
             raise ValueError(f"k={k} and timeout={timeout}: both must be positive.")
         self.k, self.model = k, model
         self.reader = self.read
-        self._servers = ServerPool(parse_urls(urls), timeout=timeout / ATTEMPTS_IN_TIMEOUT, patience=timeout)
+        self._timeout = timeout
+        self._servers = self._pool(parse_urls(urls))
         self._max_length: int | None = None
         self._up: list[str] = []
         self._vocab_size = 0
@@ -72,15 +98,22 @@ class ServedTeacher(Teacher):
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises ConnectionError where no server answers; ValueError where one serves another model, another
-        tokenizer, or fewer than k tokens a row.
+        tokenizer, fewer than k tokens a row, what are no log-probabilities, or others than the first server.
         """
         self._vocab_size = vocabulary_size(tokenizer)
         if self.k > self._vocab_size:
             raise ValueError(f"k = {self.k} is larger than the vocabulary of {self._vocab_size:,}.")
         self._connect()
-        for url in self._up:
-            self._require_k(url)
+        probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"][:PROBE_TOKENS][: self._max_length]
+        answers = [self._ask_probe(url, probe) for url in self._up]
+        for url, answer in zip(self._up, answers, strict=True):
             self._require_same_ids(url, tokenizer)
+            distance = np.abs(answer.text_log_p - answers[0].text_log_p).mean()
+            if not distance <= LARGEST_DISTANCE:
+                raise ValueError(
+                    f"{self._up[0]} and {url} both serve {self.model!r}, and give the same text other probabilities "
+                    f"({distance:.2f} nats a token apart): one of them has other weights, or is at fault. Leave it out."
+                )
 
     @property
     def max_length(self) -> int | None:
@@ -111,10 +144,10 @@ class ServedTeacher(Teacher):
             refuse_past_context(len(example.positions), self._max_length, "the batch")
             text = ids[example.sample, torch.from_numpy(example.positions)].tolist()
             texts.append(text)
-            reads.append(partial(self._read_answer, length=len(text), places=counted_tokens(example)))
+            reads.append(partial(self._read_answer, text=text, places=counted_tokens(example)))
         answers = self._servers.request_all("/v1/completions", [self._body(text) for text in texts], reads)
-        top_ids = np.concatenate([np.zeros((0, self.k), np.int64), *(answer[0] for answer in answers)])
-        log_p = np.concatenate([np.zeros((0, self.k)), *(answer[1] for answer in answers)])
+        top_ids = np.concatenate([np.zeros((0, self.k), np.int64), *(answer.ids for answer in answers)])
+        log_p = np.concatenate([np.zeros((0, self.k)), *(answer.log_p for answer in answers)])
         log_p, log_tail = fit_to_vocabulary(top_ids, log_p, self._vocab_size)
         return {
             "ids": torch.from_numpy(top_ids),
@@ -132,19 +165,30 @@ class ServedTeacher(Teacher):
             "add_special_tokens": False,
         }
 
-    def _read_answer(self, answer: Mapping[str, Any], length: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read_answer(self, answer: Mapping[str, Any], text: list[int], places: np.ndarray) -> AnsweredRows:
+        """Raises UnbelievableError for what no model says of these tokens."""
         if answer.get("model") != self.model:
-            raise ValueError(f"{self.model!r} was asked, and {answer.get('model')!r} has answered.")
-        tokens = answer["choices"][0].get("prompt_logprobs") if answer.get("choices") else None
-        if not isinstance(tokens, list) or len(tokens) != length:
-            raise ValueError(
-                f"the server of {self.model!r} gives no prompt_logprobs for the {length:,} tokens that it was sent: is "
-                "it vLLM? Other servers give text alone, for sequence-level distillation."
+            raise UnbelievableError(f"{self.model!r} was asked, and {answer.get('model')!r} has answered.")
+        tokens = None
+        with suppress(KeyError, IndexError, TypeError):
+            tokens = answer["choices"][0]["prompt_logprobs"]
+        if not isinstance(tokens, list) or len(tokens) != len(text):
+            raise UnbelievableError(
+                f"the server of {self.model!r} gives no prompt_logprobs for the {len(text):,} tokens that it was sent: "
+                "is it vLLM? Other servers give text alone, for sequence-level distillation."
             )
-        return read_top_tokens(tokens, places, self.k)
+        try:
+            text_log_p = [tokens[place][str(text[place])]["logprob"] for place in places]
+            rows = AnsweredRows(*read_top_tokens(tokens, places, self.k), np.array(text_log_p, float))
+        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
+            raise UnbelievableError(
+                "its prompt_logprobs have a row that cannot be read, or is not of the token that it was sent."
+            ) from error
+        refuse_impossible(rows.ids, rows.log_p, self._vocab_size)
+        return rows
 
     def _connect(self) -> None:
-        """Finds out what is served, once.
+        """Finds out what is served, once. A server that is down then is never asked: nobody has seen what it serves.
 
         Raises:
             ConnectionError: no server answers.
@@ -155,12 +199,11 @@ class ServedTeacher(Teacher):
         down = []
         for url in self._servers.urls:
             try:
-                cards = _request_at_start(url, "/v1/models", None, START_SECONDS)["data"]
+                card = self._card(url, self._ask(url, "/v1/models", seconds=START_SECONDS, read=_read_cards))
             except ConnectionError as error:
                 down.append(str(error))
                 continue
-            card = self._card(url, {card["id"]: card for card in cards})
-            if limit := card.get("max_model_len"):
+            if isinstance(limit := card.get("max_model_len"), int):
                 # one token is always written after the text
                 self._max_length = min(limit - 1, self._max_length or limit)
             self._up.append(url)
@@ -169,7 +212,28 @@ class ServedTeacher(Teacher):
                 f"the teacher's server cannot be reached: {'; '.join(down)}. Start it, or mend teacher_server_url."
             )
         for reason in down:
-            logger.warning("the teacher's server %s cannot be reached; the others go on.", reason)
+            logger.warning("the teacher's server %s cannot be reached; the others go on without it.", reason)
+        self._servers = self._pool(self._up)
+
+    def _pool(self, urls: Sequence[str]) -> ServerPool:
+        return ServerPool(urls, timeout=self._timeout / ATTEMPTS_IN_TIMEOUT, patience=self._timeout)
+
+    def _ask(
+        self,
+        url: str,
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        read: Callable[[dict[str, Any]], Any],
+        seconds: float = CHECK_SECONDS,
+    ) -> Any:
+        """The answer of one server at the start. Raises RefusedError; ConnectionError if it gives none."""
+        seconds = min(seconds, self._timeout)
+        try:
+            server = ServerPool([url], timeout=seconds, patience=self._timeout, attempts=START_ATTEMPTS)
+            return server.request(path, body, read)
+        except NoAnswerError as error:
+            raise ConnectionError(f"{url} ({error})") from error
 
     def _card(self, url: str, cards: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         if self.model is None and len(cards) == 1:
@@ -182,9 +246,11 @@ class ServedTeacher(Teacher):
             )
         return cards[self.model]
 
-    def _require_k(self, url: str) -> None:
+    def _ask_probe(self, url: str, text: list[int]) -> AnsweredRows:
+        """What one server says of all tokens but the first of a short text."""
+        read = partial(self._read_answer, text=text, places=np.arange(1, len(text)))
         try:
-            answer = _request_at_start(url, "/v1/completions", self._body([0, 0]), CHECK_SECONDS)
+            return self._ask(url, "/v1/completions", self._body(text), read=read)
         except RefusedError as error:
             if "logprobs" not in str(error):
                 raise
@@ -192,7 +258,6 @@ class ServedTeacher(Teacher):
                 f"teacher_server_k={self.k}: {error} vLLM gives 20 at most unless it is started with more: "
                 f"`vllm serve {self.model} --max-logprobs {self.k}`; or ask for fewer."
             ) from error
-        self._read_answer(answer, 2, np.zeros(0, int))
 
     def _require_same_ids(self, url: str, tokenizer: PreTrainedTokenizerBase) -> None:
         """The text of every id must be the same there: whole runs of ids are compared, and halved where they differ."""
@@ -202,7 +267,7 @@ class ServedTeacher(Teacher):
         while runs and len(different) < 3:
             run = runs.pop()
             body = {"model": self.model, "tokens": run}
-            teachers_text = _request_at_start(url, "/detokenize", body, CHECK_SECONDS)["prompt"]
+            teachers_text = self._ask(url, "/detokenize", body, read=_read_text)
             text = tokenizer.decode(run)
             if teachers_text == text:
                 continue
@@ -233,12 +298,18 @@ def parse_urls(urls: str | Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(url.url.removesuffix("/v1") for url in parsed))
 
 
-def _request_at_start(url: str, path: str, body: Mapping[str, Any] | None, seconds: float) -> dict[str, Any]:
-    """The answer of one server. Raises RefusedError; ConnectionError if it gives none."""
+def _read_cards(answer: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Of the models that a server lists, by name."""
     try:
-        return ServerPool([url], timeout=seconds, attempts=START_ATTEMPTS).request(path, body)
-    except NoAnswerError as error:
-        raise ConnectionError(f"{url} ({error})") from error
+        return {card["id"]: card for card in answer["data"]}
+    except (KeyError, TypeError) as error:
+        raise UnbelievableError("it lists no models: is it vLLM?") from error
+
+
+def _read_text(answer: Mapping[str, Any]) -> str:
+    if not isinstance(text := answer.get("prompt"), str):
+        raise UnbelievableError("it gives no text for token ids (/detokenize): is it vLLM?")
+    return text
 
 
 def counted_tokens(example: Example) -> np.ndarray:
@@ -263,18 +334,46 @@ def read_top_tokens(tokens: Sequence[Any], places: np.ndarray, k: int) -> tuple[
     ids, log_p = np.zeros((len(places), k), np.int64), np.full((len(places), k), -math.inf)
     for row, place in enumerate(places):
         top = [(int(token), cell["logprob"]) for token, cell in tokens[place].items() if cell["rank"] <= k]
+        if len(top) > k:  # where two are as likely, both may have the last rank
+            top = sorted(top, key=lambda cell: -cell[1])[:k]
         ids[row, : len(top)], log_p[row, : len(top)] = zip(*top, strict=True)
     return ids, log_p
+
+
+def refuse_impossible(ids: np.ndarray, log_p: np.ndarray, vocab_size: int) -> None:
+    """Raises UnbelievableError if rows ([rows, k]) cannot be log-probabilities of a model's likeliest tokens.
+
+    None of the others is likelier than the last of the k, so that with them all probabilities must come to 1. Of
+    matrices that are padded past the vocabulary, the widest is meant.
+    """
+    most_tokens = vocab_size + vocab_size // 64 + 1024
+    if np.isnan(log_p).any():
+        raise UnbelievableError("it gave NaN. A teacher in float16 often overflows: serve it in bfloat16.")
+    if not np.isfinite(log_p).all():
+        raise UnbelievableError(
+            f"its prompt_logprobs have a row with fewer than the {log_p.shape[1]} likeliest tokens."
+        )
+    if ids.size and not 0 <= ids.min() <= ids.max() < most_tokens:
+        raise UnbelievableError(
+            f"it names the token {ids.max() if ids.min() >= 0 else ids.min()}, and the student's tokenizer has "
+            f"{vocab_size:,}."
+        )
+    p = np.exp(log_p.clip(max=1.0))
+    sums, at_most = p.sum(-1), p.sum(-1) + (most_tokens - p.shape[1]) * p.min(-1, initial=1.0)
+    if (sums > 1 + ROUNDING).any() or (at_most < 1 - ROUNDING).any():
+        wrong = sums[(sums > 1 + ROUNDING) | (at_most < 1 - ROUNDING)]
+        raise UnbelievableError(
+            f"its prompt_logprobs are not the natural logarithms of a row's likeliest probabilities, which would come "
+            f"to {wrong[0]:.3g} together. Are they logits (`--logprobs-mode`), or logarithms of another base?"
+        )
 
 
 def fit_to_vocabulary(ids: np.ndarray, log_p: np.ndarray, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     """Log-probabilities over the student's vocabulary ([rows, k]; `ids` is changed in place), and of all else ([rows]).
 
     Raises:
-        ValueError: NaN, or a row of which the student's vocabulary has nothing.
+        ValueError: a row of which the student's vocabulary has nothing.
     """
-    if np.isnan(log_p).any():
-        raise ValueError("the teacher's server gave NaN. A teacher in float16 often overflows: serve it in bfloat16.")
     padding = ids >= vocab_size
     if padding.any():
         lost = np.where(padding, np.exp(log_p), 0).sum(-1)

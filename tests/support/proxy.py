@@ -8,13 +8,15 @@ import struct
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import urllib3
 
 FAULTS = ("slow", "reset", "429", "500", "truncated", "not_json", "other_model")
+
+Fault = str | Callable[[Any], Any] | None
 
 
 class Server(ThreadingHTTPServer):
@@ -33,15 +35,16 @@ class FaultyProxy:
     - reset: the connection is torn down;
     - 429, with `Retry-After: retry_after`; 500;
     - truncated: half of the answer, and the connection is closed; not_json: half of it, as if it were whole;
-    - other_model: the answer says that another model gave it.
+    - other_model: the answer says that another model gave it;
+    - a function: the answer is what it makes of it.
     """
 
     def __init__(
-        self, target: str, faults: Iterable[str | None] = (), *, slow_seconds: float = 1.0, retry_after: float = 1.0
+        self, target: str, faults: Iterable[Fault] = (), *, slow_seconds: float = 1.0, retry_after: float = 1.0
     ) -> None:
         self.target, self.faults = target.rstrip("/"), deque(faults)
         self.slow_seconds, self.retry_after = slow_seconds, retry_after
-        self.met: Counter[str] = Counter()
+        self.met: Counter[Fault] = Counter()
         """How often each fault has happened,"""
         self.passed = 0
         """and how many of these POSTs were passed on."""
@@ -60,7 +63,7 @@ class FaultyProxy:
         self._server.shutdown()
         self._server.server_close()
 
-    def _next_fault(self) -> str | None:
+    def _next_fault(self) -> Fault:
         with self._lock:
             self.times.append(time.monotonic())
             fault = self.faults.popleft() if self.faults else None
@@ -103,6 +106,9 @@ class FaultyProxy:
                     length = len(answer)
                 elif fault == "other_model":
                     answer = json.dumps({**json.loads(answer), "model": "another"}).encode()
+                    length = len(answer)
+                elif callable(fault):
+                    answer = json.dumps(fault(json.loads(answer))).encode()
                     length = len(answer)
                 self._send(status, answer, {}, length)
 

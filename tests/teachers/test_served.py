@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import pickle
 import socket
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,6 +26,7 @@ import torch
 from datasets import Dataset
 from proxy import FAULTS, FaultyProxy
 from runs import counted_logits, first_batch, logged, make_trainer
+from scripted import scripted
 from servers import RunningServer, serving
 from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedTokenizerBase
@@ -302,6 +305,98 @@ def test_an_answer_of_another_model_is_refused(
         proxy.faults.append("other_model")
         with pytest.raises(ValueError, match="'teacher' was asked, and 'another' has answered"):
             trainer.train()
+
+
+def in_every_row(change: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A lie: of an answer, all rows but the first are changed."""
+
+    def lie(answer: Any) -> Any:
+        first, *rows = answer["choices"][0]["prompt_logprobs"]
+        answer["choices"][0]["prompt_logprobs"] = [first, *map(change, rows)]
+        return answer
+
+    return lie
+
+
+def with_log_probs(change: Callable[[float], float]) -> Callable[[Any], Any]:
+    return in_every_row(
+        lambda row: {token: {**cell, "logprob": change(cell["logprob"])} for token, cell in row.items()}
+    )
+
+
+def with_next_token(answer: Any) -> Any:
+    """The probabilities of each row, given to other tokens."""
+    rows = answer["choices"][0]["prompt_logprobs"]
+    for row in rows[1:]:
+        cells = deque(row.values())
+        cells.rotate(1)
+        row.update(zip(row, cells, strict=True))
+    return answer
+
+
+LIES = {
+    "logits": (with_log_probs(lambda log_p: log_p + 7), "are not the natural logarithms .* Are they logits"),
+    "low_logits": (with_log_probs(lambda log_p: log_p - 12), "are not the natural logarithms"),
+    "probabilities": (with_log_probs(math.exp), "are not the natural logarithms"),
+    "base_2": (with_log_probs(lambda log_p: log_p / math.log(2)), "are not the natural logarithms"),
+    "base_10": (with_log_probs(lambda log_p: log_p / math.log(10)), "are not the natural logarithms"),
+    "nan": (with_log_probs(lambda _: math.nan), "it gave NaN"),
+    "text": (with_log_probs(lambda _: "high"), "a row that cannot be read"),
+    "no_row": (in_every_row(lambda _: None), "a row that cannot be read"),
+    "few_tokens": (in_every_row(lambda row: dict([*row.items()][:5])), "fewer than the 20 likeliest tokens"),
+    "ids": (in_every_row(lambda row: {**row, "99999999": {"logprob": -1.0, "rank": 1}}), "the token 99999999"),
+    "other_text": (in_every_row(lambda row: {f"{int(t) + 400}": cell for t, cell in row.items()}), "not of the token"),
+    "too_short": (lambda answer: answer["choices"][0]["prompt_logprobs"].pop() and answer, "gives no prompt_logprobs"),
+    "no_choice": (lambda answer: {**answer, "choices": [7]}, "gives no prompt_logprobs for the"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_what_no_model_says_is_refused_at_the_start_and_later(
+    tokenizer: PreTrainedTokenizerBase, server: str, lie: str
+) -> None:
+    change, message = LIES[lie]
+    with FaultyProxy(server, [change]) as proxy:
+        with pytest.raises(ValueError, match=f"{proxy.url}: .*{message}"):
+            ServedTeacher(proxy.url).fit_to(tokenizer)
+        teacher = ServedTeacher([server, proxy.url])
+        teacher.fit_to(tokenizer)
+        proxy.faults.extend([change] * 20)
+        with pytest.raises(ValueError, match=f"{proxy.url}: .*{message}"):
+            teacher.score(View.of(_batch([[5, 6, 7, 8, 9]] * 20)))
+
+
+def test_servers_that_contradict_each_other_are_refused(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
+    with (
+        FaultyProxy(server, [with_next_token]) as proxy,
+        pytest.raises(
+            ValueError, match=rf"{server} and {proxy.url} both serve 'teacher'.* \(\d\.\d+ nats a token apart\)"
+        ),
+    ):
+        ServedTeacher([server, proxy.url]).fit_to(tokenizer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ({"models": []}, "it lists no models: is it vLLM"),
+        ({"data": [{"id": "a", "max_model_len": "long"}], "model": "a"}, "gives no prompt_logprobs for the"),
+    ],
+    ids=["models", "rows"],
+)
+def test_what_is_no_server_of_a_teacher_is_refused(
+    tokenizer: PreTrainedTokenizerBase, answer: Any, message: str
+) -> None:
+    with scripted([(200, answer)]) as server, pytest.raises(ValueError, match=f"{server.url}: .*{message}"):
+        ServedTeacher(server.url).fit_to(tokenizer)
+
+
+def test_the_time_allowed_is_that_of_the_start_too(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
+    with FaultyProxy(server, ["slow"] * 9, slow_seconds=20) as proxy:
+        began = time.monotonic()
+        with pytest.raises(ConnectionError, match=proxy.url):
+            ServedTeacher(proxy.url, timeout=0.5).fit_to(tokenizer)
+        assert time.monotonic() - began < 10
 
 
 def test_one_of_two_servers_dies_and_the_run_goes_on(
