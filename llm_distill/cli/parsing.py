@@ -100,9 +100,12 @@ def _describe_error(error: BaseException) -> tuple[str, int]:
     """In a line what ended a command, and its exit status."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted.", 130
+    name, text = type(error).__name__, str(error)
+    if "in DataLoader worker process" in text:  # which hands on its whole traceback
+        text = text.rpartition(f"\n{name}: ")[2]
     if isinstance(error, ValueError | TypeError | OSError | ImportError):
-        return f"error: {error}", 2
-    return f"unexpected {type(error).__name__}: {error}. With {TRACEBACK} it says where it happened.", 1
+        return f"error: {text}", 2
+    return f"unexpected {name}: {text}. With {TRACEBACK} it says where it happened.", 1
 
 
 def parse(command: str, argv: Sequence[str]) -> list[Any]:

@@ -313,6 +313,22 @@ def test_data_may_be_a_folder_or_a_file(tmp_path: Path, run: dict[str, Any], suf
     assert data["train"][0]["text"].strip() in ("x = 1", ROWS["text"]["text"])
 
 
+def test_a_bad_row_of_a_stream_is_one_line_though_a_worker_meets_it(
+    tmp_path: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "x = 1"}\n' * 5 + '{"text": null}\n')
+    more = {
+        "dataset_name": path,
+        "dataset_streaming": True,
+        "dataloader_num_workers": 1,
+        "check": False,
+        "max_steps": 9,
+    }
+    line = refused(capsys, train, as_flags(run | more))
+    assert line.startswith("llm-distill: error: the train dataset, row 5: `text` is None, not a text.")
+
+
 def test_a_part_of_a_split_is_named_as_datasets_names_it(tmp_path: Path, run: dict[str, Any]) -> None:
     for split in ("train", "test"):
         write_rows(tmp_path / "data" / f"{split}.jsonl", "text")
