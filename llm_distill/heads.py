@@ -18,6 +18,7 @@ from accelerate.utils import align_module_device, has_offloaded_params
 from jaxtyping import Float
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -107,6 +108,12 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
         module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapter]
     if module is None:
         raise ValueError(f"{type(model).__name__} has no output embeddings, so it has no next-token distribution.")
+    if isinstance(module, TrainableTokensWrapper):
+        raise ValueError(
+            f"the output projection of {type(model).__name__} is tied to its embedding (tie_word_embeddings), of which "
+            "adapters train single tokens: those of trainable_token_indices, or the new tokens of chat_template_path. "
+            "Give a template that adds none (chat_template_path=FILE.jinja), or train without adapters."
+        )
     if not isinstance(module, nn.Linear) or type(module).__name__ == "Linear8bitLt":
         raise ValueError(
             f"the output projection of {type(model).__name__} is a {type(module).__name__}, and must be an nn.Linear: "

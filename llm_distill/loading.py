@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, load_peft_weights
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
@@ -80,9 +80,15 @@ def _load_adapted(
         base = load_model(config.base_model_name_or_path, load=load, revision=config.revision, **of_base)
     except ValueError as error:
         raise ValueError(f"the adapters {name_or_path!r} are of a model that cannot be had: {error}") from error
+    with errors_of_loading(f"the adapters {name_or_path!r}"):
+        weights = load_peft_weights(name_or_path, device="cpu", **hub)
+    embedding = base.get_input_embeddings().weight
+    name = next(name for name, weight in base.named_parameters() if weight is embedding)
+    saved = weights.get(f"base_model.model.{name}")
     tokenizer = find_tokenizer(name_or_path, trust_remote_code=options.get("trust_remote_code", False), **hub)
-    if tokenizer is not None and len(tokenizer) > len(base.get_input_embeddings().weight):
-        base.resize_token_embeddings(len(tokenizer))
+    rows = max(len(embedding), len(tokenizer or ())) if saved is None else len(saved)
+    if rows != len(embedding):  # it was resized before it was trained
+        base.resize_token_embeddings(rows, mean_resizing=False)
     with errors_of_loading(f"the adapters {name_or_path!r}"), warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         return PeftModel.from_pretrained(base, name_or_path, is_trainable=is_trainable, config=config, **hub)

@@ -51,6 +51,7 @@ from llm_distill.students.build import (
     student_tokenizer,
 )
 from llm_distill.students.modules import add_modules, load_modules, modules_set_aside, save_modules
+from llm_distill.students.saving import require_savable
 from llm_distill.teachers import Teacher, make_teacher
 from llm_distill.teachers.base import FlushTeacher
 
@@ -132,6 +133,8 @@ class DistillationTrainer(SFTTrainer):
         head = LMHead.of(self.model, vocabulary_size(self.processing_class))
         add_loss_forward(self.model, head)
         require_supported(self.model, self.args.n_gpu, self.padding_free, self.accelerator.parallelism_config)
+        if self.is_world_process_zero():
+            require_savable(self.model, self.processing_class)
         self.collate: Any = self.data_collator
         if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
             forward = student_forward(self.model, head)  # what an engine will shard is not whole yet
