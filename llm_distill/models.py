@@ -17,6 +17,7 @@ import torch
 from accelerate import PartialState
 from jaxtyping import Float
 from peft import PeftModel
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import extract_commit_hash
@@ -24,6 +25,7 @@ from transformers.utils import extract_commit_hash
 from llm_distill.heads import LMHead, intercepted
 from llm_distill.loading import (
     bits_and_bytes,
+    errors_of_loading,
     find_config,
     find_tokenizer,
     hub_options,
@@ -34,8 +36,8 @@ from llm_distill.loading import (
 )
 from llm_distill.rows import Positions, View
 
-SAMPLES = 64
-"""Places at which a weight, or a file of weights, is looked at: any training changes them all."""
+SAMPLES, FILE_SAMPLES = 64, 4
+"""Places at which a weight in memory, or on the disk, is looked at: any training changes them all."""
 
 
 Needs = Mapping[str, Sequence[int]]
@@ -279,23 +281,45 @@ def describe_checkpoint(
 
 
 def files_hash(config_file: str) -> dict[str, str]:
-    """`{"files": hash}` of sizes and samples of the weight files beside a `config.json`. Nothing where there are none,
-    or where a commit of the Hub says it all.
+    """`{"files": hash}` of what is beside a `config.json`: of each weight its name, shape and a few samples, however
+    they are called or cut into files. Nothing where there are none.
     """
-    folder = Path(config_file).parent
-    kinds = ("model*.safetensors", "pytorch_model*.bin", "adapter_model*.safetensors")
-    files = sorted(path for kind in kinds for path in folder.glob(kind))
-    if not files or extract_commit_hash(config_file, None):
-        return {}
-    digest = hashlib.sha256()
+    folder, digest, weights = Path(config_file).parent, hashlib.sha256(), {}
+    for path in (*folder.glob("model*.safetensors"), *folder.glob("adapter_model*.safetensors")):
+        with errors_of_loading(f"{path}"), safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                weights[name] = _sampled(file.get_tensor(name), FILE_SAMPLES)
+    for name in sorted(weights):
+        digest.update(name.encode() + weights[name])
+    files = sorted(folder.glob("pytorch_model*.bin"))
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size} ".encode())
-        with path.open("rb") as file:
+        with path.open("rb") as pickled:
             for place in range(0, size, max(1, size // SAMPLES)):
-                file.seek(place)
-                digest.update(file.read(4096))
-    return {"files": digest.hexdigest()[:16]}
+                pickled.seek(place)
+                digest.update(pickled.read(4096))
+    return {"files": digest.hexdigest()[:16]} if weights or files else {}
+
+
+def without_places(stored: dict[str, Any], wanted: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two descriptions of models, or of ensembles, as they are to be compared: where the weights are the same, without
+    what they were called, at which revision and in which files; what only one of them knows of its weights is left out.
+    """
+    pairs = list(zip(stored.get("ensemble", ()), wanted.get("ensemble", ()), strict=False))
+    if len(pairs) == len(stored.get("ensemble", ())) == len(wanted.get("ensemble", ())) > 0:
+        members = [without_places(*pair) for pair in pairs]
+        stored = stored | {"ensemble": [member for member, _ in members]}
+        wanted = wanted | {"ensemble": [member for _, member in members]}
+    known = [name for name in ("weights", "files") if stored.get(name) and wanted.get(name)]
+    if known and stored[known[0]] == wanted[known[0]]:
+        left_out = {"model", "revision", "weights", "files"}
+    else:
+        left_out = {"weights", "files"} - set(known)
+    first, second = (
+        {name: value for name, value in description.items() if name not in left_out} for description in (stored, wanted)
+    )
+    return first, second
 
 
 def describe_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -313,11 +337,15 @@ def _weights_hash(model: PreTrainedModel) -> dict[str, str]:
             return {}
         if "lora_" in name:
             continue
-        flat = weight.detach().flatten()
-        samples = flat[:: max(1, len(flat) // SAMPLES)].contiguous().cpu()
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        digest.update(samples.view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + _sampled(weight.detach(), SAMPLES))
     return {"weights": digest.hexdigest()[:16]}
+
+
+def _sampled(weight: Tensor, samples: int) -> bytes:
+    """The shape of a weight, and some of its numbers from all over it."""
+    flat = weight.flatten()
+    numbers = flat[:: max(1, len(flat) // samples)].contiguous().cpu()
+    return f" {tuple(weight.shape)} {weight.dtype}".encode() + numbers.view(torch.uint8).numpy().tobytes()
 
 
 def public_name(name_or_path: str) -> str | None:

@@ -165,6 +165,7 @@ class DistillationTrainer(SFTTrainer):
         self._eval_tally = self.meter.zeros()
         self._context = context_length(self.model)
         self._checkpoints: Path | None = None
+        self._learned_rows: Tensor | None = None
         if is_in_notebook():
             from llm_distill.notebook import show_table  # there is an IPython only there
 
@@ -188,12 +189,19 @@ class DistillationTrainer(SFTTrainer):
         checkpoint = self.run.require_resumable(resume_from_checkpoint)
         require_finite(self.model)
         self.meter.reset()
+        self._learned_rows = None
         with self.run.at_work():
             try:
-                return super().train(resume_from_checkpoint=checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
             finally:
                 if self.teacher is not None:
                     self.teacher.flush()
+        if self._learned_rows is not None and not self._learned_rows:
+            raise ValueError(
+                f"nothing was learned in {self.state.global_step} steps: no token of a text counted. Are all labels "
+                "masked, or does teacher_cache lack all texts (on_miss=skip)?"
+            )
+        return output
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As `Trainer.get_train_dataloader`. What a policy will write is read by the teacher afterwards."""
@@ -216,6 +224,7 @@ class DistillationTrainer(SFTTrainer):
         rows = torch.stack([count_rows(batch["labels"]) for batch in batches]).sum().to(device)
         if self._averages_over_ranks:
             rows = self.accelerator.reduce(rows, "sum")
+        self._learned_rows = rows if self._learned_rows is None else self._learned_rows + rows
         return batches, rows.clamp(min=1)
 
     def compute_loss(

@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm_distill.files import write_atomically
+from llm_distill.files import differences, write_atomically
+from llm_distill.models import without_places
 
 FILE, HEAD_FILE, PLOT_FILE, CARD_FILE = "manifest.json", "head.safetensors", "fidelity.png", "README.md"
 FORMAT, VERSION = "llm_distill teacher cache", 2
@@ -26,6 +27,13 @@ class OldFormatError(ValueError):
 def identity(manifest: dict[str, Any]) -> str:
     """A hash of what all signals share; every shard carries it."""
     return _hash({"version": VERSION, **{name: manifest[name] for name in IDENTITY}})[:32]
+
+
+def changes(stored: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """In what another manifest is of another cache, as far as both tell."""
+    teachers = without_places(stored.get("teacher", {}), wanted["teacher"])
+    wanted = {name: wanted[name] for name in IDENTITY} | {"teacher": teachers[1]}
+    return differences(stored | {"teacher": teachers[0]}, wanted)
 
 
 def write_manifest(folder: Path, manifest: dict[str, Any]) -> None:

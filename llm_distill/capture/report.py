@@ -16,7 +16,6 @@ from llm_distill.cache.store import TeacherCache
 from llm_distill.capture.fidelity import ALTERNATIVES, Fidelity, Sample, as_table, fidelity, plot
 from llm_distill.capture.run import new_manifest, prepare_teacher, sample_views, score_view
 from llm_distill.data.prepare import PreparedData
-from llm_distill.files import differences
 from llm_distill.models import LanguageModel
 from llm_distill.rows import examples_of
 from llm_distill.signals import HiddenSignal, MixtureSignal
@@ -63,7 +62,7 @@ def report_fidelity(teacher: Teacher, student: LanguageModel, data: PreparedData
     """
     prepare_teacher(teacher, data)
     accelerator, wanted = data.accelerator, new_manifest(teacher, data, cache.method)
-    if stale := differences(cache.manifest, {name: wanted[name] for name in manifests.IDENTITY}):
+    if stale := manifests.changes(cache.manifest, wanted):
         raise ValueError(f"{cache.path} is not of this run's teacher. {'; '.join(stale)}.")
     if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         accelerator.print("Its fidelity: `llm-distill inspect`, in one process.")

@@ -33,7 +33,7 @@ from llm_distill.cache.methods import Hidden, Hybrid, Method, Sampled, describe_
 from llm_distill.cache.select import encode_examples, packed_size, require_enough, select
 from llm_distill.cache.store import AT_WORK, SHARD_NAME, ShardWriter, TeacherCache, cache_of, is_intact
 from llm_distill.data.prepare import PREPARATION, PreparedData, iterate_windows, spread_rows
-from llm_distill.files import LOCK_FILE, differences, locked, write_atomically
+from llm_distill.files import LOCK_FILE, locked, write_atomically
 from llm_distill.heads import LMHead
 from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_tokenizer, vocabulary_size
@@ -381,7 +381,7 @@ def _prepare_folder(folder: Path, wanted: dict[str, Any], head: StoredHead | Non
         raise ValueError(f"{folder} is not a teacher cache and has other things in it, such as {strange[0]}.")
     earlier = _earlier_manifest(folder, drop_stale)
     identity = {} if drop_stale else {name: earlier[name] for name in manifests.IDENTITY if name in earlier}
-    stale = differences(earlier, {name: wanted[name] for name in manifests.IDENTITY})
+    stale = manifests.changes(earlier, wanted)
     manifest = {**wanted, **({} if stale else identity)}
     damaged, others = [], []
     shards = [folder / name for name in names if SHARD_NAME.fullmatch(name)]

@@ -13,9 +13,9 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill.data.prepare import PreparedData
+from llm_distill.data.prepare import PreparedData, iterate_windows
 from llm_distill.models import context_length, refuse_past_context
-from llm_distill.rows import IGNORED, View
+from llm_distill.rows import IGNORED, View, count_rows
 from llm_distill.signals import Signal
 from llm_distill.teachers.base import Teacher
 
@@ -82,11 +82,22 @@ def require_readable(dataset: Any, name: str, read: Callable[[list[Any]], Any]) 
     """Raises ValueError if one of a few texts from all over a prepared dataset cannot be read as a batch is read, with
     what a stored teacher says. A sample, not a proof: what it does not meet is found in its step. Streams are not read.
     """
-    if isinstance(dataset, Dataset):
-        try:
-            read([dataset[i] for i in range(0, len(dataset), -(-len(dataset) // SAMPLED_TEXTS))])
-        except ValueError as error:
-            raise ValueError(f"the {name} dataset: {error}") from error
+    if not isinstance(dataset, Dataset):
+        return
+    try:
+        batch = read([dataset[i] for i in range(0, len(dataset), -(-len(dataset) // SAMPLED_TEXTS))])
+    except ValueError as error:
+        raise ValueError(f"the {name} dataset: {error}") from error
+    if (
+        name == "train"
+        and not count_rows(batch["labels"])
+        and not any(count_rows(read(rows)["labels"]) for rows in iterate_windows(dataset, SAMPLED_TEXTS))
+    ):
+        raise ValueError(
+            f"the {name} dataset: none of its {len(dataset):,} texts is in the teacher_cache, so that on_miss=skip "
+            "would leave out all of them. Was it captured with another max_length, packing or chat template? "
+            "`llm-distill capture` with the settings of this run adds what is missing."
+        )
 
 
 def refuse_broken_loss(

@@ -29,7 +29,7 @@ from llm_distill.files import differences, write_atomically
 from llm_distill.heads import base_of
 from llm_distill.leaks import public_command, public_value
 from llm_distill.losses.objective import Objective
-from llm_distill.models import describe_model
+from llm_distill.models import describe_model, without_places
 from llm_distill.options import fields_chosen
 from llm_distill.teachers import Teacher
 
@@ -116,11 +116,15 @@ def require_same_run(checkpoint: str | Path, record: dict[str, Any]) -> None:
 
 def changes_of_run(path: Path, record: dict[str, Any], compared: Sequence[str], holder: str) -> list[str]:
     """In what a stored record is not this one, of the fields that begin with one of `compared`."""
-    stored, wanted = (
-        {name: value for name, value in fields.items() if name.startswith(tuple(compared))}
-        for fields in (json.loads(path.read_text()), record)
-    )
-    return differences(stored, wanted, holder, ignore_missing=False)
+    there, changes = json.loads(path.read_text()), list[str]()
+    for part in compared:
+        parts = (
+            {name.removeprefix(part): value for name, value in fields.items() if name.startswith(part)}
+            for fields in (there, record)
+        )
+        stored, wanted = ({part.rstrip("."): fields} for fields in without_places(*parts))
+        changes += differences(stored, wanted, holder, ignore_missing=False)
+    return changes
 
 
 def _commit(name: str, revision: str | None) -> str | None:

@@ -24,7 +24,7 @@ from llm_distill.cache.store import AT_WORK, ShardWriter, TeacherCache
 from llm_distill.divergences import Divergence
 from llm_distill.files import differences, locked
 from llm_distill.heads import LMHead
-from llm_distill.models import HEAD, LanguageModel, Needs, describe_tokenizer, vocabulary_size
+from llm_distill.models import HEAD, LanguageModel, Needs, describe_tokenizer, vocabulary_size, without_places
 from llm_distill.probes import Collator
 from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, Example, View, examples_of
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
@@ -253,10 +253,8 @@ def no_rows(cache: TeacherCache) -> dict[str, Tensor]:
 
 def require_same_teacher(cache: TeacherCache, description: dict[str, Any]) -> None:
     """Raises ValueError with each field in which the teacher asked for is not the cache's."""
-    stored = cache.manifest["teacher"]
-    same = any(name in description and description[name] == stored.get(name) for name in ("files", "weights"))
-    unnamed = {name: value for name, value in description.items() if name != "model"}  # a folder may have moved
-    _refuse(cache, differences(cache.manifest, {"teacher": unnamed if same else description}), "teacher")
+    stored, wanted = without_places(cache.manifest["teacher"], description)
+    _refuse(cache, differences({"teacher": stored}, {"teacher": wanted}), "teacher")
 
 
 def _refuse(cache: TeacherCache, changes: list[str], what: str) -> None:

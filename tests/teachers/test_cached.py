@@ -200,6 +200,20 @@ def test_missing_texts_can_be_skipped(
     assert logged(trainer, "skipped_share") == [0.0] * 6 + [1.0] * 6
 
 
+def test_a_cache_of_other_texts_cannot_be_skipped_through(
+    tmp_path: Path, student: str, tokenizer: PreTrainedTokenizerBase, half: str
+) -> None:
+    options = {"teacher_cache": half, "on_miss": "skip", "dataset_kwargs": {"skip_prepare_dataset": True}}
+    config = make_config(tmp_path / "out", max_length=None, **options)
+    missing = make_rows([]).select(range(12, 24))
+    with pytest.raises(ValueError, match=r"none of its 12 texts is in the teacher_cache.*on_miss=skip.*capture"):
+        DistillationTrainer(student, args=config, train_dataset=missing, processing_class=tokenizer)
+    stream = missing.to_iterable_dataset()
+    trainer = DistillationTrainer(student, args=config, train_dataset=stream, processing_class=tokenizer)
+    with pytest.raises(ValueError, match="nothing was learned in 2 steps"):
+        trainer.train()
+
+
 def test_the_share_of_rows_that_are_skipped_is_logged(
     tmp_path: Path, student: str, tokenizer: PreTrainedTokenizerBase, half: str
 ) -> None:
