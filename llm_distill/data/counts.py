@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from llm_distill.data.validate import BATCH, LENGTHS
+from llm_distill.data.problems import LENGTHS
+from llm_distill.data.validate import BATCH
 from llm_distill.ranks import ranks
 from llm_distill.rows import IGNORED
 

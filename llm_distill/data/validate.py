@@ -22,16 +22,20 @@ from trl import get_training_chat_template, maybe_convert_to_chatml
 from trl.chat_template_utils import has_generation_markers
 
 from llm_distill.config import DistillationConfig
+from llm_distill.data.problems import (
+    LENGTHS,
+    OF_TOKENS,
+    PLACES,
+    TURNS,
+    TokenRules,
+    problem_of_text,
+    problem_of_tokens,
+    problem_of_turns,
+    shortened,
+)
 from llm_distill.models import vocabulary_size
-from llm_distill.rows import IGNORED
 from llm_distill.templates import RAISED, apply_template
 
-OF_TOKENS = ("labels", "attention_mask", "completion_mask", "assistant_masks")
-"""Columns with a number for each of the `input_ids`."""
-LENGTHS = "seq_lengths"
-"""The column that says how long the documents of a packed row are."""
-TURNS = {"conversations": ("from", "value")}
-"""What a turn of a conversation consists of where it is not `role` and `content`, by column."""
 BATCH = 10_000
 """Rows that are looked at together."""
 
@@ -65,7 +69,11 @@ class RowChecks:
         self.formatting_func, self.is_collated = formatting_func, is_collated
         self.is_prepared = bool((args.dataset_kwargs or {}).get("skip_prepare_dataset"))
         grows = args.chat_template_path is not None  # by the tokens of that template
-        self.vocab_size = math.inf if grows else vocabulary_size(self.tokenizer)
+        self.token_rules = TokenRules(
+            vocab_size=math.inf if grows else vocabulary_size(self.tokenizer),
+            may_be_none=args.max_length is not None and not self.is_prepared,
+            may_be_packed=args.padding_free and not args.packing,
+        )
 
     def apply(self, train: Any, evaluation: Any) -> tuple[Any, Any]:
         """The datasets as TRL is to prepare them: without columns that it would mistake, and without masked tokens.
@@ -135,7 +143,7 @@ class RowChecks:
         """What TRL reads of a dataset with such a first row. Raises ValueError if there is nothing."""
         is_vision = "image" in first or "images" in first
         if "input_ids" in first and not is_vision:
-            return Columns(("input_ids", *(column for column in (*OF_TOKENS, LENGTHS) if column in first)), "tokens")
+            return Columns(tuple(c for c in ("input_ids", *OF_TOKENS, LENGTHS, PLACES) if c in first), "tokens")
         present = f"the {name} dataset has the columns {', '.join(first)}"
         if self.is_prepared:
             raise ValueError(f"{present}, no `input_ids`, and skip_prepare_dataset keeps them from being made.")
@@ -209,7 +217,7 @@ class RowChecks:
             return False
         row = {column: values.to_numpy(zero_copy_only=False) for column, values in zip(columns.used, flat, strict=True)}
         starts = np.cumsum(lengths[0].to_numpy()) - lengths[0].to_numpy()
-        return self._problem_of_tokens(row, starts) is None
+        return problem_of_tokens(row, self.token_rules, starts) is None
 
     def _is_sound_row(self, columns: Columns, name: str, row: Mapping[str, Any], number: int) -> bool:
         """True. Raises ValueError naming a row of a stream that is not sound."""
@@ -220,62 +228,12 @@ class RowChecks:
 
     def _check_row(self, columns: Columns, name: str, row: Mapping[str, Any], number: int) -> None:
         if columns.kind == "tokens":
-            problem = self._problem_of_tokens(row)
-        elif columns.kind == "chat":
-            problem = next(filter(None, (_problem_of_turns(row.get(c), c) for c in columns.used)), None)
+            problem = problem_of_tokens(row, self.token_rules)
         else:
-            problem = next((_not_a_text(row.get(c), c) for c in columns.used if not isinstance(row.get(c), str)), None)
+            problem_of = problem_of_turns if columns.kind == "chat" else problem_of_text
+            problem = next(filter(None, (problem_of(row.get(column), column) for column in columns.used)), None)
         if problem is not None:
             raise ValueError(f"the {name} dataset, row {number}: {problem}. Mend such rows, or leave them out.")
-
-    def _problem_of_tokens(self, row: Mapping[str, Any], starts: Any = 0) -> str | None:
-        """What is wrong with a tokenised row, or with several that begin at `starts`, if anything."""
-        numbers: dict[str, np.ndarray] = {}
-        for column in (c for c in ("input_ids", *OF_TOKENS, LENGTHS) if c in row):
-            try:
-                numbers[column] = np.asarray(row[column])
-            except ValueError:  # lists of different lengths in a list
-                return f"`{column}` is not a list of whole numbers"
-            if numbers[column].ndim != 1 or (numbers[column].size and numbers[column].dtype.kind not in "iub"):
-                return f"`{column}` is not a list of whole numbers, but {_shortened(row[column])}"
-        ids, mask = numbers["input_ids"], numbers.get("attention_mask")
-        if not len(ids):
-            return None if self._drops_empty_rows else "`input_ids` is empty"
-        for column in (c for c in OF_TOKENS if c in numbers):
-            if len(numbers[column]) != len(ids):
-                return f"`{column}` has {len(numbers[column]):,} numbers and `input_ids` {len(ids):,}"
-            if column != "labels" and not 0 <= numbers[column].min() <= numbers[column].max() <= 1:
-                return f"`{column}` has other numbers than 0 and 1"
-        if ids.min() < 0 or ids.max() >= self.vocab_size:
-            wrong = ids.min() if ids.min() < 0 else ids.max()
-            return f"`input_ids` has {wrong}, and the tokenizer's vocabulary ends at {self.vocab_size - 1:,}"
-        if "labels" in numbers:
-            counts = (labels := numbers["labels"]) != IGNORED
-            counts[starts] = False  # nothing predicts a first token
-            if mask is not None:
-                counts &= mask.astype(bool)
-            if (wrong := np.flatnonzero(counts & (labels != ids))).size:
-                at = int(wrong[0])
-                return (
-                    f"`labels` has {labels[at]} at position {at}, where `input_ids` has {ids[at]}. Labels are the "
-                    "tokens themselves, or -100 where nothing is learned: give them unshifted"
-                )
-        if LENGTHS in numbers:
-            return self._problem_of_documents(numbers[LENGTHS], len(ids) if mask is None else int(mask.sum()))
-        return None
-
-    def _problem_of_documents(self, lengths: np.ndarray, tokens: int) -> str | None:
-        if self.args.packing or not self.args.padding_free:
-            return (
-                f"it is packed already (`{LENGTHS}`), which takes padding_free=True, packing=False and max_length=None"
-            )
-        if lengths.sum() != tokens or lengths.min() < 1:
-            return f"`{LENGTHS}` add up to {lengths.sum():,}, and there are {tokens:,} tokens"
-        return None
-
-    @property
-    def _drops_empty_rows(self) -> bool:
-        return self.args.max_length is not None and not self.is_prepared
 
     def _require_rendered_rows(self, dataset: Dataset, name: str) -> None:
         dataset = dataset.with_format(None)
@@ -295,11 +253,11 @@ class RowChecks:
         """As TRL does. Raises ValueError where it would fail."""
         options = row.get("chat_template_kwargs", {})
         if not isinstance(options, Mapping):
-            raise ValueError(f"`chat_template_kwargs` is {_shortened(options)}, not a mapping. Give {{}} for none.")
+            raise ValueError(f"`chat_template_kwargs` is {shortened(options)}, not a mapping. Give {{}} for none.")
         try:
             tools = json.loads(row["tools"]) if isinstance(row.get("tools"), str) else row.get("tools")
         except ValueError as error:
-            raise ValueError(f"`tools` is {_shortened(row['tools'])}, which is not JSON ({error}).") from error
+            raise ValueError(f"`tools` is {shortened(row['tools'])}, which is not JSON ({error}).") from error
         counts, template = self.args.assistant_only_loss, None
         if counts and not has_generation_markers(self.processor.chat_template):
             template = get_training_chat_template(self.processor)
@@ -319,7 +277,7 @@ def _make_text(formatting_func: Callable[[Any], str], column: str, name: str, ro
     text = formatting_func(row)
     if not isinstance(text, str):
         raise ValueError(
-            f"the {name} dataset, row {number}: formatting_func makes {_shortened(text)} of it, not a text."
+            f"the {name} dataset, row {number}: formatting_func makes {shortened(text)} of it, not a text."
         )
     return {column: text}
 
@@ -342,29 +300,3 @@ def _has_texts(turns: pa.StructArray, column: str) -> bool:
     role = fields.pop(names[0])
     is_silent = reduce(pc.and_, map(pc.is_null, fields.values()))
     return role.null_count == 0 and not pc.any(is_silent).as_py()
-
-
-def _problem_of_turns(turns: Any, column: str) -> str | None:
-    """What is wrong with a conversation, if anything."""
-    role, content = TURNS.get(column, ("role", "content"))
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        return f"`{column}` is {_shortened(turns)}, not a list of messages with `{role}` and `{content}`"
-    if not turns:
-        return f"`{column}` is an empty conversation"
-    for number, turn in enumerate(turns):
-        if not isinstance(turn.get(role), str):
-            return f"message {number} of `{column}` has no `{role}`: {_shortened(turn)}"
-        text = turn.get(content)
-        says_more = any(value is not None for key, value in turn.items() if key not in (role, content))
-        if not isinstance(text, str | list | Mapping) and (text is not None or not says_more):
-            return f"`{content}` of message {number} of `{column}` is {_shortened(text)}, not a text"
-    return None
-
-
-def _not_a_text(value: Any, column: str) -> str:
-    return f"`{column}` is {_shortened(value)}, not a text"
-
-
-def _shortened(value: Any) -> str:
-    shown = repr(value)
-    return f"{shown[:80]}…" if len(shown) > 80 else shown

@@ -96,6 +96,11 @@ GOOD = {"text": {"text": "x"}, "pair": {"prompt": "a", "completion": "b"}, "chat
             {"input_ids": IDS, "completion_mask": [1] * 4},
             "`completion_mask` has 4 numbers",
         ),
+        (
+            {"input_ids": IDS, "position_ids": list(range(8))},
+            {"input_ids": IDS, "position_ids": [0, 1, 2, 0, 1, 2, 3, 4]},
+            "packed already .`position_ids` begin again",
+        ),
         ({"input_ids": IDS, "seq_lengths": [3, 5]}, {"input_ids": IDS, "seq_lengths": [3, 4]}, "packed already"),
     ],
 )
@@ -105,7 +110,7 @@ def test_a_bad_row_is_refused_with_its_number(
     rows = [good] * 5 + [bad] + [good] * 2
     data = Dataset.from_list(rows)
     data = data.to_iterable_dataset() if is_stream else data
-    with pytest.raises(ValueError, match=f"train dataset, row {0 if 'packed' in words else 5}.*{words}"):
+    with pytest.raises(ValueError, match=f"train dataset, row {0 if 'seq_lengths' in bad else 5}.*{words}"):
         list(prepared(data).train)
 
 
@@ -195,6 +200,18 @@ def test_a_tokenizer_without_a_template_or_an_end_is_refused(
         pytest.param([TOKENS, {"input_ids": IDS, "labels": [IGNORED] * 8}], id="a row in which nothing counts"),
         pytest.param([{"input_ids": IDS, "completion_mask": [0] * 4 + [1] * 4}] * 3, id="completion mask"),
         pytest.param([{"input_ids": IDS, "labels": [0, *IDS[1:]]}] * 3, id="another first label"),
+        pytest.param(
+            [{"input_ids": [0, 0, *IDS], "attention_mask": [0, 0] + [1] * 8, "position_ids": [0, 0, *range(8)]}],
+            id="positions of a padded row",
+        ),
+        pytest.param(
+            [{"input_ids": [-1, -1, *IDS], "attention_mask": [0] * 2 + [1] * 8, "labels": [5, 5, *IDS]}] * 3,
+            id="ids and labels that are masked",
+        ),
+        pytest.param(
+            [{"input_ids": IDS, "attention_mask": [seen] * 8, "labels": IDS} for seen in (0, 1)],
+            id="a row that is masked",
+        ),
         pytest.param([{"input_ids": [], "labels": []}, TOKENS], id="a row without tokens"),
     ],
 )
