@@ -10,7 +10,7 @@ import torch
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from llm_distill.check.licences import check_licences
@@ -30,7 +30,7 @@ from llm_distill.data.checks import longest_sequence
 from llm_distill.heads import base_of, output_projection
 from llm_distill.loading import find_adapters, load_config, load_tokenizer
 from llm_distill.machine import free_memory
-from llm_distill.models import bits_of, millions, require_same_ids, vocabulary_size
+from llm_distill.models import bits_of, millions, require_same_ids, unshared_tokens, vocabulary_size
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
 """What an allocator may hold, as a multiple of what is alive: measured with glibc's, a rule of thumb elsewhere."""
@@ -99,7 +99,7 @@ def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
             "LiveTeacher(model, tokenizer), or save its tokenizer into its folder",
         )
     else:
-        yield Finding("green", "tokenizers", rows + padded)
+        yield from {_tokens(member.tokenizer, tokenizer, rows + padded): None for member in teacher.models}
     templates = [member.tokenizer.chat_template for member in teacher.models if member.tokenizer is not None]
     if tokenizer.chat_template and any(template != tokenizer.chat_template for template in templates):
         yield Finding(
@@ -110,6 +110,18 @@ def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
         )
     elif tokenizer.chat_template:
         yield Finding("green", "chat template", "the teacher's" if templates else "the student's own")
+
+
+def _tokens(teacher: Any, student: PreTrainedTokenizerBase, text: str) -> Finding:
+    unshared = ", ".join(unshared_tokens(teacher, student))
+    if not unshared:
+        return Finding("green", "tokenizers", text)
+    return Finding(
+        "amber",
+        "tokenizers",
+        f"{text}, except {unshared}, which the teacher does not have there",
+        "nothing, as long as no text has them",
+    )
 
 
 def _memory(trainer: SFTTrainer) -> Finding:
@@ -351,7 +363,8 @@ def check_configurations(
     if len(tokenizers) == 2:
         try:
             require_same_ids(tokenizers["teacher"], tokenizers["student"])
-            findings.append(Finding("green", "tokenizers", "the same ids for the student's tokens"))
+            same = "the same ids for the student's tokens"
+            findings.append(_tokens(tokenizers["teacher"], tokenizers["student"], same))
         except ValueError as error:
             findings.append(Finding("red", "tokenizers", str(error)))
     if "student" in configs:

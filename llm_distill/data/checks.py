@@ -13,13 +13,20 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill.data.prepare import PreparedData, iterate_windows
-from llm_distill.models import context_length, refuse_past_context
+from llm_distill.data.prepare import PreparedData, iterate_windows, spread_rows
+from llm_distill.models import (
+    context_length,
+    different_ids,
+    refuse_past_context,
+    require_same_ids_of,
+    unshared_tokens,
+)
 from llm_distill.rows import IGNORED, View, count_rows
 from llm_distill.signals import Signal
 from llm_distill.teachers.base import Teacher
 
 SAMPLED_TEXTS = 16
+SAMPLED_TOKENS = 512
 
 
 class ReadingCollator:
@@ -50,6 +57,9 @@ def require_usable(
         longest = longest_sequence(dataset) or 0
         for role, max_length in contexts.items():
             refuse_past_context(longest, max_length, f"the {name} dataset", role)
+        for member in () if teacher is None else teacher.models:
+            if member.tokenizer is not None:
+                require_shared_tokens(dataset, name, member.tokenizer, data.tokenizer)
     if isinstance(collate, ReadingCollator) and teacher is not None and teacher.is_stored:
         for name, dataset in data.datasets.items():
             require_readable(dataset, name, collate)
@@ -64,6 +74,28 @@ def require_rows(dataset: Any, name: str) -> None:
             f"the {name} dataset ({len(dataset)} rows after preparation) has no token to learn from: every label is "
             "masked. Is max_length shorter than the prompts, or does the chat template mark no assistant turn?"
         )
+
+
+def require_shared_tokens(
+    dataset: Any, name: str, teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase
+) -> None:
+    """Raises ValueError if a prepared dataset uses a token that the teacher does not have at its id, or one of a few
+    texts has other ids for the teacher. Streams are not read.
+    """
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        return
+    for row in spread_rows(dataset, SAMPLED_TEXTS):
+        text = student.decode(row["input_ids"][:SAMPLED_TOKENS], skip_special_tokens=True)
+        require_same_ids_of(text, teacher, student)
+    unshared = {i: token for token, i in unshared_tokens(teacher, student).items()}
+    if not unshared:
+        return
+    for number, row in enumerate(dataset.select_columns(["input_ids"])):
+        if used := unshared.keys() & set(row["input_ids"]):
+            token = unshared[min(used)]
+            raise different_ids(
+                f"{len(teacher.get_vocab()):,} tokens", student, f"{token!r}, which row {number} of {name} has"
+            )
 
 
 def longest_sequence(dataset: Any) -> int | None:

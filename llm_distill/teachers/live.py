@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed
 
 from llm_distill.heads import LMHead
-from llm_distill.models import HEAD, LanguageModel, Needs
+from llm_distill.models import HEAD, LanguageModel, Needs, unshared_tokens
 from llm_distill.probes import Collator, require_causal, require_documents_apart
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
@@ -72,6 +72,12 @@ class LiveTeacher(Teacher):
                 stacklevel=2,
             )
         self.language_model.fit_to(tokenizer)
+        if self.tokenizer is not None and (unshared := unshared_tokens(self.tokenizer, tokenizer)):
+            warnings.warn(
+                f"the teacher has no {', '.join(unshared)} where the student has it: what it says of them is of "
+                "other tokens. Texts that have them are refused.",
+                stacklevel=2,
+            )
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
         students = {id(parameter) for parameter in student.parameters()}
