@@ -33,7 +33,7 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds, doubled with each failure in between."""
 LONGEST_RETRY_AFTER = 60.0
 """Seconds: a server that asks for more time than this is tried after this."""
-ADDRESS_HINT = "Is that the server's address? An endpoint's usually ends in /v1."
+ADDRESS_HINT = "Is that the server's address? An endpoint's usually ends in /v1, and a teacher's has no path."
 _STARTING = threading.Lock()
 
 

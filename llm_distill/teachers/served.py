@@ -82,8 +82,8 @@ class ServedTeacher(Teacher):
     def __init__(
         self, urls: str | Sequence[str], model: str | None = None, k: int = 20, timeout: float = 600.0
     ) -> None:
-        if k < 1 or timeout <= 0:
-            raise ValueError(f"k={k} and timeout={timeout}: both must be positive.")
+        if k < 1 or not 0 < timeout < math.inf:
+            raise ValueError(f"k={k} and timeout={timeout}: both must be positive and finite.")
         self.k, self.model = k, model
         self.reader = self.read
         self._timeout = timeout
@@ -201,9 +201,9 @@ class ServedTeacher(Teacher):
             try:
                 card = self._card(url, self._ask(url, "/v1/models", seconds=START_SECONDS, read=_read_cards))
             except ConnectionError as error:
-                down.append(str(error))
+                down.append(str(error).rstrip("."))
                 continue
-            if isinstance(limit := card.get("max_model_len"), int):
+            if isinstance(limit := card.get("max_model_len"), int) and limit > 1:
                 # one token is always written after the text
                 self._max_length = min(limit - 1, self._max_length or limit)
             self._up.append(url)
@@ -233,7 +233,7 @@ class ServedTeacher(Teacher):
             server = ServerPool([url], timeout=seconds, patience=self._timeout, attempts=START_ATTEMPTS)
             return server.request(path, body, read)
         except NoAnswerError as error:
-            raise ConnectionError(f"{url} ({error})") from error
+            raise ConnectionError(f"{url} ({error}) does not answer {path}.") from error
 
     def _card(self, url: str, cards: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         if self.model is None and len(cards) == 1:

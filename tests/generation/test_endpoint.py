@@ -6,6 +6,7 @@ The server here is a real model (`protocol_server.py`), what goes wrong is `prox
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Iterator
@@ -231,6 +232,20 @@ def test_a_password_in_the_address_is_used_and_not_shown(prompts: list[Prompt]) 
         assert server.headers[0]["Authorization"] == "Basic bWU6aHVudGVyMg=="
 
 
+def test_an_address_that_the_endpoint_repeats_is_not_in_the_files(prompts: list[Prompt], tmp_path: Path) -> None:
+    message = "POST /tenant-hunter2/v1/completions, Basic bWU6aHVudGVyMg== (me:hunter2)"
+    with scripted([(404, ""), (200, answer_with("a")), (400, message), (400, f"key sk-{'a1' * 20}")]) as server:
+        url = f"{server.url.replace('//', '//me:hunter2@')}/tenant-hunter2/v1"
+        engine = EndpointEngine(url, "teacher", SAMPLING, concurrency=1)
+        report = generate(engine, prompts[:3], tmp_path / "run")
+    assert [*report.unanswered] == [
+        f"the endpoint refused it: {said}" for said in ("POST …/completions, … (me:…)", "…")
+    ]
+    for path in (tmp_path / "run").iterdir():
+        for secret in ("hunter2", "bWU6aHVudGVyMg==", "sk-a1"):
+            assert secret.encode() not in path.read_bytes(), path.name
+
+
 def test_an_endpoint_need_not_list_its_models() -> None:
     for answer in ((404, "nothing here"), (200, "not JSON"), (200, {"models": []})):
         with scripted([answer]) as server:
@@ -289,7 +304,9 @@ def test_the_budget_stops_before_it_is_exceeded_and_a_larger_one_goes_on(
     [
         ({"budget": 0.0, "input": 1.0}, "budget=0.0 allows nothing"),
         ({"budget": 1.0}, "a budget needs prices"),
+        ({"budget": math.nan, "input": 1.0}, "budget=nan allows nothing"),
         ({"input": -1.0}, "must not be negative"),
+        ({"output": math.nan}, "must not be negative"),
     ],
     ids=str,
 )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ import urllib3
 
 from llm_distill.generation.engines.base import Answer, Completion, Engine, Sampling
 from llm_distill.generation.prompts import Prompt
-from llm_distill.leaks import public_value
+from llm_distill.leaks import find_leak
 from llm_distill.models import public_name
 from llm_distill.servers import NoAnswerError, RefusedError, ServerPool, parse_url
 
@@ -55,9 +56,9 @@ class Prices:
     budget: float | None = None
 
     def __post_init__(self) -> None:
-        if min(self.input, self.output) < 0:
-            raise ValueError(f"prices must not be negative, got {self.input} and {self.output}.")
-        if self.budget is not None and self.budget <= 0:
+        if not all(0 <= price < math.inf for price in (self.input, self.output)):
+            raise ValueError(f"prices must not be negative, and finite, got {self.input} and {self.output}.")
+        if self.budget is not None and not self.budget > 0:
             raise ValueError(f"budget={self.budget} allows nothing: give a positive amount, or leave it out.")
         if self.budget is not None and not (self.input or self.output):
             raise ValueError(
@@ -101,8 +102,11 @@ class EndpointEngine(Engine):
     ) -> None:
         if sampling.num_beams > 1:
             raise ValueError("an endpoint has no beam search: num_beams=1.")
-        if concurrency < 1 or max_retries < 0 or timeout <= 0:
-            raise ValueError(f"concurrency={concurrency}, max_retries={max_retries}, timeout={timeout}: out of range.")
+        if concurrency < 1 or max_retries < 0 or not 0 < timeout < math.inf:
+            raise ValueError(
+                f"concurrency={concurrency}, max_retries={max_retries} and timeout={timeout}: an endpoint gets one "
+                "request at a time or more, again or not, and some seconds for it."
+            )
         address = parse_url(url)
         if address.query:
             raise ValueError(
@@ -113,6 +117,8 @@ class EndpointEngine(Engine):
         self.prices, self.spent, self.log_probs = prices or Prices(), spent, log_probs
         self._limit_name, self._believes_usage, self._dearest = "max_tokens", True, 0.0
         self._headers = urllib3.util.make_headers(basic_auth=address.auth) if address.auth else {}
+        parts = [self.url, address.netloc, address.path, *self._headers.values(), *(address.auth or "").split(":")]
+        self._secrets = [part for part in parts if part and len(part) > len("/v1")]
         self._server = ServerPool(
             [self.url], timeout=timeout, attempts=max_retries + 1, concurrency=concurrency, headers=self._headers
         )
@@ -212,7 +218,7 @@ class EndpointEngine(Engine):
             except RefusedError as refusal:
                 if refusal.status not in OF_ONE_PROMPT:
                     raise
-                refused = f"the endpoint refused it: {public_value(refusal.reason)}"
+                refused = f"the endpoint refused it: {self._public_reason(refusal.reason)}"
             except UnusableAnswerError as error:
                 refused = f"the endpoint's answer cannot be used: {error}"
             except NoAnswerError as error:
@@ -223,6 +229,12 @@ class EndpointEngine(Engine):
                     Answer(prompt, completions, f"the endpoint {what} {self._server.attempts} times", cost=cost),
                 ) from error
         return Answer(prompt, completions, refused, cost=cost)
+
+    def _public_reason(self, reason: str) -> str:
+        """What the endpoint says, as journal and card may have it: it may repeat the address that it was asked at."""
+        for secret in self._secrets:
+            reason = reason.replace(secret, "…")
+        return reason if find_leak(reason, None) is None else "…"
 
     def _used_tokens(self, answer: dict[str, Any], prompt: Prompt) -> tuple[int, int]:
         """Of the prompt, and written, as the endpoint tells them; the most that it can be where it does not."""
