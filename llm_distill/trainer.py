@@ -51,7 +51,7 @@ from llm_distill.students.build import (
     student_tokenizer,
 )
 from llm_distill.students.modules import add_modules, load_modules, modules_set_aside, save_modules
-from llm_distill.students.saving import require_savable
+from llm_distill.students.saving import require_disk, require_savable
 from llm_distill.teachers import Teacher, make_teacher
 from llm_distill.teachers.base import FlushTeacher
 
@@ -188,6 +188,7 @@ class DistillationTrainer(SFTTrainer):
         """As `Trainer.train`. Raises ValueError in a folder with another run's checkpoints, resumed or not."""
         checkpoint = self.run.require_resumable(resume_from_checkpoint)
         require_finite(self.model)
+        require_disk(self.model, self.args)
         self.meter.reset()
         self._learned_rows = None
         with self.run.at_work():

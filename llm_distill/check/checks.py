@@ -31,6 +31,7 @@ from llm_distill.heads import base_of, output_projection
 from llm_distill.loading import find_adapters, load_config, load_tokenizer
 from llm_distill.machine import free_memory
 from llm_distill.models import bits_of, millions, require_same_ids, unshared_tokens, vocabulary_size
+from llm_distill.students.saving import disk_needs
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
 """What an allocator may hold, as a multiple of what is alive: measured with glibc's, a rule of thumb elsewhere."""
@@ -54,7 +55,8 @@ def check_trainer(trainer: SFTTrainer) -> Report:
     Args:
         trainer: a `DistillationTrainer`.
     """
-    findings = [_student(trainer), *_teacher(trainer), _memory(trainer), *_texts(trainer), *_licences(trainer)]
+    findings = [_student(trainer), *_teacher(trainer), _memory(trainer), check_disk(trainer)]
+    findings += [*_texts(trainer), *_licences(trainer)]
     if trainer.accelerator.num_processes > 1:
         return merged(gather_object([Report(tuple(findings))]))
     return Report(tuple(findings))
@@ -148,6 +150,17 @@ def _memory(trainer: SFTTrainer) -> Finding:
         return Finding("amber", "memory", str(error), "watch its first steps")
     there = estimate.teacher_weights + (0 if sharded else estimate.weights)
     return memory_finding(estimate, accelerator.device, loaded=there)
+
+
+def check_disk(trainer: SFTTrainer) -> Finding:
+    """Whether the output folder's disk holds what the run writes."""
+    needs = disk_needs(trainer.model, trainer.args)
+    todo = "another output_dir, save_total_limit, save_only_model, or save_strategy=no"
+    if needs.student > needs.free:
+        return Finding("red", "disk", str(needs), todo)
+    if needs.student + needs.checkpoints > needs.free:
+        return Finding("amber", "disk", f"{needs}: it may fill up before the run ends", todo)
+    return Finding("green", "disk", str(needs))
 
 
 def estimate_run(

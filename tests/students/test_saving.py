@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,8 +15,9 @@ from tiny import VOCAB, make_config, tiny_llama
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
 from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill.check.checks import check_disk
 from llm_distill.publish.adapters import load_merged
-from llm_distill.students.saving import require_savable
+from llm_distill.students.saving import disk_needs, require_savable
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,28 @@ def test_what_cannot_be_saved_is_named_before_training(tokenizer: PreTrainedToke
     model.generation_config.max_new_tokens = -1
     with pytest.raises(ValueError, match=r"the student's generation config could not be saved.*max_new_tokens"):
         require_savable(model, tokenizer)
+
+
+def test_the_disk_must_hold_the_student(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student = tiny_llama(1, hidden=16)
+    size = 4 * student.num_parameters()
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 9, "save_total_limit": 2}
+    trainer = DistillationTrainer(
+        student,
+        LiveTeacher(tiny_llama(2), tokenizer),
+        make_config(tmp_path / "new" / "out", **options),
+        train_dataset=Dataset.from_dict({"text": ["first = 1\n"]}),
+        processing_class=tokenizer,
+    )
+    needs = disk_needs(trainer.model, trainer.args)
+    assert (needs.student, needs.checkpoints) == (size, 3 * 3 * size)
+    for free, level in ((10 * size, "green"), (9 * size, "amber"), (size - 1, "red")):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert check_disk(trainer).level == level
+    with pytest.raises(ValueError, match=r"cannot hold the student.*another output_dir"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("rows", [VOCAB - 2, VOCAB + 64])
