@@ -92,6 +92,14 @@ def seconds(function: Callable[[], object], device: Device) -> float:
     return time.perf_counter() - start
 
 
+def duration(seconds: float) -> str:
+    """In words."""
+    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
 def synchronize(device: Device) -> None:
     if is_cuda(device):
         torch.cuda.synchronize(device)

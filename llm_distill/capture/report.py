@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -13,13 +15,16 @@ from tqdm.auto import tqdm
 from llm_distill.cache import manifest as manifests
 from llm_distill.cache.methods import Hidden, Method
 from llm_distill.cache.store import TeacherCache
-from llm_distill.capture.fidelity import ALTERNATIVES, Fidelity, Sample, as_table, fidelity, plot
+from llm_distill.capture.fidelity import ALTERNATIVES, Fidelity, Sample, as_table, explain, fidelity, plot
 from llm_distill.capture.run import new_manifest, prepare_teacher, sample_views, score_view
 from llm_distill.data.prepare import PreparedData
 from llm_distill.models import LanguageModel
 from llm_distill.rows import examples_of
 from llm_distill.signals import HiddenSignal, MixtureSignal
 from llm_distill.teachers import Teacher
+
+SECONDS = 20
+"""For how long the ways to keep what a teacher says are compared, beside the one that was chosen."""
 
 
 def measure_fidelity(
@@ -29,19 +34,21 @@ def measure_fidelity(
     methods: Sequence[Method],
     *,
     rows: int = 1024,
-    batches: int = 8,
+    texts: int = 64,
+    seconds: float = math.inf,
 ) -> dict[str, Fidelity]:
     """Of each method, by its name, on texts from all over the training data.
 
     Args:
         student: the place from which gradients are taken.
         rows: enough of them.
-        batches: at most.
+        texts: at most.
+        seconds: after which no further method is begun; the first is always measured.
     """
-    sample, count = [], 0
+    sample, count, end = [], 0, time.perf_counter() + seconds
     student.fit_to(data.tokenizer)
     student.model.eval().to(data.accelerator.device)
-    for _, view in sample_views(data, batches):
+    for _, view in sample_views(data, texts, batch_size=1):
         signal = score_view(teacher, data, view)
         with torch.no_grad(), data.accelerator.autocast():
             beside = HiddenSignal(*student.keep(view.to(data.accelerator.device)))
@@ -50,8 +57,11 @@ def measure_fidelity(
         count += len(beside)
         if count >= rows:
             break
-    bar = tqdm(methods, desc="Fidelity", leave=False)
-    return {str(method): fidelity(method, sample, data.args.loss_temperature, data.args.seed) for method in bar}
+    measured: dict[str, Fidelity] = {}
+    for method in tqdm(methods, desc="Fidelity", leave=False):
+        if not measured or time.perf_counter() < end:
+            measured[str(method)] = fidelity(method, sample, data.args.loss_temperature, data.args.seed)
+    return measured
 
 
 def report_fidelity(teacher: Teacher, student: LanguageModel, data: PreparedData, cache: TeacherCache) -> None:
@@ -78,12 +88,13 @@ def report_fidelity(teacher: Teacher, student: LanguageModel, data: PreparedData
     if not accelerator.is_main_process:
         return
     methods = [cache.method, *(other for other in others if str(other) != chosen)]
-    measured = measure_fidelity(teacher, student, data, methods)
-    table = as_table({chosen: measured[chosen]}).markdown()
+    measured = measure_fidelity(teacher, student, data, methods, seconds=SECONDS)
+    table = f"{as_table({chosen: measured[chosen]}).markdown()}\n\n{explain(measured[chosen])}"
     print(f"{table}\n")
     if cache.is_local and not cache.is_downloaded:
         cache.manifest["fidelity"] = {"table": table, **measured[chosen]._asdict()}
         cache.record_contents()
         with suppress(ImportError):
             plot(Path(cache.path, manifests.PLOT_FILE), measured, chosen)
-            print(f"Other ways to keep it, by bytes and error: {Path(cache.path, manifests.PLOT_FILE)}")
+            which = f"{len(measured) - 1} of {len(methods) - 1} other ways"
+            print(f"{which} to keep it, by bytes and error: {Path(cache.path, manifests.PLOT_FILE)}")

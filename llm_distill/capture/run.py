@@ -323,11 +323,11 @@ def score_view(teacher: Teacher, data: PreparedData, view: View) -> Signal:
         return teacher.score(view.to(data.accelerator.device))
 
 
-def sample_views(data: PreparedData, batches: int) -> Iterator[tuple[int, View]]:
+def sample_views(data: PreparedData, batches: int, batch_size: int | None = None) -> Iterator[tuple[int, View]]:
     """Views of batches from all over the training data (of a stream, the first ones) in which something counts, and of
-    how many texts each is.
+    how many texts each is: by default as many as in evaluation.
     """
-    size = data.args.per_device_eval_batch_size
+    size = batch_size or data.args.per_device_eval_batch_size
     rows = spread_rows(data.train, batches * size)
     for start in range(0, len(rows), size):
         texts = rows[start : start + size]

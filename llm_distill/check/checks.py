@@ -29,7 +29,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import longest_sequence
 from llm_distill.heads import base_of, output_projection
 from llm_distill.loading import find_adapters, load_config, load_tokenizer
-from llm_distill.machine import free_memory
+from llm_distill.machine import duration, free_memory
 from llm_distill.models import bits_of, millions, require_same_ids, unshared_tokens, vocabulary_size
 from llm_distill.students.saving import disk_needs
 
@@ -332,7 +332,7 @@ def _time(trainer: SFTTrainer, sample: SampledTexts) -> Finding:
     if steps <= 0 and isinstance(trainer.train_dataset, Dataset):
         batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * trainer.accelerator.num_processes))
         steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
-    whole = f", {_duration(seconds * steps)} for {steps:,} steps" if steps > 0 else ""
+    whole = f", {duration(seconds * steps)} for {steps:,} steps" if steps > 0 else ""
     return Finding("green", "time", text + whole)
 
 
@@ -411,10 +411,3 @@ def _least_memory(
     except ValueError as error:
         return Finding("amber", "memory", str(error), "watch its first steps")
     return memory_finding(estimate, args.device, what=f"with texts of {SHORTEST} tokens, ")
-
-
-def _duration(seconds: float) -> str:
-    for unit, length in (("days", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:.0f} s"

@@ -73,6 +73,9 @@ class EvaluateConfig(Options):
     resource_batch_sizes: list[int] = option(
         [1, 4, 16], "Those measurements take this many texts at once.", needs="resources", at_least=1
     )
+    resource_seconds: int = option(
+        20, "Each model is timed for about this many seconds, once it is loaded.", needs="resources", at_least=1
+    )
     quantized: bool = option(
         True,
         "Those measurements are taken of the student in 4 and in 8 bits too, where bitsandbytes can.",
@@ -87,7 +90,7 @@ class EvaluateConfig(Options):
         if not self.data:
             raise ValueError("--data is missing: one or more datasets, such as `--data stdlib code=my.jsonl`.")
         super().__post_init__()
-        if len(set(self.domains())) < len(self.data):
+        if len(set(self.domains()) - {""}) < len(self.data):
             raise ValueError(f"each domain needs a name of its own: NAME=SOURCE, got {' '.join(self.data)}.")
 
     def domains(self) -> dict[str, str]:

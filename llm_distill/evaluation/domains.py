@@ -57,6 +57,21 @@ def split_into_windows(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, len
     return Dataset.from_dict(rows)
 
 
+def usable_rows(dataset: Dataset) -> Dataset:
+    """The rows with something to read: a text, a prompt with its completion, or messages."""
+    columns = [name for name in ("prompt", "completion", "messages", "text") if name in dataset.column_names]
+    read = columns[:2] if columns[:1] == ["prompt"] else columns[:1]
+    rows = dataset.select_columns(read) if read else []
+    return dataset.select([i for i, row in enumerate(rows) if all(map(_is_content, row.values()))]) if read else dataset
+
+
+def _is_content(value: Any) -> bool:
+    """A text, or the messages of a conversation."""
+    if isinstance(value, str):
+        return bool(value.strip())
+    return isinstance(value, list) and bool(value) and all(isinstance(m, dict) and "role" in m for m in value)
+
+
 def sample_texts(dataset: Any, most: int | None, seed: int = 0) -> Dataset:
     """At most that many texts from all over a dataset, in its order; of a stream the first."""
     if not isinstance(dataset, Dataset):

@@ -6,7 +6,7 @@ import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -50,16 +50,27 @@ def run_tasks(
     Raises:
         ValueError: no tasks, a task or a folder that is not there.
     """
-    patterns = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
-    if not patterns:
-        raise ValueError("there are no tasks: give names of lm-evaluation-harness, such as arc_easy hellaswag.")
-    if include_path is not None and not Path(include_path).is_dir():
-        raise ValueError(f"include_path={str(include_path)!r} is no folder: it holds the tasks' YAML files.")
+    patterns = _patterns(tasks, include_path)
     try:
         import lm_eval  # noqa: F401
     except ImportError:
         return {"tasks": {}, "skipped": dict.fromkeys(patterns, f"lm_eval is not installed: {INSTALL}")}
     return run_on_first_rank(lambda: _run(models, patterns, include_path, limit))
+
+
+def require_tasks(tasks: Sequence[str], include_path: str | Path | None) -> None:
+    """Raises ValueError for a task that there is not, as far as lm_eval is installed to tell."""
+    with suppress(ImportError), _without_remarks():
+        _match_tasks(_patterns(tasks, include_path), include_path)
+
+
+def _patterns(tasks: Sequence[str], include_path: str | Path | None) -> list[str]:
+    patterns = [name.strip() for entry in tasks for name in entry.split(",") if name.strip()]
+    if not patterns:
+        raise ValueError("there are no tasks: give names of lm-evaluation-harness, such as arc_easy hellaswag.")
+    if include_path is not None and not Path(include_path).is_dir():
+        raise ValueError(f"include_path={str(include_path)!r} is no folder: it holds the tasks' YAML files.")
+    return patterns
 
 
 def tasks_parts(results: Mapping[str, Any]) -> list[Table | str]:

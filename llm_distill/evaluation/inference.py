@@ -28,7 +28,7 @@ from transformers.generation import BaseStreamer
 
 from llm_distill.heads import base_of
 from llm_distill.loading import bits_and_bytes
-from llm_distill.machine import free_memory, is_cuda, peak_memory, reset_peak_memory, seconds, used_memory
+from llm_distill.machine import duration, free_memory, is_cuda, peak_memory, reset_peak_memory, seconds, used_memory
 
 GIB = 2**30
 NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -63,14 +63,21 @@ def measure_model(task: dict[str, Any]) -> dict[str, Any]:
     }
     figures = {name: value for name, value in figures.items() if value}
     skipped: dict[str, str] = {}
-    for size in sorted(task["batch_sizes"]):
+    sizes, end, seconds_a_text = sorted(task["batch_sizes"]), time.perf_counter() + task["seconds"], 0.0
+    for number, size in enumerate(sizes):
+        left, needed = max(0.0, end - time.perf_counter()), 2 * seconds_a_text * size
         if reason := reason_not_to_fit(size, model, task, figures):
             skipped[f"batch {size}"] = reason
+            continue
+        if needed > 2 * left:
+            skipped[f"batch {size}"] = f"would take about {duration(needed)}, more than resource_seconds allow"
             continue
         reset_peak_memory(device)
         try:
             prompts = random_prompts(model, size, prompt_tokens)
-            measured: dict[str, Any] = time_batch(model, prompts, new_tokens, task["repeats"], device)
+            share = left / (len(sizes) - number)
+            measured: dict[str, Any] = time_batch(model, prompts, new_tokens, task["repeats"], share, device)
+            seconds_a_text = _round_seconds(measured, prompts.numel(), size * (new_tokens - 1)) / size
         except RuntimeError as error:
             if not should_reduce_batch_size(error):
                 raise
@@ -237,9 +244,17 @@ def prefill(model: PreTrainedModel, prompts: Int[Tensor, "batch time"]) -> None:
 
 
 def time_batch(
-    model: PreTrainedModel, prompts: Int[Tensor, "batch time"], new_tokens: int, repeats: int, device: str
+    model: PreTrainedModel,
+    prompts: Int[Tensor, "batch time"],
+    new_tokens: int,
+    repeats: int,
+    most_seconds: float,
+    device: str,
 ) -> dict[str, dict[str, float]]:
-    """Each figure's median, least and most over `repeats` runs, after one that does not count."""
+    """Each figure's median, least and most over at most `repeats` runs, after one that does not count. The time is
+    looked at after each, so that there is one at least.
+    """
+    end = time.perf_counter() + most_seconds
     generate(model, prompts, new_tokens)
     prefill(model, prompts)
     first_token, prefilled, decoded = [], [], []
@@ -248,12 +263,21 @@ def time_batch(
         first, rest = generate(model, prompts, new_tokens)
         first_token.append(first)
         decoded.append(len(prompts) * (new_tokens - 1) / rest)
+        if time.perf_counter() > end:
+            break
     figures = {
         "time_to_first_token_seconds": first_token,
         "prefill_tokens_per_second": prefilled,
         "decode_tokens_per_second": decoded,
     }
     return {name: {"median": median(runs), "low": min(runs), "high": max(runs)} for name, runs in figures.items()}
+
+
+def _round_seconds(measured: dict[str, Any], prompt_tokens: int, new_tokens: int) -> float:
+    """How long a run takes: the prompts read, then read and answered."""
+    median_of = {name: value["median"] for name, value in measured.items()}
+    reading = prompt_tokens / median_of["prefill_tokens_per_second"]
+    return reading + median_of["time_to_first_token_seconds"] + new_tokens / median_of["decode_tokens_per_second"]
 
 
 def measure_energy(run: Callable[[], object], least_seconds: float) -> dict[str, float]:

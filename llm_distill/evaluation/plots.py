@@ -43,7 +43,7 @@ def _plot_quality(domains: dict[str, DomainFigures]) -> Figure:
             values, errors = _with_errors(list(losses.values()))
             axis.errorbar(values, list(losses), xerr=errors, fmt="o", color=colour, capsize=3, label=model)
     axis.set(xlabel="bits a byte (less is better)", title="Quality")
-    _label_rows(axis, list(domains))
+    _label_rows(axis, list(map(_as_text, domains)))
     return figure
 
 
@@ -54,7 +54,7 @@ def _plot_furthest(domains: dict[str, DomainFigures]) -> Figure:
         for axis, bins in zip(axes, (domain["by_position"], domain["by_frequency"]), strict=True):
             values, errors = _with_errors([figures["kl"] for figures in bins])
             places = [max(figures["from"], 1) for figures in bins]
-            axis.errorbar(places, values, yerr=errors, fmt="o-", ms=4, capsize=2, color=colour, label=name)
+            axis.errorbar(places, values, yerr=errors, fmt="o-", ms=4, capsize=2, color=colour, label=_as_text(name))
     axes[0].set(xscale="log", xlabel="position in the text", ylabel="KL(teacher‖student), nats", title="By position")
     axes[1].set(xscale="log", xlabel="how often the token occurs in these texts", title="By frequency")
     for axis in axes:
@@ -93,6 +93,11 @@ def _plot_resources(models: dict[str, Any]) -> Figure:
     axis.set(xscale="log", xlabel="× teacher", title="Resources")
     _label_rows(axis, [LABELS[key][0].partition(",")[0] for key in RATIOS])
     return figure
+
+
+def _as_text(name: str) -> str:
+    """In which matplotlib sees no formula."""
+    return name.replace("$", r"\$")
 
 
 def _label_rows(axis: Axes, labels: Sequence[str]) -> None:

@@ -22,6 +22,7 @@ from llm_distill.evaluation.harness import tasks_parts
 from llm_distill.evaluation.html import Section, as_fragment, as_page
 from llm_distill.evaluation.resources import resources_parts
 from llm_distill.evaluation.statistics import Interval, format_interval
+from llm_distill.files import write_atomically
 from llm_distill.heads import base_of
 from llm_distill.losses.metrics import LABELS
 from llm_distill.machine import describe_machine
@@ -120,12 +121,12 @@ class GapReport:
         """Writes all its forms into `folder`, the plots where matplotlib is installed; returns the page's path."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in self.plots():
-            figure.savefig(folder / f"{NAME}_{name}.png", dpi=120)
+        content = json.dumps(_without_nan(self.content), indent=1, ensure_ascii=False)
+        write_atomically(folder / f"{NAME}.json", (content + "\n").encode())  # the rest can be made of it
         (folder / f"{NAME}.md").write_text(self.as_markdown())
         (folder / f"{NAME}.html").write_text(as_page(self._repr_html_()))
-        content = json.dumps(_without_nan(self.content), indent=1, ensure_ascii=False)
-        (folder / f"{NAME}.json").write_text(content + "\n")
+        for name, figure in self.plots():
+            figure.savefig(folder / f"{NAME}_{name}.png", dpi=120)
         return folder / f"{NAME}.html"
 
     def plots(self) -> Iterator[tuple[str, Any]]:
@@ -135,11 +136,12 @@ class GapReport:
 
             yield from plots(self.content)
 
-    def headline(self) -> str:
-        """The report in a sentence or two."""
+    def headline(self, name: str | None = None) -> str:
+        """The report in a sentence or two, on a domain, by default the first."""
         if not self.domains:
             return "No domain was measured."
-        name, domain = next(iter(self.domains.items()))
+        name = next(iter(self.domains)) if name is None else name
+        domain = self.domains[name]
         student, teacher = (domain["models"][model]["bits_per_byte"]["value"] for model in ("student", TEACHER))
         sentences = [f"On {name}, the student takes {student:.3f} bits a byte and its teacher {teacher:.3f}."]
         if gap := domain["gap_closed"]:
@@ -167,7 +169,8 @@ class GapReport:
         """All that was measured, or why it was not."""
         comparable = self.content["comparable"]
         lost = [f"{name}: {domain['lost']}." for name, domain in self.domains.items() if "lost" in domain]
-        yield Section("Quality", [self.quality_table(), *lost], plot="quality")
+        left_out = [f"Left out of {name}: {what}." for name, what in self.content.get("left_out", {}).items()]
+        yield Section("Quality", [self.quality_table(), *lost, *left_out], plot="quality")
         if comparable is True:
             folded = {
                 f"By position and frequency: {name}": [

@@ -26,7 +26,9 @@ VARIANTS = (4, 8)
 PROMPT_TOKENS, NEW_TOKENS = 128, 32
 """What each sequence is made of, where the context of all models allows it."""
 REPEATS = 5
-"""Timed runs, after one that is not."""
+"""Timed runs at most, after one that is not."""
+SECONDS = 20
+"""For how long a model's runs go on."""
 ENERGY_SECONDS = 3
 """For how long at least a model generates while its energy is measured: a sample a second."""
 TIMED = ("time_to_first_token_seconds", "prefill_tokens_per_second", "decode_tokens_per_second")
@@ -66,6 +68,7 @@ def measure_resources(
     dtype: str = "auto",
     revisions: Mapping[str, str] | None = None,
     teacher_bits: int | None = None,
+    seconds: float = SECONDS,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Figures of each of `models` (`{"teacher": a folder or a Hub id, "student": …}`), as JSON.
@@ -77,6 +80,7 @@ def measure_resources(
         dtype: of the weights; `auto` is as they are stored.
         revisions: of the models by name.
         teacher_bits: loads the teacher in 4 or 8 bits.
+        seconds: for how long each model is timed, once it is loaded.
         trust_remote_code: run the code that comes with a model.
 
     Returns:
@@ -104,7 +108,7 @@ def measure_resources(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     prompt_tokens = _prompt_tokens([checkpoint.context for checkpoint in checkpoints.values()])
     settings = {"prompt_tokens": prompt_tokens, "new_tokens": NEW_TOKENS, "batch_sizes": list(batch_sizes)}
-    settings |= {"repeats": REPEATS, "dtype": dtype}
+    settings |= {"repeats": REPEATS, "seconds": seconds, "dtype": dtype}
     task = {**settings, "device": device, "threads": torch.get_num_threads()}
     task |= {"energy_seconds": ENERGY_SECONDS, "trust_remote_code": trust_remote_code}
     for name, checkpoint in tqdm(checkpoints.items(), desc="Resources", unit=" models", leave=False):
@@ -160,7 +164,7 @@ def resources_parts(resources: Mapping[str, Any]) -> list[Table | str]:
     notes = [
         f"{machine['date']}, {machine['device']}, threads: {machine['threads']}. Prompts of "
         f"{settings['prompt_tokens']} tokens, {settings['new_tokens']} new ones, greedy. Medians of "
-        f"{settings['repeats']} runs"
+        f"{settings['repeats']} runs, fewer where the time was up"
         + (f"; the most that highest and lowest are apart is {max(spreads):.0%} of the median." if spreads else ".")
     ]
     for name, model in resources["models"].items():

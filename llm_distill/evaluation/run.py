@@ -2,121 +2,268 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import require_rows
 from llm_distill.data.prepare import PreparedData, prepare
 from llm_distill.evaluation.bias import compare_bias, read_pairs
-from llm_distill.evaluation.compare import TEACHER, HeldOutTexts, Scores, compare
+from llm_distill.evaluation.compare import TEACHER, HeldOutTexts, compare
 from llm_distill.evaluation.config import BUILT_IN, NONE, EvaluateConfig
-from llm_distill.evaluation.domains import measure_domain, sample_texts, split_into_windows
+from llm_distill.evaluation.domains import measure_domain, sample_texts, split_into_windows, usable_rows
 from llm_distill.evaluation.figures import DomainFigures, domain_figures
-from llm_distill.evaluation.generations import compare_generations
-from llm_distill.evaluation.harness import run_tasks
-from llm_distill.evaluation.report import GapReport, header
+from llm_distill.evaluation.generations import BATCH_SIZE, compare_generations
+from llm_distill.evaluation.harness import require_tasks, run_tasks
+from llm_distill.evaluation.report import NAME, GapReport, header
 from llm_distill.evaluation.resources import VARIANTS, measure_resources
+from llm_distill.files import locked
+from llm_distill.machine import duration, seconds
 from llm_distill.models import LanguageModel
 from llm_distill.ranks import ranks, run_on_first_rank
 from llm_distill.teachers.live import LiveTeacher
 
-Models = Mapping[str, LanguageModel]
+Models = dict[str, LanguageModel]
 """`student`, `teacher` and perhaps `baseline`."""
+AT_WORK = "another `llm-distill evaluate`"
+OPTIONS_OF_PARTS = {
+    "generations": ("generations", "max_new_tokens"),
+    "bias": ("bias",),
+    "tasks": ("tasks", "task_limit", "task_path"),
+    "resources": ("resources", "resource_batch_sizes", "resource_seconds", "quantized"),
+}
+"""Of each part beside the domains, in the order of measuring, the options that it alone depends on."""
+BUILT_IN_TOKENS = 1500
+"""Of the pairs of sentences that are built in."""
+FIRST_LOOK_SECONDS = 20
+"""Where all domains take much longer, some rows of each are measured first."""
+SAMPLE_TOKENS = 256
+"""By which the speed of the models is guessed."""
+START_SECONDS = 15
+"""What it takes to load a model in a process of its own."""
+
+
+class Part(NamedTuple):
+    """Something to measure."""
+
+    name: str
+    seconds: float | None
+    """How long it takes about, if that can be known."""
+    inputs: str
+    """A hash of all that it depends on."""
+    measure: Callable[[], Any]
 
 
 def make_gap_report(config: EvaluateConfig, datasets: Mapping[str, Any], command: str = "") -> GapReport:
-    """The report of `config`, saved in its folder after each part, so that a part that fails costs no other.
+    """The report of `config`, saved in its folder after each part. What an earlier, perhaps killed, command has left
+    there of the same models, data and options is not measured again.
 
     Args:
         datasets: by the domain's name, as they are loaded.
         command: what to say that it came from.
 
     Raises:
-        ValueError: a model, a domain or a file of pairs that cannot be used.
+        ValueError: a model, a domain, a task or a file of pairs that cannot be used, or a folder that holds something
+            else.
     """
-    pairs = None if config.bias in (NONE, BUILT_IN) else config.bias
-    if pairs is not None:
-        list(read_pairs(pairs))  # to be refused now if at all
+    with locked(Path(config.output_dir), AT_WORK) if ranks().is_main_process else nullcontext():
+        return _make_gap_report(config, datasets, command)
+
+
+def _make_gap_report(config: EvaluateConfig, datasets: Mapping[str, Any], command: str) -> GapReport:
+    if config.bias not in (NONE, BUILT_IN):
+        list(read_pairs(config.bias))  # to be refused now if at all
+    if config.tasks:
+        run_on_first_rank(lambda: require_tasks(config.tasks, config.task_path))
     samples = {name: sample_texts(data, config.max_texts or None, config.seed) for name, data in datasets.items()}
-    if empty := [name for name, data in samples.items() if not len(data)]:
+    usable = {name: usable_rows(data) for name, data in samples.items()}
+    if empty := [name for name, data in usable.items() if not len(data)]:
         raise ValueError(f"there is no text in {', '.join(empty)}.")
-    report = GapReport(header(command))
-    resources = run_on_first_rank(lambda: _resources(config)) if config.resources else None  # with the memory free
     models = {name: _load(config, name) for name in (TEACHER, "student", "baseline") if getattr(config, name)}
-    report.content.update({name: model.describe() for name, model in models.items()})
     lengths = [limit for model in models.values() if (limit := model.max_length)]
     config = replace(config, max_length=min([config.max_length, *lengths]))  # the same text for all
-    report.content["comparable"] = _comparable(models["student"], models[TEACHER])
-    report.content["domains"] = dict(_domains(config, models, samples, report.content["comparable"] is True))
-    if resources is not None:
-        report.content["resources"] = resources
-    for name, measure in _parts(config, models, samples, pairs):
-        _save(report, config.output_dir)
+    report = GapReport(header(command) | {name: model.describe() for name, model in models.items()})
+    comparable = _comparable(models["student"], models[TEACHER])
+    report.content.update({"comparable": comparable, "domains": {}, "inputs": {}})
+    report.content["left_out"] = {
+        name: f"{missing} of its {len(samples[name])} rows, in which there is no text"
+        for name, data in usable.items()
+        if (missing := len(samples[name]) - len(data))
+    }
+    earlier = _earlier_report(config.output_dir, report)
+    for part in _parts(config, models, usable, comparable is True):
+        known = earlier["domains"].get(part.name) if part.name in usable else earlier.get(part.name)
+        is_known = known is not None and earlier["inputs"].get(part.name) == part.inputs
+        if not is_known:
+            about = "" if part.seconds is None else f", about {duration(part.seconds)}"
+            ranks().print(f"Measuring {part.name}{about}.")
         try:
-            report.content[name] = measure()
+            measured = known if is_known else part.measure()
         except ValueError as error:  # such as a library that is not there, or prompts that are all too long
-            report.content[name] = {"skipped": str(error)}
-            ranks().print(f"Skipped {name}: {error}")
-    _save(report, config.output_dir)
+            ranks().print(f"Skipped {part.name}: {error}")
+            if part.name in usable:
+                report.content["left_out"][part.name] = str(error)
+            else:
+                report.content[part.name] = {"skipped": str(error)}
+        else:
+            report.content["inputs"][part.name] = part.inputs
+            (report.content["domains"] if part.name in usable else report.content)[part.name] = measured
+            if part.name in usable:
+                ranks().print(report.headline(part.name))
+        if ranks().is_main_process:
+            report.save(config.output_dir)
+    if not report.domains:
+        raise ValueError(f"no domain could be measured: {'; '.join(report.content['left_out'].values())}")
     return report
 
 
-def _parts(
-    config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset], pairs: str | None
-) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """What is measured beside the domains."""
-    if config.generations:
-        options: dict[str, Any] = {"limit": config.generations, "max_new_tokens": config.max_new_tokens}
-        yield (
-            "generations",
-            lambda: {name: compare_generations(models, data, **options) for name, data in samples.items()},
-        )
-    if config.tasks:
-        yield (
-            "tasks",
+def _earlier_report(folder: str, report: GapReport) -> dict[str, Any]:
+    """What lies in the folder of the same student and teacher, to go on from; on the first rank alone it counts.
+
+    Raises:
+        ValueError: a report on others, or another file in its place.
+    """
+    nothing: dict[str, Any] = {"domains": {}, "inputs": {}}
+
+    def load() -> dict[str, Any]:
+        if not any(Path(folder).glob(f"{NAME}.*")):
+            return nothing
+        content = GapReport.load(folder).content
+        for name in (TEACHER, "student"):
+            theirs, own = (of.get(name, {}).get("model") for of in (content, report.content))
+            if theirs != own:
+                raise ValueError(
+                    f"{folder} holds the report on another {name}, {theirs}, and this one is {own}: name another "
+                    "output_dir."
+                )
+        return nothing | content
+
+    return run_on_first_rank(load)
+
+
+def _parts(config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset], comparable: bool) -> Iterator[Part]:
+    """The domains, and what is measured beside them: what people look at first comes first, and what loads the models
+    again, with the memory free, last.
+    """
+    hashes = {name: _hash(list(data)) for name, data in samples.items()}
+    pairs = None if config.bias in (NONE, BUILT_IN) else Path(config.bias)
+    files = [*([pairs] if pairs else []), *(sorted(Path(config.task_path).rglob("*.y*ml")) if config.task_path else [])]
+    of_files = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    of_parts = {option for options in OPTIONS_OF_PARTS.values() for option in options}
+    options = {name: value for name, value in asdict(config).items() if name not in {*of_parts, "data", "output_dir"}}
+    common = [options, [model.describe() for model in models.values()]]
+    tokens_of, measure_rows = _domains(config, models, samples, comparable)
+    reading, writing = _seconds_a_token(models, min(SAMPLE_TOKENS, config.max_length))
+    for name, tokens in tokens_of.items():
+        first = int(np.searchsorted(np.cumsum(tokens) * reading, FIRST_LOOK_SECONDS / len(samples))) + 1
+        is_long = sum(tokens) * reading > 2 * FIRST_LOOK_SECONDS and not _alone(models, comparable)
+        for rows in [first, len(tokens)] if is_long else [len(tokens)]:
+            of_rows = partial(measure_rows, name, rows)
+            yield Part(name, sum(tokens[:rows]) * reading, _hash([common, hashes[name], rows]), of_rows)
+
+    prompts = [min(config.generations, len(data)) for data in samples.values()]
+    count = len(models) + (len(VARIANTS) if config.quantized else 0)
+    limits: dict[str, Any] = {"limit": config.generations, "max_new_tokens": config.max_new_tokens}
+    wanted: dict[str, tuple[bool, float | None, Callable[[], Any]]] = {
+        "generations": (
+            config.generations > 0,
+            sum(math.ceil(count / BATCH_SIZE) for count in prompts) * config.max_new_tokens * writing,
+            lambda: {name: compare_generations(models, data, **limits) for name, data in samples.items()},
+        ),
+        "bias": (
+            config.bias != NONE,
+            None if pairs else BUILT_IN_TOKENS * reading,
+            lambda: compare_bias(models, pairs),
+        ),
+        "tasks": (
+            bool(config.tasks),
+            None,
             lambda: run_tasks(models, config.tasks, limit=config.task_limit, include_path=config.task_path),
-        )
-    if config.bias != NONE:
-        yield "bias", lambda: compare_bias(models, pairs)
+        ),
+        "resources": (
+            config.resources,
+            count * (config.resource_seconds + START_SECONDS),
+            lambda: run_on_first_rank(lambda: _resources(config)),
+        ),
+    }
+    for name, (is_wanted, about, measure) in wanted.items():
+        if not is_wanted:
+            continue
+        if name == "resources":
+            models.clear()
+            clear_device_cache(garbage_collection=True)
+        own = {option: getattr(config, option) for option in OPTIONS_OF_PARTS[name]}
+        yield Part(name, about, _hash([common, hashes, own, of_files]), measure)
+
+
+def _seconds_a_token(models: Models, length: int) -> tuple[float, float]:
+    """How long all models together take to read a token of a text of this length, and to write the next of BATCH_SIZE
+    answers at once.
+    """
+    totals = [0.0, 0.0]
+    for model in models.values():
+        for place, shape in enumerate([(1, length), (BATCH_SIZE, 1)]):
+            ids = torch.zeros(shape, dtype=torch.long, device=ranks().device)
+            forward = partial(model.model.to(ids.device), input_ids=ids)
+            with torch.inference_mode():
+                forward()
+                totals[place] += seconds(forward, ids.device) / shape[1]
+    return totals[0], totals[1]
+
+
+def _hash(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def _domains(
     config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset], comparable: bool
-) -> Iterator[tuple[str, DomainFigures]]:
-    """(name, figures). Models with the student's tokens run over the same batches, each other one over its own."""
-    student, teacher = models["student"], models[TEACHER]
-    alone = [] if comparable else [TEACHER]
-    if "baseline" in models and _comparable(student, models["baseline"]) is not True:
-        alone.append("baseline")
-    of_alone = {name: _scores_alone(config, name, models[name], samples) for name in alone}
+) -> tuple[dict[str, list[int]], Callable[[str, int], DomainFigures]]:
+    """How many tokens each row of each domain has, and what measures the first rows of one. Models with the student's
+    tokens run over the same batches, each other one over its own.
+
+    Raises:
+        ValueError: a domain with nothing to score, before any is.
+    """
+    alone = _alone(models, comparable)
+    prepared = {name: dict(_prepared(config, models[name], samples)) for name in ("student", *alone)}
     together = {name: model.model for name, model in models.items() if name not in alone and name != TEACHER}
-    for name, data in _prepared(config, student, samples):
-        others = {model: scores[name] for model, scores in of_alone.items()}
-        texts = _held_out(data, config, name)
+
+    def measure(domain: str, rows: int) -> DomainFigures:
+        texts = {name: _held_out(data[domain], config, domain, rows) for name, data in prepared.items()}
+        others = {name: compare({name: models[name].model}, None, texts[name])[name] for name in alone}
+        of_student = prepared["student"][domain]
         if comparable:
-            live = LiveTeacher(teacher)
-            live.prepare(data.accelerator, torch.nn.Module())
-            figures = measure_domain(together, live, texts, others)
+            live = LiveTeacher(models[TEACHER])
+            live.prepare(of_student.accelerator, torch.nn.Module())
+            figures = measure_domain(together, live, texts["student"], others)
         else:
-            figures = domain_figures(compare(together, None, texts) | others, comparable=False)
-        if (counts := data.row_counts.get(name)) and counts.lost:
+            figures = domain_figures(compare(together, None, texts["student"]) | others, comparable=False)
+        if (counts := of_student.row_counts.get(domain)) and counts.lost:
             figures["lost"] = str(counts)
-        yield name, figures
+        return figures
+
+    rows = {name: data.evaluation[name]["input_ids"] for name, data in prepared["student"].items()}
+    return {name: list(map(len, of_domain)) for name, of_domain in rows.items()}, measure
 
 
-def _scores_alone(
-    config: EvaluateConfig, name: str, model: LanguageModel, samples: Mapping[str, Dataset]
-) -> dict[str, Scores]:
-    """Of a model with tokens of its own, on each domain."""
-    return {
-        domain: compare({name: model.model}, None, _held_out(data, config, domain))[name]
-        for domain, data in _prepared(config, model, samples)
-    }
+def _alone(models: Models, comparable: bool) -> list[str]:
+    """Models with tokens of their own."""
+    alone = [] if comparable else [TEACHER]
+    if "baseline" in models and _comparable(models["student"], models["baseline"]) is not True:
+        alone.append("baseline")
+    return alone
 
 
 def _prepared(
@@ -153,8 +300,11 @@ def _kind(data: Dataset) -> str:
     return next((column for column in ("prompt", "messages", "text") if column in data.column_names), "other")
 
 
-def _held_out(data: PreparedData, config: EvaluateConfig, name: str) -> HeldOutTexts:
-    return HeldOutTexts(data.evaluation[name], data.collate, data.tokenizer, config.batch_size, name)
+def _held_out(data: PreparedData, config: EvaluateConfig, name: str, rows: int) -> HeldOutTexts:
+    dataset = data.evaluation[name]
+    return HeldOutTexts(
+        dataset.select(range(min(rows, len(dataset)))), data.collate, data.tokenizer, config.batch_size, name
+    )
 
 
 def _load(config: EvaluateConfig, name: str) -> LanguageModel:
@@ -193,10 +343,6 @@ def _resources(config: EvaluateConfig) -> dict[str, Any]:
         dtype=config.dtype,
         revisions={name: revision for name in models if (revision := getattr(config, f"{name}_revision"))},
         teacher_bits=4 if config.teacher_load_in_4bit else 8 if config.teacher_load_in_8bit else None,
+        seconds=config.resource_seconds,
         trust_remote_code=config.trust_remote_code,
     )
-
-
-def _save(report: GapReport, folder: str) -> None:
-    if ranks().is_main_process:
-        report.save(folder)

@@ -22,7 +22,7 @@ from llm_distill import DistillationTrainer, EnsembleTeacher, LiveTeacher, Teach
 from llm_distill.cache import Hidden, Hybrid, Sampled, TopK, manifest
 from llm_distill.cache.codec import decode
 from llm_distill.cache.methods import Method
-from llm_distill.capture.fidelity import effective_target
+from llm_distill.capture.fidelity import as_table, effective_target, explain
 from llm_distill.capture.report import measure_fidelity
 from llm_distill.cli import main
 from llm_distill.losses.fused import cpp_backend
@@ -260,6 +260,11 @@ def test_fidelity_tells_good_from_bad(trainer: Callable[..., DistillationTrainer
     assert found["hybrid"].gradient_error < found["sampled"].gradient_error
     assert math.isinf(found["hybrid"].kl)
     assert found["few"].bytes_per_token < found["many"].bytes_per_token
+    row = as_table({"hybrid": found["hybrid"]}).rows[0]
+    assert (row[2], row[5]) == ("", "none"), "of draws there is no KL, and their noise is no bias"
+    assert "drawn at random" in explain(found["hybrid"])
+    assert "drawn at random" not in explain(found["few"])
+    assert list(measure_fidelity(made.teacher, student, made.data, methods, seconds=0)) == [str(methods[0])]
 
 
 def test_a_folder_of_somebody_elses_shards_is_left_alone(

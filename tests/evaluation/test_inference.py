@@ -25,7 +25,7 @@ NOT_BY_GRADIENT = {
 
 def task(folder: Path, **options: Any) -> dict[str, Any]:
     """What a process is told."""
-    sizes = {"batch_sizes": [1], "prompt_tokens": 16, "new_tokens": 4, "repeats": 2, "energy_seconds": 0}
+    sizes = {"batch_sizes": [1], "prompt_tokens": 16, "new_tokens": 4, "repeats": 2, "seconds": 60, "energy_seconds": 0}
     model = {"name": str(folder), "folders": [str(folder)], "revision": None, "bits": None}
     return {"device": "cpu", "dtype": "auto", "trust_remote_code": False, **sizes, **model, **options}
 
@@ -35,6 +35,13 @@ def test_a_batch_that_is_tried_and_does_not_fit_is_a_reason_too(saved: Path, mon
     result = measure_model(task(saved / "student", batch_sizes=[1, 10**13]))
     assert "can't allocate memory" in result["skipped"]["batch 10000000000000"]
     assert list(result["figures"]["peak_memory_bytes"]) == ["1"]
+
+
+def test_a_model_is_measured_for_the_time_that_it_has(saved: Path) -> None:
+    """The smallest batch once at least; a larger one that would take longer is left out, with the reason."""
+    result = measure_model(task(saved / "student", batch_sizes=[1, 64], repeats=1000, seconds=0))
+    assert list(result["figures"]["decode_tokens_per_second"]) == ["1"]
+    assert "more than resource_seconds allow" in result["skipped"]["batch 64"]
 
 
 def test_the_8_bit_variant_is_measured(tmp_path: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from datasets import Dataset
+from reports import gap_report
 from runs import save
 from tiny import tiny_llama
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +18,8 @@ from transformers import PreTrainedTokenizerBase
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.cli import main
 from llm_distill.data.corpus import train_tokenizer
+from llm_distill.evaluation import harness
+from llm_distill.evaluation import run as evaluation
 from llm_distill.evaluation.report import GapReport
 
 
@@ -76,6 +80,112 @@ def test_the_command_writes_a_report_in_every_form(
     assert str(folder) not in page + markdown + json.dumps(content)
     assert GapReport.load(out).as_markdown() == markdown
     assert "<svg" in GapReport.load(out / "report.json")._repr_html_()
+
+
+QUICKLY = ("--resources", "false", "--bias", "none", "--max_length", "64", "--max_texts", "6", "--generations")
+
+
+def test_a_rerun_goes_on_where_an_earlier_one_ended(
+    folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = (*QUICKLY, "2", "--max_new_tokens", "4")
+    with monkeypatch.context() as killed:
+        killed.setattr(evaluation, "compare_generations", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit):
+            run(folder, saved, *options)
+    first = GapReport.load(folder / "out").content
+    assert list(first["domains"]) == ["code", "functions"], "each is saved as soon as it is measured"
+    capsys.readouterr()
+    with monkeypatch.context() as counted:
+        counted.setattr(evaluation, "measure_domain", None)
+        second = GapReport.load(run(folder, saved, *options)).content
+    assert second["domains"] == first["domains"]
+    assert second["generations"]["code"]["prompts"] == 2
+    out = capsys.readouterr().out
+    assert "Measuring generations, about" in out
+    assert "Measuring code" not in out
+    with monkeypatch.context() as killed:
+        killed.setattr(evaluation, "measure_domain", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(SystemExit):
+            run(folder, saved, *options, "--seed", "1")
+    assert "Measuring code, about" in capsys.readouterr().out, "of other inputs it is measured anew"
+
+
+def test_a_row_without_text_costs_itself_alone(folder: Path, saved: Path) -> None:
+    texts = [json.loads(line)["text"] for line in (folder / "code.jsonl").read_text().splitlines()[:4]]
+    (folder / "gaps.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [None, "", *texts, " "]))
+    pairs = [{"prompt": "def f(", "completion": "): pass"}, {"prompt": "x", "completion": ""}, {"prompt": None}]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps({"completion": None} | row) + "\n" for row in pairs))
+    report = GapReport.load(
+        run(folder, saved, *QUICKLY, "2", "--max_new_tokens", "4", "--max_texts", "9", domains=("gaps", "pairs"))
+    )
+    assert {name: domain["texts"] for name, domain in report.domains.items()} == {"gaps": 4, "pairs": 1}
+    assert "Left out of gaps: 3 of its 7 rows" in report.as_markdown().replace("\n", " ")
+    assert report.content["generations"]["gaps"]["prompts"] == 2
+
+
+def test_a_domain_may_have_any_name(folder: Path, saved: Path) -> None:
+    """Also one that matplotlib takes for a formula, or a system for a path."""
+    names = [r"cost$\b$", "a/b", "[x](y) <b>"]
+    data = [f"{name}={folder / 'code'}.jsonl" for name in names]
+    report = GapReport.load(run(folder, saved, *QUICKLY, "0", "--data", *data))
+    assert list(report.domains) == names
+    assert (folder / "out" / "report_quality.png").stat().st_size > 1000
+
+
+def test_what_models_take_is_measured_last_and_the_rest_is_saved_by_then(
+    folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def measure(models: dict[str, str], **_: object) -> dict[str, object]:
+        assert set(GapReport.load(folder / "out").domains) == {"code"}
+        raise ValueError("no room")
+
+    monkeypatch.setattr(evaluation, "measure_resources", measure)
+    out = run(folder, saved, *QUICKLY, "0", "--resources", "true", domains=("code",))
+    assert GapReport.load(out).content["resources"] == {"skipped": "no room"}
+
+
+def test_another_report_in_the_folder_is_left_alone(
+    folder: Path, saved: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "out").mkdir()
+    for name, content, message in (
+        ("report.md", "My own notes.", "there is no report"),
+        ("report.json", "{}", "is no gap report"),
+        (
+            "report.json",
+            json.dumps(gap_report()),
+            "holds the report on another teacher, large, and this one is teacher",
+        ),
+    ):
+        (folder / "out" / name).write_text(content)
+        with pytest.raises(SystemExit):
+            run(folder, saved, *QUICKLY, "0", domains=("code",))
+        assert message in capsys.readouterr().err.splitlines()[-1]
+        assert (folder / "out" / name).read_text() == content
+
+
+def test_a_wrong_task_is_refused_before_anything_is_loaded(
+    folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def match(patterns: list[str], include_path: None) -> None:  # the harness reads its own for seconds
+        raise ValueError(f"there is no task {patterns[0]}")
+
+    monkeypatch.setattr(evaluation, "_load", None)
+    monkeypatch.setattr(harness, "_match_tasks", match)
+    with pytest.raises(SystemExit):
+        run(folder, saved, *QUICKLY, "0", "--tasks", "arc_eazy")
+    assert "there is no task arc_eazy" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_of_a_domain_that_takes_long_some_texts_are_measured_first(
+    folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluation, "FIRST_LOOK_SECONDS", 0)
+    report = GapReport.load(run(folder, saved, *QUICKLY, "0", domains=("code",)))
+    out = capsys.readouterr().out
+    assert out.count("Measuring code") == out.count("On code, the student takes") - 1 == 2, "the last is the report"
+    assert report.domains["code"]["texts"] == 6
 
 
 def test_models_with_other_tokens_are_compared_in_bits_a_byte(folder: Path, saved: Path, texts: Dataset) -> None:
