@@ -5,6 +5,7 @@ transformers draws weights that a checkpoint lacks at random and goes on. Here t
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from peft import PeftConfig, PeftModel, load_peft_weights
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +30,12 @@ from transformers.utils import cached_file, find_adapter_config_file
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token")
 """Those of `from_pretrained` that say where a model lies, and so its configuration and tokenizer too."""
+NO_TOKENS = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "decoder")) | {
+    "version": "1.0",
+    "added_tokens": [],
+    "model": {"type": "BPE", "vocab": {}, "merges": []},
+}
+"""A tokenizer of nothing, as `tokenizers` writes it: its parts are read as parts of one."""
 LOADING_ERRORS = (
     *(OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, AssertionError, RuntimeError),
     *(ImportError, UserWarning, SafetensorError, StrictDataclassError),
@@ -141,7 +149,9 @@ def load_config(name_or_path: str, trust_remote_code: bool = False, **hub: Any) 
 def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase:
     """Raises ValueError where there is none."""
     with errors_of_loading(f"the tokenizer of {name_or_path!r}"):
-        return AutoTokenizer.from_pretrained(name_or_path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+    end_no_text(tokenizer)
+    return tokenizer
 
 
 def find_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase | None:
@@ -160,7 +170,48 @@ def tokenizer_in(processing_class: Any, what: str) -> PreTrainedTokenizerBase:
             f"{what} must be a tokenizer of transformers, or a processor that has one, got "
             f"{type(processing_class).__name__}: AutoTokenizer.from_pretrained(...) loads one."
         )
+    end_no_text(tokenizer)
     return tokenizer
+
+
+def end_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Keeps a tokenizer from ending texts with EOS, as some do by themselves: after the end of a prompt nobody goes on,
+    and TRL ends the texts that are learned. The student's goes without it from then on.
+
+    Raises:
+        ValueError: it cannot be kept from it.
+    """
+    if not _ends_texts(tokenizer):
+        return
+    if getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False  # type: ignore[attr-defined]
+    elif tokenizer.is_fast:
+        backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
+        processor = _without_end(tokenizer.eos_token, json.loads(backend.to_str())["post_processor"])
+        only_that = json.dumps(NO_TOKENS | {"post_processor": processor})
+        backend.post_processor = Tokenizer.from_str(only_that).post_processor
+    if _ends_texts(tokenizer):
+        raise ValueError(
+            f"the tokenizer ({type(tokenizer).__name__}) ends every text with {tokenizer.eos_token!r}, and so every "
+            "prompt: save it with add_eos_token=False, or with a post_processor that does not."
+        )
+
+
+def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+
+
+def _without_end(token: Any, processor: dict[str, Any]) -> dict[str, Any]:
+    """A post-processor, as `tokenizers` writes it, that puts no special token behind texts any more."""
+
+    def cut(pieces: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        first = next(i for i, piece in enumerate(pieces) if "Sequence" in piece)
+        return pieces[:first] + [piece for piece in pieces[first:] if piece.get("SpecialToken", {}).get("id") != token]
+
+    changed: dict[str, Any] = {name: cut(processor[name]) for name in ("single", "pair") if name in processor}
+    if "processors" in processor:
+        changed["processors"] = [_without_end(token, part) for part in processor["processors"]]
+    return processor | changed
 
 
 def hub_options(options: dict[str, Any]) -> dict[str, Any]:

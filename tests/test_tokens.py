@@ -14,16 +14,19 @@ from tiny import VOCAB, make_config, tiny_llama
 from tokenizers import Tokenizer
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
+from tokenizers.processors import Sequence, TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill.generation.prompts import make_prompt, prompt_ids
 from llm_distill.models import require_same_ids, unshared_tokens, vocabulary_size
 
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m.content }}{{ eos_token }}{% endfor %}"
 
 
 def make_trainer(
-    folder: Path, tokenizer: Any, student: PreTrainedModel, teacher: LiveTeacher, texts: list[Any], **options: Any
+    folder: Path, tokenizer: Any, student: str | PreTrainedModel, teacher: LiveTeacher, texts: list[Any], **options: Any
 ) -> DistillationTrainer:
     column = "text" if isinstance(texts[0], str) else "messages"
     return DistillationTrainer(
@@ -124,3 +127,35 @@ def test_a_teachers_chat_template_is_taken_with_a_vocabulary_of_any_size(
     assert vocabulary_size(trainer.processing_class) == VOCAB + 1
     trainer.train()
     assert trainer.check().is_red is False
+
+
+def ended_by_flag(tokenizer: Any) -> None:
+    tokenizer.add_eos_token = True
+
+
+def ended_by_template(tokenizer: Any) -> None:
+    eos = tokenizer.eos_token
+    tokens = [(eos, tokenizer.eos_token_id)]
+    template = TemplateProcessing(single=f"{eos} $A {eos}", pair=f"$A {eos} $B {eos}", special_tokens=tokens)
+    tokenizer.backend_tokenizer.post_processor = Sequence([ByteLevelProcessor(trim_offsets=True), template])
+
+
+@pytest.mark.parametrize("change", [ended_by_flag, ended_by_template])
+@pytest.mark.parametrize("is_loaded", [True, False], ids=["loaded", "given"])
+def test_a_tokenizer_that_ends_texts_by_itself_ends_no_prompt_and_a_text_once(
+    change: Callable[[Any], None], is_loaded: bool, copy: Callable[[], Any], tmp_path: Path
+) -> None:
+    tokenizer = copy()
+    change(tokenizer)
+    plain, eos = tokenizer("x = y", add_special_tokens=False).input_ids, tokenizer.eos_token_id
+    assert tokenizer("x = y").input_ids[-1] == eos
+    start = tokenizer("x = y").input_ids[: -len(plain) - 1]
+    for name, seed in (("student", 1), ("teacher", 2)):
+        save(tiny_llama(seed), tmp_path / name, tokenizer)
+    teacher = LiveTeacher.load(str(tmp_path / "teacher"))
+    assert prompt_ids(make_prompt("x = y", {}), teacher.tokenizer) == start + plain
+    given = None if is_loaded else tokenizer
+    trainer = make_trainer(tmp_path, given, str(tmp_path / "student"), teacher, texts=["x = y"] * 4)
+    assert trainer.train_dataset[0]["input_ids"] == [*start, *plain, eos]
+    trainer.save_model(str(tmp_path / "saved"))
+    assert AutoTokenizer.from_pretrained(tmp_path / "saved")("x = y").input_ids == start + plain

@@ -382,7 +382,8 @@ def check_configurations(
             findings.append(Finding("red", "tokenizers", str(error)))
     if "student" in configs:
         if find_adapters(student, revision=revision) is not None:
-            peft_config = PeftConfig.from_pretrained(student, revision=revision, inference_mode=False)
+            peft_config = PeftConfig.from_pretrained(student, revision=revision)
+            peft_config.inference_mode = False
         findings.append(_least_memory(configs, args, peft_config, bits, dtype))
     findings += check_licences(named["student"], [named["teacher"]] if "teacher" in named else [])
     return Report(tuple(findings))

@@ -12,10 +12,10 @@ import torch
 import yaml
 from datasets import Dataset
 from launch import launch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from runs import copied_state, fill_cache, logged, make_trainer, save
 from tiny import VOCAB, make_config, tiny_llama
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.cache.methods import TopK
@@ -92,6 +92,15 @@ def test_a_student_that_does_not_load_leaves_the_other_checks(tmp_path: Path, ru
     assert "nowhere" in found["student"].text
     assert found["student"].todo
     assert found["teacher"].level == found["data"].level == found["teacher's licence"].level == "green"
+
+
+def test_a_folder_of_adapters_is_a_student(tmp_path: Path, run: dict[str, Any], tokenizer: Any) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    lora = LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])
+    save(get_peft_model(base, lora), tmp_path / "adapters", tokenizer)
+    found = checked(tmp_path, run | {"model_name_or_path": tmp_path / "adapters"})
+    assert "0.00 M of them trained" in found["student"].text
+    assert found["memory"].level == "green"
 
 
 def test_weights_that_are_missing_are_named(tmp_path: Path, run: dict[str, Any]) -> None:

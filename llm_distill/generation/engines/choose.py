@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer
-
 from llm_distill.generation.config import GenerateConfig
 from llm_distill.generation.engines.base import Engine
 from llm_distill.generation.engines.endpoint import EndpointEngine
 from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.engines.vllm import VLLMEngine
 from llm_distill.generation.journal import JournalEntries
+from llm_distill.loading import load_tokenizer
 from llm_distill.models import LanguageModel, describe_checkpoint
 from llm_distill.ranks import ranks
 
@@ -38,7 +37,7 @@ def make_engine(config: GenerateConfig) -> Engine:
         assert isinstance(config.vllm_kwargs, dict), "GenerateConfig has parsed it"
         return VLLMEngine(
             name,
-            AutoTokenizer.from_pretrained(name, revision=revision),
+            load_tokenizer(name, revision=revision),
             sampling,
             description=describe_checkpoint(name, revision=revision),
             score=config.log_probs,
