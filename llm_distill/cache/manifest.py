@@ -54,6 +54,8 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
         raise DamagedManifestError(f"{where} is damaged. {again} ({error})") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"{where} is not the manifest of a teacher cache.")
+    if not isinstance(manifest.get("version", 0), int):
+        raise DamagedManifestError(f"{where} is damaged: its version is no number. {again}")
     if manifest.get("version", 0) > VERSION:
         raise ValueError(
             f"{where} has format version {manifest['version']}, and this version of llm-distill reads up to {VERSION}: "
@@ -65,7 +67,7 @@ def parse_manifest(text: bytes, where: str) -> dict[str, Any]:
             "capture again, with --drop_stale."
         )
     checksum = manifest.pop("checksum", None)
-    if checksum != _hash(manifest):
+    if checksum != _hash(manifest) or not manifest.keys() >= set(IDENTITY):
         raise DamagedManifestError(f"{where} is damaged: its checksum does not fit. {again}")
     return manifest
 

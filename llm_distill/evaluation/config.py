@@ -90,8 +90,10 @@ class EvaluateConfig(Options):
         if not self.data:
             raise ValueError("--data is missing: one or more datasets, such as `--data stdlib code=my.jsonl`.")
         super().__post_init__()
-        if len(set(self.domains()) - {""}) < len(self.data):
-            raise ValueError(f"each domain needs a name of its own: NAME=SOURCE, got {' '.join(self.data)}.")
+        if len(set(self.domains()) - {""}) < len(self.data) or not all(self.domains().values()):
+            raise ValueError(
+                f"each domain needs a name of its own and a source: NAME=SOURCE, got {' '.join(self.data)}."
+            )
 
     def domains(self) -> dict[str, str]:
         """Name and source of each dataset."""

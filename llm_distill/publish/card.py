@@ -60,7 +60,9 @@ def write_model_card(
     """
     folder = Path(folder)
     path = folder / CARD_FILE
-    if path.is_file() and not any(sign in path.read_text(encoding="utf-8") for sign in (MARK, UNFILLED)):
+    if path.is_file() and not any(
+        sign in path.read_text(encoding="utf-8", errors="replace") for sign in (MARK, UNFILLED)
+    ):
         return
     record = read_json(folder / FILE)
     report = GapReport.load(folder).content if (folder / REPORT_FILE).is_file() else None
@@ -94,6 +96,18 @@ def write_model_card(
     ]
     text = "\n\n".join(section.strip() for section in sections if section)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{MARK}\n\n{text}\n").save(path)
+
+
+def read_options(folder: Path) -> dict[str, Any]:
+    """The options of a run. Raises ValueError if they are not what was written."""
+    path = folder / OPTIONS_FILE
+    try:
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no YAML. ({error})") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} should hold a run's options, and holds a {type(options).__name__}.")
+    return options
 
 
 def base_model_of(record: dict[str, Any]) -> str | None:
@@ -261,7 +275,7 @@ def _limits(record: dict[str, Any], report: dict[str, Any] | None, folder: Path)
             for teacher in teachers_of(_teacher(record))
             if teacher.get("bits")
         ]
-    options = yaml.safe_load((folder / OPTIONS_FILE).read_text()) if (folder / OPTIONS_FILE).is_file() else {}
+    options = read_options(folder)
     if options.get("max_length"):
         lines.append(f"It was trained on at most {options['max_length']:,} tokens at a time.")
     if report is None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from llm_distill.loading import load_tokenizer
 from llm_distill.publish.adapters import load_merged
 from llm_distill.publish.verify import EXACT, ROUNDED, TEXTS, require_same_next_tokens
 
@@ -67,7 +68,7 @@ def export_gguf(folder: str | Path, output: str | Path, dtype: str = "auto") -> 
 
     output = Path(output)
     _require_place(output)
-    student, tokenizer = load_merged(folder), AutoTokenizer.from_pretrained(folder)
+    student, tokenizer = load_merged(folder), load_tokenizer(str(folder))
     _require_supported(student)
     pre_tokenizer = _pre_tokenizer(tokenizer)
     held = str(student.dtype).removeprefix("torch.")

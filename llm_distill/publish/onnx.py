@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
+from llm_distill.loading import load_tokenizer
 from llm_distill.publish.adapters import load_merged
 from llm_distill.publish.verify import EXACT, require_same_next_tokens
 
@@ -40,7 +41,7 @@ def export_onnx(folder: str | Path, output: str | Path) -> float:
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} is there already: name a folder that is new or empty.")
-    student, tokenizer = load_merged(folder, dtype=torch.float32), AutoTokenizer.from_pretrained(folder)
+    student, tokenizer = load_merged(folder, dtype=torch.float32), load_tokenizer(str(folder))
     ids = torch.arange(16).reshape(2, 8) % student.config.get_text_config().vocab_size
     mask = torch.ones_like(ids)
     mask[0, 0] = 0  # a mask without padding would not become part of the graph

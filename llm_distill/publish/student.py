@@ -23,6 +23,7 @@ from llm_distill.publish.card import (
     REPORT_FILE,
     REPORT_PAGES,
     base_model_of,
+    read_options,
     write_model_card,
 )
 from llm_distill.publish.hub import claim_repository, hub_errors
@@ -39,6 +40,8 @@ TOKENIZER = (
     *("chat_template.jinja", "chat_template.json"),
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
 )
+KNOWN = ("objective.kd_weight", "objective.ce_weight", "student.model")
+"""What the record of every run says."""
 OF_REPORT = (REPORT_FILE, *REPORT_PAGES, *PICTURES)
 UPLOADED = (*WEIGHTS, *MODEL, *TOKENIZER, CARD_FILE, FILE, OPTIONS_FILE, *OF_REPORT)
 """Of a student's folder, by name, and nothing from folders within it: no checkpoint, no optimizer, no pickle."""
@@ -85,6 +88,7 @@ def prepare_push(
     """
     folder = Path(folder)
     record = read_record(folder)
+    read_options(folder)
     if merge_adapters and not (folder / ADAPTER_CONFIG).is_file():
         raise ValueError(f"merge_adapters would have no effect: there are no adapters in {folder}.")
     base_model = base_model or base_model_of(record)
@@ -129,7 +133,10 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise ValueError(
             f"{folder} has no {FILE}, which training leaves there, so its run is not known. Any folder: `hf upload`."
         )
-    return read_json(folder / FILE)
+    record = read_json(folder / FILE)
+    if missing := [name for name in KNOWN if name not in record]:
+        raise ValueError(f"{folder / FILE} is not the record of a run: it lacks {missing[0]}.")
+    return record
 
 
 def require_place(

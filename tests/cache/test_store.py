@@ -190,6 +190,17 @@ def test_a_flipped_byte_in_the_manifest_is_found(folder: Path, seed: int) -> Non
     assert TeacherCache(folder).manifest.items() <= parsed.items()
 
 
+def test_a_manifest_of_somebody_else_is_whole_or_refused_and_steers_no_terminal(folder: Path) -> None:
+    manifest = TeacherCache(folder).manifest
+    write_manifest(folder, {name: value for name, value in manifest.items() if name != "method"})
+    with pytest.raises(ValueError, match="is damaged"):
+        TeacherCache(folder)
+    for shard in folder.glob("shard-*"):
+        shard.unlink()
+    write_manifest(folder, manifest | {"teacher": {"model": "big\x1b[2J"}})
+    assert "of big\ufffd[2J" in TeacherCache(folder).summary()
+
+
 def test_a_torn_file_is_never_read(folder: Path) -> None:
     path = next(folder.glob("shard-*"))
     path.write_bytes(path.read_bytes()[:-100])

@@ -244,6 +244,8 @@ def test_the_student_of_a_run_reports_on_itself_and_shows_it(
         (["--student", "nobody/nothing"], "cannot be loaded"),
         (["--data", "x=nowhere.jsonl"], "'nowhere.jsonl' cannot be loaded"),
         (["--data", "a=stdlib", "a=stdlib"], "a name of its own"),
+        (["--data", "=stdlib"], "a name of its own"),
+        (["--data", "a="], "a name of its own and a source"),
         (["--data", "stdlib:valid"], "no split 'valid'"),
         (["--bais", "none"], "Did you mean 'bias'"),
         (["--bias", "nofile.csv"], "nofile.csv"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -173,6 +174,8 @@ def test_what_cannot_be_exported_is_named(
     weights = (tmp_path / "student" / "model.safetensors").read_bytes()
     (tmp_path / "theirs.gguf").write_bytes(b"GGUF of somebody else")
     (tmp_path / "notes.txt").write_text("notes")
+    shutil.copytree(tmp_path / "student", tmp_path / "torn")
+    (tmp_path / "torn" / "tokenizer.json").write_text("{}")
     output = str(tmp_path / "out")
     student = (tmp_path / "student", "--format")
     for arguments, message in {
@@ -189,6 +192,7 @@ def test_what_cannot_be_exported_is_named(
         (tmp_path / "yarn", "--format", "gguf"): "rope_type=llama3 is not supported",
         (tmp_path / "words", "--format", "gguf"): "the tokenizer is none whose form in GGUF is known",
         (tmp_path / "none", "--format", "gguf"): "cannot be loaded",
+        (tmp_path / "torn", "--format", "gguf"): "the tokenizer of",
         (tmp_path / "gemma", "--format", "ggml"): "invalid choice: 'ggml'",
         (tmp_path / "gemma", "--format", "onnx", "--dtype", "float16"): "without effect here, so refused: dtype",
         (tmp_path / "words", "--format", "gguf", "--dtype", "int8"): "tokenizer",

@@ -302,12 +302,21 @@ def test_what_cannot_be_is_said_before_anything_is_sent(lab: Hub, home: Path, tr
     linked = shutil.copytree(folder, home / "linked")
     (home / "id_rsa").write_text("nobody's business")
     (linked / "merges.txt").symlink_to(home / "id_rsa")
-    (home / "broken").mkdir()
-    for name, content in {"model.safetensors": "x", "distillation.json": "{"}.items():
-        (home / "broken" / name).write_text(content)
+    broken = {
+        "broken": {"model.safetensors": "x", "distillation.json": "{"},
+        "others": {"model.safetensors": "x", "distillation.json": "{}"},
+    }
+    for name, files in broken.items():
+        (home / name).mkdir()
+        for file, content in files.items():
+            (home / name / file).write_text(content)
+    shutil.copytree(folder, home / "yaml")
+    (home / "yaml" / "run.yaml").write_text("a: [b")
     (home / "partial.json").write_text(json.dumps({"format": 1, "domains": {"code": {}}}))
     refused: dict[tuple[str | Path, ...], str] = {
         (linked, REPO): "linked/merges.txt is a link to something outside of its folder",
+        (home / "others", REPO): "others/distillation.json is not the record of a run: it lacks objective.kd_weight",
+        (home / "yaml", REPO): "run.yaml is no YAML",
         (home / "broken", REPO): "broken/distillation.json cannot be read: it is no JSON",
         (folder, REPO, "--report", home / "partial.json"): "partial.json is a gap report without some of its figures",
         (folder, REPO, "--report", folder / "config.json"): "config.json is no gap report",
