@@ -103,6 +103,10 @@ def output_projection(model: PreTrainedModel) -> nn.Linear:
     Raises:
         ValueError: the model has none, or a kind whose output is not W h + b.
     """
+    if model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} is an encoder with a decoder, which reads two texts: take a causal LM."
+        )
     module = model.get_output_embeddings()
     if isinstance(module, ModulesToSaveWrapper):
         module = module.original_module if module.disable_adapters else module.modules_to_save[module.active_adapter]

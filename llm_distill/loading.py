@@ -9,6 +9,7 @@ import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -155,10 +156,12 @@ def load_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase
 
 
 def find_tokenizer(name_or_path: str, **options: Any) -> PreTrainedTokenizerBase | None:
-    """The one that lies beside weights; None where there is none."""
+    """The one that lies beside weights; None where there is none. Raises ValueError for one that is broken."""
     try:
         return load_tokenizer(name_or_path, **options)
     except ValueError:
+        if Path(name_or_path, "tokenizer.json").is_file():
+            raise
         return None
 
 

@@ -78,9 +78,9 @@ def _read(
     try:
         with accelerator.autocast():
             hidden = forward(View.of(batch).to(accelerator.device))
-    except (ValueError, RuntimeError, NotImplementedError) as error:
+    except (ValueError, RuntimeError, AssertionError) as error:
         kind = "text" if "attention_mask" in batch else "packed rows (set packing=False and padding_free=False)"
-        raise ValueError(f"{_name(model)} cannot read {kind}: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{_name(model)} cannot read {kind}: {type(error).__name__} {error}") from error
     return list(hidden.unflatten(0, (-1, LENGTH - 1)))
 
 

@@ -13,7 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from runs import make_trainer, save
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from llm_distill import LiveTeacher
 from llm_distill.loading import load_model
@@ -152,6 +159,28 @@ def no_number(folder: Path) -> None:
 
 def no_heads(folder: Path) -> None:
     with_config(folder, num_attention_heads=0)
+
+
+def test_a_students_folder_may_name_its_backbone_alone(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_llama(1, tie_word_embeddings=True)
+    save(model.model, tmp_path / "student", tokenizer)
+    trainer = make_trainer(tmp_path, tokenizer, str(tmp_path / "student"), LiveTeacher(tiny_llama(2), tokenizer))
+    assert type(trainer.model) is type(model)
+    assert torch.equal(trainer.model.lm_head.weight, model.lm_head.weight)
+
+
+def test_an_encoder_with_a_decoder_is_no_student(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    config = T5Config(vocab_size=320, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2, decoder_start_token_id=0)
+    save(T5ForConditionalGeneration(config), tmp_path / "student", tokenizer)
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration is an encoder with a decoder"):
+        make_trainer(tmp_path, tokenizer, str(tmp_path / "student"), LiveTeacher(tiny_llama(2), tokenizer))
+
+
+def test_a_tokenizer_that_is_broken_is_not_taken_for_none(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    save(tiny_llama(1), tmp_path / "teacher", tokenizer)
+    (tmp_path / "teacher" / "tokenizer.json").write_text("{")
+    with pytest.raises(ValueError, match=r"the tokenizer of .*teacher' cannot be loaded"):
+        LiveTeacher.load(str(tmp_path / "teacher"))
 
 
 BROKEN = [torn, of_no_kind, not_json, no_number, no_heads]

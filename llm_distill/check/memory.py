@@ -27,6 +27,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llm_distill.config import DistillationConfig
 from llm_distill.heads import intercepted, output_projection
+from llm_distill.loading import errors_of_loading
 from llm_distill.losses.fused.head_loss import chunk_rows
 
 STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
@@ -211,7 +212,7 @@ def _traced(
         del config.quantization_config  # its bits are counted, its kernels cannot run here
     if config._attn_implementation not in (None, "eager", "sdpa"):
         config._attn_implementation = None  # PyTorch's own, which keeps what the other fused ones keep
-    with torch.device("meta"), _unpartitioned():
+    with errors_of_loading("a model of this configuration"), torch.device("meta"), _unpartitioned():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     weights = _weight_bytes(model, bits, share, mixed or dtype)
     if bits or args is None:

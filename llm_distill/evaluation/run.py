@@ -32,6 +32,7 @@ from llm_distill.evaluation.resources import VARIANTS, measure_resources
 from llm_distill.files import locked
 from llm_distill.machine import duration, seconds
 from llm_distill.models import LanguageModel
+from llm_distill.probes import require_causal, student_forward
 from llm_distill.ranks import ranks, run_on_first_rank
 from llm_distill.teachers.live import LiveTeacher
 
@@ -293,6 +294,7 @@ def _prepared(
             for domain, data in prepared[kind].evaluation.items():
                 require_rows(data, domain)
         model.model.to(prepared[kind].device)
+        require_causal(model.model, student_forward(model.model, model.head), prepared[kind].accelerator)
         yield name, prepared[kind]
 
 

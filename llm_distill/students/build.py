@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from trl.trainer.utils import create_model_from_path
 
 from llm_distill.config import DistillationConfig
-from llm_distill.loading import find_adapters, find_tokenizer, hub_options, load_config, load_model, tokenizer_in
+from llm_distill.loading import find_adapters, hub_options, load_config, load_model, load_tokenizer, tokenizer_in
 
 
 def require_student(model: Any, args: Any, quantization_config: Any) -> None:
@@ -70,7 +71,9 @@ def load_student(
             f"the student {name!r} is a folder of adapters, which are trained on, and there is a peft_config for new "
             "ones: leave it out (--use_peft), or merge the adapters into their model and begin from that."
         )
-    if not load_config(name, args.trust_remote_code, **hub_options(options)).architectures:
+    named = (load_config(name, args.trust_remote_code, **hub_options(options)).architectures or [""])[0]
+    architecture = getattr(transformers, named, None)
+    if not named or (architecture is not None and not architecture.can_generate()):  # a backbone, a classifier
         options["architecture"] = AutoModelForCausalLM
     set_seed(args.seed)  # as SFTTrainer does before it loads
     return load_model(name, load=create_model_from_path, is_trainable=True, **options)
@@ -96,13 +99,13 @@ def student_tokenizer(processing_class: Any, model: Any, args: DistillationConfi
     if processing_class is not None:
         return tokenizer_in(processing_class, "processing_class")
     name, revision = name_of(model), revision_of(args) if isinstance(model, str) else None
-    tokenizer = find_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
-    if tokenizer is None:
+    try:
+        return load_tokenizer(name, revision=revision, trust_remote_code=args.trust_remote_code)
+    except ValueError as error:
         raise ValueError(
             f"no tokenizer can be loaded for the student {name!r}: pass processing_class=..., or check the name, "
-            f"HF_TOKEN for a gated repository, HF_HUB_OFFLINE."
-        )
-    return tokenizer
+            f"HF_TOKEN for a gated repository, HF_HUB_OFFLINE. ({error})"
+        ) from error
 
 
 def require_supported(
