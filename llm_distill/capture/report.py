@@ -23,8 +23,8 @@ from llm_distill.rows import examples_of
 from llm_distill.signals import HiddenSignal, MixtureSignal
 from llm_distill.teachers import Teacher
 
-SECONDS = 20
-"""For how long the ways to keep what a teacher says are compared, beside the one that was chosen."""
+ROWS, SECONDS = 512, 20
+"""On how much, and for how long, the ways to keep what a teacher says are compared, beside the one that was chosen."""
 
 
 def measure_fidelity(
@@ -43,9 +43,9 @@ def measure_fidelity(
         student: the place from which gradients are taken.
         rows: enough of them.
         texts: at most.
-        seconds: after which no further method is begun; the first is always measured.
+        seconds: after which no further method is begun; the first is always measured. Half of them are for the texts.
     """
-    sample, count, end = [], 0, time.perf_counter() + seconds
+    sample, count, begun = [], 0, time.perf_counter()
     student.fit_to(data.tokenizer)
     student.model.eval().to(data.accelerator.device)
     for _, view in sample_views(data, texts, batch_size=1):
@@ -55,11 +55,11 @@ def measure_fidelity(
         assert isinstance(signal, HiddenSignal | MixtureSignal), "or it could not have been captured"
         sample.append(Sample(list(examples_of(view)), signal, beside))
         count += len(beside)
-        if count >= rows:
+        if count >= rows or time.perf_counter() - begun > seconds / 2:
             break
     measured: dict[str, Fidelity] = {}
     for method in tqdm(methods, desc="Fidelity", leave=False):
-        if not measured or time.perf_counter() < end:
+        if not measured or time.perf_counter() - begun < seconds:
             measured[str(method)] = fidelity(method, sample, data.args.loss_temperature, data.args.seed)
     return measured
 
@@ -88,7 +88,7 @@ def report_fidelity(teacher: Teacher, student: LanguageModel, data: PreparedData
     if not accelerator.is_main_process:
         return
     methods = [cache.method, *(other for other in others if str(other) != chosen)]
-    measured = measure_fidelity(teacher, student, data, methods, seconds=SECONDS)
+    measured = measure_fidelity(teacher, student, data, methods, rows=ROWS, seconds=SECONDS)
     table = f"{as_table({chosen: measured[chosen]}).markdown()}\n\n{explain(measured[chosen])}"
     print(f"{table}\n")
     if cache.is_local and not cache.is_downloaded:
