@@ -159,3 +159,15 @@ def test_a_tokenizer_that_ends_texts_by_itself_ends_no_prompt_and_a_text_once(
     assert trainer.train_dataset[0]["input_ids"] == [*start, *plain, eos]
     trainer.save_model(str(tmp_path / "saved"))
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("x = y").input_ids == start + plain
+
+
+def test_pictures_are_refused_in_words(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = Dataset.from_dict({"text": ["x = y"] * 4, "image": [None] * 4})
+    with pytest.raises(ValueError, match="columns text, image: pictures are not distilled"):
+        DistillationTrainer(
+            tiny_llama(1, hidden=16),
+            LiveTeacher(tiny_llama(2), tokenizer),
+            make_config(tmp_path / "out"),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )

@@ -141,10 +141,11 @@ class RowChecks:
 
     def _choose_columns(self, first: Mapping[str, Any], name: str) -> Columns:
         """What TRL reads of a dataset with such a first row. Raises ValueError if there is nothing."""
-        is_vision = "image" in first or "images" in first
-        if "input_ids" in first and not is_vision:
-            return Columns(tuple(c for c in ("input_ids", *OF_TOKENS, LENGTHS, PLACES) if c in first), "tokens")
         present = f"the {name} dataset has the columns {', '.join(first)}"
+        if "image" in first or "images" in first:
+            raise ValueError(f"{present}: pictures are not distilled. Remove the column to learn from the text alone.")
+        if "input_ids" in first:
+            return Columns(tuple(c for c in ("input_ids", *OF_TOKENS, LENGTHS, PLACES) if c in first), "tokens")
         if self.is_prepared:
             raise ValueError(f"{present}, no `input_ids`, and skip_prepare_dataset keeps them from being made.")
         text = self.args.dataset_text_field

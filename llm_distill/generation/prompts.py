@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import remove_none_values
 
+from llm_distill.loading import end_no_text
 from llm_distill.templates import apply_template
 
 COLUMNS = ("prompt", "messages", "question", "instruction", "text")
@@ -109,6 +110,7 @@ def prompt_ids(prompt: Prompt, tokenizer: PreTrainedTokenizerBase) -> list[int]:
         ValueError: a conversation, and a tokenizer without a chat template, or with one that refuses it.
     """
     if isinstance(prompt.content, str):
+        end_no_text(tokenizer)
         return tokenizer(prompt.content)["input_ids"]
     if tokenizer.chat_template is None:
         raise ValueError(
