@@ -7,6 +7,7 @@ The student is wrapped as accelerate wraps it for FSDP2: layers, embedding, (nor
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import torch
@@ -75,7 +76,10 @@ def gradients(
 def fsdp2() -> SimpleNamespace:
     """What a trainer's accelerator holds under FSDP2, which accelerate itself refuses to be on a CPU."""
     state = SimpleNamespace(fsdp_plugin=FullyShardedDataParallelPlugin(fsdp_version=2))
-    return SimpleNamespace(distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state, torch_device_mesh=None)
+    precision = {"autocast": nullcontext, "mixed_precision": "no", "device": torch.device("cpu")}
+    return SimpleNamespace(
+        distributed_type=DistributedType.FSDP, is_fsdp2=True, state=state, torch_device_mesh=None, **precision
+    )
 
 
 def make_models(tied: bool) -> tuple[PreTrainedModel, LiveTeacher]:
