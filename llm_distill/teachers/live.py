@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed
 
@@ -89,6 +89,8 @@ class LiveTeacher(Teacher):
         if self._wrapped is None:  # once, however many students it teaches
             self._wrapped = _shard_as_the_student(self.model, accelerator)
             require_causal(self.model, self._hidden, accelerator)
+            if isinstance(self._wrapped, FSDPModule):
+                self._wrapped.reshard()  # a forward leaves the head whole
 
     def require_documents_apart(self, collate: Collator, accelerator: Accelerator) -> None:
         require_documents_apart(self.model, self._hidden, collate, accelerator)
