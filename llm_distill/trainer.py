@@ -128,26 +128,9 @@ class DistillationTrainer(SFTTrainer):
             sft |= {"train_dataset": train, "eval_dataset": evaluation}
             super().__init__(model=model, args=args, processing_class=tokenizer, **sft)
 
-        if args.chat_template_path is not None and self.teacher is not None:
-            self.teacher.fit_to(self.processing_class)  # cloning a template may have added tokens
-        head = LMHead.of(self.model, vocabulary_size(self.processing_class))
-        add_loss_forward(self.model, head)
-        require_supported(self.model, self.args.n_gpu, self.padding_free, self.accelerator.parallelism_config)
-        if self.is_world_process_zero():
-            require_savable(self.model, self.processing_class)
         self.collate: Any = self.data_collator
-        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            forward = student_forward(self.model, head)  # what an engine will shard is not whole yet
-            require_causal(self.model, forward, self.accelerator)
-            if self.padding_free:
-                require_documents_apart(self.model, forward, self.collate, self.accelerator)
-        if self.teacher is not None:
-            self.teacher.prepare(self.accelerator, self.model)
-            if self.padding_free:
-                self.teacher.require_documents_apart(self.collate, self.accelerator)
-            self.add_callback(FlushTeacher(self.teacher))
-            if self.teacher.reader is not None and self.objective.uses_teacher:
-                self.data_collator: Any = checks.ReadingCollator(self.collate, self.teacher.reader)
+        self._prepare_student()
+        self._prepare_teacher()
         before = {"train": train, **named_evaluation(evaluation)}
         after = {"train": self.train_dataset, **named_evaluation(self.eval_dataset)}
         self.row_counts = count_rows_left(before, after, args.max_length)
@@ -170,6 +153,32 @@ class DistillationTrainer(SFTTrainer):
             from llm_distill.notebook import show_table  # there is an IPython only there
 
             show_table(self)
+
+    def _prepare_student(self) -> None:
+        """Gives it the loss, once it is known that it can be trained, saved, and read as it will be."""
+        require_supported(self.model, self.args.n_gpu, self.padding_free, self.accelerator.parallelism_config)
+        head = LMHead.of(self.model, vocabulary_size(self.processing_class))
+        add_loss_forward(self.model, head)
+        if self.is_world_process_zero():
+            require_savable(self.model, self.processing_class)
+        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            forward = student_forward(self.model, head)  # what an engine will shard is not whole yet
+            require_causal(self.model, forward, self.accelerator)
+            if self.padding_free:
+                require_documents_apart(self.model, forward, self.collate, self.accelerator)
+
+    def _prepare_teacher(self) -> None:
+        """Lets it read what the student reads, where the student is."""
+        if self.teacher is None:
+            return
+        if self.args.chat_template_path is not None:
+            self.teacher.fit_to(self.processing_class)  # cloning a template may have added tokens
+        self.teacher.prepare(self.accelerator, self.model)
+        if self.padding_free:
+            self.teacher.require_documents_apart(self.collate, self.accelerator)
+        self.add_callback(FlushTeacher(self.teacher))
+        if self.teacher.reader is not None and self.objective.uses_teacher:
+            self.data_collator: Any = checks.ReadingCollator(self.collate, self.teacher.reader)
 
     @property
     def data(self) -> PreparedData:
