@@ -85,3 +85,7 @@ def test_a_student_is_measured_as_in_evaluation_and_left_as_it_was() -> None:
     forward = student_forward(model, LMHead.of(model))
     require_causal(model, forward, Accelerator(cpu=True))
     assert model.training
+
+
+def test_the_rounding_of_a_deep_model_in_16_bits_is_not_taken_for_another_document() -> None:
+    check_packing(tiny_llama(1, num_hidden_layers=48, hidden=64), torch.bfloat16)
