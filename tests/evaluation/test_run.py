@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -85,12 +84,17 @@ def test_the_command_writes_a_report_in_every_form(
 QUICKLY = ("--resources", "false", "--bias", "none", "--max_length", "64", "--max_texts", "6", "--generations")
 
 
+def interrupt(*_: Any, **__: Any) -> None:
+    """As Ctrl-C does."""
+    raise KeyboardInterrupt
+
+
 def test_a_rerun_goes_on_where_an_earlier_one_ended(
     folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = (*QUICKLY, "2", "--max_new_tokens", "4")
     with monkeypatch.context() as killed:
-        killed.setattr(evaluation, "compare_generations", lambda *_, **__: signal.raise_signal(signal.SIGINT))
+        killed.setattr(evaluation, "compare_generations", interrupt)
         with pytest.raises(SystemExit):
             run(folder, saved, *options)
     first = GapReport.load(folder / "out").content
@@ -105,7 +109,7 @@ def test_a_rerun_goes_on_where_an_earlier_one_ended(
     assert "Measuring generations, about" in out
     assert "Measuring code" not in out
     with monkeypatch.context() as killed:
-        killed.setattr(evaluation, "measure_domain", lambda *_: signal.raise_signal(signal.SIGINT))
+        killed.setattr(evaluation, "measure_domain", interrupt)
         with pytest.raises(SystemExit):
             run(folder, saved, *options, "--seed", "1")
     assert "Measuring code, about" in capsys.readouterr().out, "of other inputs it is measured anew"
