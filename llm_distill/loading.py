@@ -201,7 +201,8 @@ def end_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    return tokenizer.eos_token_id is not None and tokenizer("a")["input_ids"][-1:] == [tokenizer.eos_token_id]
+    last, last_of_text = (tokenizer("a", add_special_tokens=added)["input_ids"][-1:] for added in (True, False))
+    return tokenizer.eos_token_id is not None and last == [tokenizer.eos_token_id] != last_of_text  # unknown, say
 
 
 def _without_end(token: Any, processor: dict[str, Any]) -> dict[str, Any]:

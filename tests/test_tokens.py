@@ -12,14 +12,16 @@ from datasets import Dataset
 from runs import save
 from tiny import VOCAB, make_config, tiny_llama
 from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from tokenizers.normalizers import Lowercase
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import ByteLevel as ByteLevelProcessor
 from tokenizers.processors import Sequence, TemplateProcessing
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm_distill import DistillationTrainer, LiveTeacher
 from llm_distill.generation.prompts import make_prompt, prompt_ids
+from llm_distill.loading import tokenizer_in
 from llm_distill.models import require_same_ids, unshared_tokens, vocabulary_size
 
 TEMPLATE = "{% for m in messages %}<|turn|>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -159,6 +161,14 @@ def test_a_tokenizer_that_ends_texts_by_itself_ends_no_prompt_and_a_text_once(
     assert trainer.train_dataset[0]["input_ids"] == [*start, *plain, eos]
     trainer.save_model(str(tmp_path / "saved"))
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("x = y").input_ids == start + plain
+
+
+def test_a_word_that_is_unknown_is_no_end_that_a_tokenizer_puts() -> None:
+    """Where the end of text stands for what the vocabulary lacks, too."""
+    words = Tokenizer(WordLevel({"<end>": 0, "word": 1}, unk_token="<end>"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+    assert tokenizer("a")["input_ids"] == [0]
+    assert tokenizer_in(tokenizer, "processing_class") is tokenizer
 
 
 def test_pictures_are_refused_in_words(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

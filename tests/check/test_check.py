@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 from datasets import Dataset
-from launch import launch
+from launch import run_ranks
 from peft import LoraConfig, get_peft_model
 from runs import copied_state, fill_cache, logged, make_trainer, save
 from tiny import VOCAB, make_config, tiny_llama
@@ -299,7 +299,7 @@ def test_other_kinds_of_runs_are_checked(
 
 def test_two_ranks_look_together_and_one_speaks(tmp_path: Path, run: dict[str, Any]) -> None:
     arguments = [part for name, value in run.items() for part in (f"--{name}", str(value))]
-    output = launch(RECIPES / "token_kl.py", *arguments, ranks=2)
+    output = run_ranks(RECIPES / "token_kl.py", *arguments, ranks=2)
     assert output.count("teacher's licence") == 1
     assert "in 64 texts count" in output
     assert (tmp_path / "out" / "model.safetensors").exists()
