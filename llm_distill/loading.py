@@ -201,8 +201,10 @@ def end_no_text(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _ends_texts(tokenizer: PreTrainedTokenizerBase) -> bool:
-    last, last_of_text = (tokenizer("a", add_special_tokens=added)["input_ids"][-1:] for added in (True, False))
-    return tokenizer.eos_token_id is not None and last == [tokenizer.eos_token_id] != last_of_text  # unknown, say
+    end, special = tokenizer.eos_token_id, {*tokenizer.all_special_ids}
+    word = tokenizer.decode([next(token for token in range(len(tokenizer)) if token not in special)])
+    last, last_of_text = (tokenizer(word, add_special_tokens=added)["input_ids"][-1:] for added in (True, False))
+    return end is not None and last == [end] != last_of_text
 
 
 def _without_end(token: Any, processor: dict[str, Any]) -> dict[str, Any]:

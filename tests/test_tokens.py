@@ -164,11 +164,12 @@ def test_a_tokenizer_that_ends_texts_by_itself_ends_no_prompt_and_a_text_once(
 
 
 def test_a_word_that_is_unknown_is_no_end_that_a_tokenizer_puts() -> None:
-    """Where the end of text stands for what the vocabulary lacks, too."""
-    words = Tokenizer(WordLevel({"<end>": 0, "word": 1}, unk_token="<end>"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
-    assert tokenizer("a")["input_ids"] == [0]
-    assert tokenizer_in(tokenizer, "processing_class") is tokenizer
+    """Where the end of text stands for what the vocabulary lacks, or where nothing does."""
+    for unknown in ({"unk_token": "<end>"}, {}):
+        words = Tokenizer(WordLevel({"<end>": 0, "1": 1}, **unknown))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>")
+        assert tokenizer_in(tokenizer, "processing_class") is tokenizer
+        require_same_ids(tokenizer, tokenizer)
 
 
 def test_pictures_are_refused_in_words(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
