@@ -29,8 +29,7 @@ from measure import in_fresh_process, machine
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 from datasets import Dataset
-from sequence_kd import BATCH, STUDENT_STEPS, TEACHER_STEPS, accuracy, is_right, make_model, sums, tokenizer_of_digits
-from sequence_kd import train as train_on_text
+from sequence_kd import STUDENT_STEPS, TEACHER_STEPS, accuracy, is_right, make_model, sums, tokenizer_of_digits, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
@@ -167,55 +166,29 @@ def measure_steps(folder: str, rounds: int) -> tuple[dict[str, Any], str]:
     return {"seconds": seconds}, "\n".join(lines)
 
 
-SOFT: dict[str, Any] = {"kd_weight": 1.0, "ce_weight": 1.0}
+WRITING = {"ce_weight": 0.0, "max_completion_length": 4}
 CURRICULA: dict[str, list[tuple[float, str, dict[str, Any]]]] = {
-    "the teacher's texts": [(1, "texts", {"kd_weight": 0.0, "ce_weight": 1.0})],
-    "its texts and distributions": [(1, "texts", SOFT)],
-    "then the student's texts, forward KL": [(1 / 3, "texts", SOFT), (2 / 3, "prompts", {"on_policy_share": 1.0})],
+    "the teacher's texts": [(1, "texts", {"kd_weight": 0.0})],
+    "its texts and distributions": [(1, "texts", {})],
+    "then the student's texts, forward KL": [
+        (1 / 3, "texts", {}),
+        (2 / 3, "prompts", {"on_policy_share": 1.0, **WRITING}),
+    ],
     "then the student's texts, reverse KL": [
-        (1 / 3, "texts", SOFT),
-        (2 / 3, "prompts", {"on_policy_share": 1.0, "divergence": "reverse_kl"}),
+        (1 / 3, "texts", {}),
+        (2 / 3, "prompts", {"on_policy_share": 1.0, "divergence": "reverse_kl", **WRITING}),
     ],
     "then half of each, reverse KL": [
-        (1 / 3, "texts", SOFT),
-        (2 / 3, "texts", {"on_policy_share": 0.5, "divergence": "reverse_kl"}),
+        (1 / 3, "texts", {}),
+        (2 / 3, "texts", {"on_policy_share": 0.5, "divergence": "reverse_kl", **WRITING}),
     ],
 }
 """What a student learns from, in order: the share of the steps, the data, the options."""
 
 
-def learn(
-    curriculum: list[tuple[float, str, dict[str, Any]]], data: dict[str, Dataset], seed: int, **shared: Any
-) -> Any:
-    student = make_model("student", seed)
-    for share, name, options in curriculum:
-        steps = round(share * STUDENT_STEPS)
-        args = DistillationConfig(
-            output_dir=str(shared["folder"]),
-            max_steps=steps,
-            per_device_train_batch_size=BATCH,
-            learning_rate=2e-3,
-            lr_scheduler_type="cosine",
-            warmup_steps=steps // 10,
-            weight_decay=0.1,
-            seed=seed,
-            logging_strategy="no",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            bf16=False,
-            dataloader_pin_memory=False,
-            **options | ({"max_completion_length": 4} if "on_policy_share" in options else {}),
-        )
-        DistillationTrainer(
-            student, shared["teacher"], args, train_dataset=data[name], processing_class=shared["tokenizer"]
-        ).train()
-    return student.eval()
-
-
 def measure_sums(seeds: int, folder: Path) -> tuple[dict[str, Any], str]:
     tokenizer, parts = tokenizer_of_digits(), sums()
-    model = train_on_text(make_model("teacher", 0), parts["taught"], TEACHER_STEPS, 0, tokenizer, folder)
+    model = train(make_model("teacher", 0), parts["taught"], TEACHER_STEPS, 0, tokenizer, folder)
     teacher = LiveTeacher(model, tokenizer)
     engine = TransformersEngine(teacher.language_model, Sampling(max_new_tokens=4), batch_size=250)
     right_ones = make_filters({"finished": {}, "verifier": {"check": is_right}})
@@ -227,8 +200,10 @@ def measure_sums(seeds: int, folder: Path) -> tuple[dict[str, Any], str]:
     rows: dict[str, Any] = {name: {"right": [], "seconds": []} for name in CURRICULA}
     for seed in range(1, seeds + 1):
         for name, curriculum in CURRICULA.items():
-            began = time.perf_counter()
-            student = learn(curriculum, data, seed, folder=folder, teacher=teacher, tokenizer=tokenizer)
+            student, began = make_model("student", seed), time.perf_counter()
+            for share, texts, options in curriculum:
+                steps = round(share * STUDENT_STEPS)
+                train(student, data[texts], steps, seed, tokenizer, folder, teacher, **options)
             rows[name]["seconds"].append(time.perf_counter() - began)
             rows[name]["right"].append(accuracy(student, tokenizer, parts["held_out"]))
             print(f"seed {seed}, {name}: {rows[name]['right'][-1]:.1%}", flush=True)

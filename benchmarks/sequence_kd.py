@@ -82,9 +82,16 @@ def make_model(name: str, seed: int) -> PreTrainedModel:
 
 
 def train(
-    model: PreTrainedModel, data: Dataset, steps: int, seed: int, tokenizer: Any, folder: Path, teacher: Any = None
+    model: PreTrainedModel,
+    data: Dataset,
+    steps: int,
+    seed: int,
+    tokenizer: Any,
+    folder: Path,
+    teacher: Any = None,
+    **options: Any,
 ) -> PreTrainedModel:
-    weights = {"kd_weight": 0.0, "ce_weight": 1.0} if teacher is None else {"kd_weight": 1.0, "ce_weight": 1.0}
+    weights = {"kd_weight": 0.0 if teacher is None else 1.0, "ce_weight": 1.0}
     args = DistillationConfig(
         output_dir=str(folder),
         max_steps=steps,
@@ -100,7 +107,7 @@ def train(
         disable_tqdm=True,
         bf16=False,
         dataloader_pin_memory=False,
-        **weights,
+        **(weights | options),
     )
     DistillationTrainer(model, teacher, args, train_dataset=data, processing_class=tokenizer).train()
     return model.eval()

@@ -104,9 +104,10 @@ class OnPolicy(TrainerCallback):
         """Of what was written since the last log, over all ranks: mean and largest length in tokens, the share that the
         limit cut, and the seconds that writing took on this rank.
         """
-        sums = torch.tensor([self._texts, self._tokens, self._cut], dtype=torch.float32).to(self.accelerator.device)
+        lengths, device = self._lengths, self.accelerator.device
+        sums = torch.tensor([len(lengths), sum(lengths), self._cut], dtype=torch.float32, device=device)
         texts, tokens, cut = self.accelerator.reduce(sums, "sum").tolist()
-        longest = self.accelerator.gather(torch.tensor([self._longest], device=self.accelerator.device)).max().item()
+        longest = self.accelerator.gather(torch.tensor([max(lengths, default=0)], device=device)).max().item()
         seconds = self._seconds
         self._reset()
         if not texts:
@@ -119,14 +120,17 @@ class OnPolicy(TrainerCallback):
         }
 
     def _reset(self) -> None:
-        self._texts = self._tokens = self._cut = self._longest = 0
-        self._seconds = 0.0
+        self._lengths: list[int] = []
+        self._cut, self._seconds = 0, 0.0
 
     def _writes_after(self, prompt: list[int]) -> bool:
         """Whether the row of this prompt is written in this step: a draw that is the same on every rank."""
-        text = repr((self.seed, self._state.global_step, prompt))
-        draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest()) / 2**64
-        return draw < self.share
+        return self._draw(8, prompt) / 2**64 < self.share
+
+    def _draw(self, size: int, *parts: Any) -> int:
+        """A number of so many bytes, of the seed, the step and what else there is."""
+        text = repr((self.seed, self._state.global_step, *parts))
+        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
 
     def _write(self, prompts: list[list[int]]) -> list[Completion]:
         """One completion after each prompt. Nothing else that is random, such as dropout, notices."""
@@ -139,10 +143,7 @@ class OnPolicy(TrainerCallback):
                 "less, or leave such prompts out."
             )
         began, was_training = time.perf_counter(), model.training
-        seed = int.from_bytes(
-            hashlib.blake2b(repr((self.seed, self._state.global_step)).encode(), digest_size=4).digest()
-        )
-        self.engine.sampling = dataclasses.replace(self.sampling, seed=seed)
+        self.engine.sampling = dataclasses.replace(self.sampling, seed=self._draw(4))
         model.eval()
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), self.accelerator.autocast():
@@ -150,10 +151,8 @@ class OnPolicy(TrainerCallback):
         finally:
             model.train(was_training)
         completions = [only for _, (only,) in sorted(written.items())]
-        lengths = [completion.tokens for completion in completions]
-        self._texts, self._tokens = self._texts + len(lengths), self._tokens + sum(lengths)
+        self._lengths += [completion.tokens for completion in completions]
         self._cut += sum(not completion.finished for completion in completions)
-        self._longest = max(self._longest, *lengths)
         self._seconds += time.perf_counter() - began
         return completions
 
