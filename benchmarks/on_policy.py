@@ -34,6 +34,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, T
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.data.on_policy import rows_of
+from llm_distill.data.policy import Policy
 from llm_distill.generation import Sampling, TransformersEngine, generate, load_generated, make_filters, prompts_of
 from llm_distill.models import decoder_layers
 
@@ -121,13 +122,16 @@ def measure_case(case: str, folder: str) -> dict[str, Any]:
         if case == "step on the same tokens":
             write, written = trainer.policy, {}
 
-            def written_before(batches: list[Any]) -> list[Any]:
-                if trainer.state.global_step not in written:
-                    written[trainer.state.global_step] = write(batches)
-                    times.ends[-1] = time.perf_counter()
-                return written[trainer.state.global_step]
+            class WrittenBefore(Policy):
+                """The text of each step, and the time begins when it is written."""
 
-            trainer.policy = written_before
+                def __call__(self, coming: Any, step: int) -> list[Any]:
+                    if step not in written:
+                        written[step] = write(coming, step)
+                        times.ends[-1] = time.perf_counter()
+                    return written[step]
+
+            trainer.policy = WrittenBefore()
         trainer.train()
     steps = [end - start for start, end in zip(times.ends, times.ends[1:], strict=False)]
     return {"seconds": statistics.median(steps[1:])}

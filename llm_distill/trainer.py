@@ -29,7 +29,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
 from llm_distill.data.counts import count_rows_left
 from llm_distill.data.on_policy import OnPolicy, add_empty_completions
-from llm_distill.data.policy import Policy, keep_dataset_text
+from llm_distill.data.policy import Policy
 from llm_distill.data.prepare import PreparedData, named_evaluation
 from llm_distill.data.validate import RowChecks
 from llm_distill.heads import LMHead, base_of
@@ -105,7 +105,7 @@ class DistillationTrainer(SFTTrainer):
         if policy is not None and args.on_policy_share:
             raise ValueError(f"on_policy_share={args.on_policy_share} would have no effect: the policy is another.")
         self.objective = Objective.of(args)
-        self.policy = policy or (OnPolicy(args, args.seed) if args.on_policy_share else keep_dataset_text)
+        self.policy = policy or (OnPolicy(args, args.seed) if args.on_policy_share else Policy())
         if args.on_policy_share:
             sft["train_dataset"] = add_empty_completions(sft.get("train_dataset"), args.on_policy_share)
         self.run = RunRecord(args, model, teacher)
@@ -134,10 +134,7 @@ class DistillationTrainer(SFTTrainer):
         before = {"train": train, **named_evaluation(evaluation)}
         after = {"train": self.train_dataset, **named_evaluation(self.eval_dataset)}
         self.row_counts = count_rows_left(before, after, args.max_length)
-        if isinstance(self.policy, OnPolicy):
-            tokenizer, collate = self.processing_class, self.data_collator
-            self.policy.begin(self.model, tokenizer, self.teacher, collate, self.accelerator)
-            self.add_callback(self.policy)
+        self.policy.begin(self.model, self.processing_class, self.teacher, self.data_collator, self.accelerator)
         checks.require_usable(self.data, self.data_collator, self.model, self.teacher)
         self.run.begin(self.model, self.objective, self.teacher, train, self.row_counts.get("train"))
         if args.push_to_hub and self.is_world_process_zero():
@@ -216,7 +213,7 @@ class DistillationTrainer(SFTTrainer):
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As `Trainer.get_train_dataloader`. What a policy will write is read by the teacher afterwards."""
         collate = self.data_collator
-        if isinstance(self.policy, OnPolicy):
+        if self.policy.writes:
             self.data_collator = self.collate
         try:
             return super().get_train_dataloader()
@@ -227,8 +224,9 @@ class DistillationTrainer(SFTTrainer):
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
         """The micro-batches of a step, and over how many rows their loss is a mean: those of every rank."""
+        coming = iter(lambda: list(itertools.islice(epoch_iterator, num_batches)), [])
         with self.meter.in_data:
-            batches = self.policy(list(itertools.islice(epoch_iterator, num_batches)))
+            batches = self.policy(coming, self.state.global_step)
         if not batches:
             return batches, None
         rows = torch.stack([count_rows(batch["labels"]) for batch in batches]).sum().to(device)
@@ -316,8 +314,7 @@ class DistillationTrainer(SFTTrainer):
         """As `Trainer.log`, with the objective's metrics since the last one: with each loss, and when training ends."""
         if "loss" in logs or ("train_loss" in logs and self.meter.tokens):
             logs.update(self.meter.log(self.accelerator))
-            if isinstance(self.policy, OnPolicy):
-                logs.update(self.policy.log())
+            logs.update(self.policy.log())
         super().log(logs, start_time)
 
     def check(self) -> Report:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_distill.data.policy import Collate, Policy, Row
 from llm_distill.generation.engines.base import Completion, Sampling
 from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.options import OnPolicyOptions
@@ -27,18 +28,17 @@ from llm_distill.models import LanguageModel
 from llm_distill.rows import IGNORED
 from llm_distill.teachers import Teacher
 
-Row = dict[str, list[int]]
-"""`input_ids` and `labels` of one sequence, without padding."""
 
-
-class OnPolicy(TrainerCallback):
-    """A policy: the student completes the prompts of a step, all of its micro-batches at once.
+class OnPolicy(Policy):
+    """The student completes the prompts of a step, all of its micro-batches at once.
 
     Args:
         options: how much it writes, and how.
         seed: with the step it decides which rows are written and what is sampled, so that a resumed run goes on as it
             would have.
     """
+
+    writes = True
 
     def __init__(self, options: OnPolicyOptions, seed: int) -> None:
         self.share, self.seed, self.masks_cut = options.on_policy_share, seed, options.mask_truncated_completions
@@ -48,7 +48,7 @@ class OnPolicy(TrainerCallback):
             top_p=options.top_p,
             top_k=options.top_k,
         )
-        self._state = TrainerState()
+        self._step = 0
         self._reset()
 
     def begin(
@@ -56,13 +56,10 @@ class OnPolicy(TrainerCallback):
         student: PreTrainedModel | PeftModel,
         tokenizer: PreTrainedTokenizerBase,
         teacher: Teacher | None,
-        collate: Callable[[Sequence[Row]], Any],
+        collate: Collate,
         accelerator: Accelerator,
     ) -> None:
         """Makes a writer of the student. An end token of the teacher's ends its texts too.
-
-        Args:
-            collate: makes batches of rows, with what the teacher's reader fetches for them.
 
         Raises:
             ValueError: a teacher that knows stored texts alone, a student that is sharded or has a learned prompt.
@@ -83,13 +80,11 @@ class OnPolicy(TrainerCallback):
             ends = model.model.generation_config.eos_token_id
             self.engine.ends |= set(ends if isinstance(ends, list) else [ends]) - {None}
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        self._state = state
-
-    def __call__(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    def __call__(self, coming: Iterator[list[dict[str, Any]]], step: int) -> list[dict[str, Any]]:
         """The same number of batches of the same sizes, in which written rows stand in place of others. Rows of about
         the same length stand together.
         """
+        self._step, batches = step, next(coming, [])
         rows = [row for batch in batches for row in rows_of(batch)]
         prompts = {number: prompt for number, prompt in enumerate(map(prompt_of, rows)) if self._writes_after(prompt)}
         completions = self._write(list(prompts.values())) if prompts else []
@@ -129,7 +124,7 @@ class OnPolicy(TrainerCallback):
 
     def _draw(self, size: int, *parts: Any) -> int:
         """A number of so many bytes, of the seed, the step and what else there is."""
-        text = repr((self.seed, self._state.global_step, *parts))
+        text = repr((self.seed, self._step, *parts))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
 
     def _write(self, prompts: list[list[int]]) -> list[Completion]:

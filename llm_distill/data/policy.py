@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from llm_distill.teachers import Teacher
+
+Row = dict[str, list[int]]
+"""`input_ids` and `labels` of one sequence, without padding."""
+Collate = Callable[[Sequence[Row]], dict[str, Any]]
 
 
-class Policy(Protocol):
-    """Called with the micro-batches of one optimizer step, before their rows are counted."""
+class Policy:
+    """The dataset's own text, as it came. A child puts other text in its place."""
 
-    def __call__(self, batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """The batches to learn from: the same, or others in their place."""
+    writes = False
+    """Whether it makes batches of its own, so that the teacher reads what it made and not what the dataset has."""
 
+    def begin(
+        self,
+        student: PreTrainedModel | PeftModel,
+        tokenizer: PreTrainedTokenizerBase,
+        teacher: Teacher | None,
+        collate: Collate,
+        accelerator: Accelerator,
+    ) -> None:
+        """Called once, when both models are ready. Raises ValueError for what it cannot work with.
 
-def keep_dataset_text(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The dataset's own text, as it came."""
-    return batches
+        Args:
+            collate: makes batches of rows, with what the teacher's reader fetches for them.
+        """
+
+    def __call__(self, coming: Iterator[list[dict[str, Any]]], step: int) -> list[dict[str, Any]]:
+        """The micro-batches of optimizer step `step`, before their rows are counted; none where nothing comes.
+
+        Args:
+            coming: the dataset's micro-batches of this step, and of those that come after it in this epoch.
+        """
+        return next(coming, [])
+
+    def log(self) -> dict[str, float]:
+        """Figures of what it has done since the last log, over all ranks; every rank calls it."""
+        return {}

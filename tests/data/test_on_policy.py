@@ -94,8 +94,7 @@ def test_a_mixture_draws_rows_by_step_and_leaves_the_others(build: Callable[...,
     batch = next(iter(trainer.get_train_dataloader()))
     changed = []
     for step in range(40):
-        trainer.policy._state.global_step = step
-        (mixed,) = trainer.policy([batch])
+        (mixed,) = trainer.policy(iter([[batch]]), step)
         rows = {tuple(prompt_of(row)): row["input_ids"] for row in rows_of(mixed)}
         assert {*rows} == {tuple(prompt) for prompt in PROMPTS}
         changed.append([rows[tuple(prompt)] != [*prompt, 3, 4] for prompt in PROMPTS])
@@ -107,7 +106,7 @@ def test_what_was_not_ended_can_be_left_out_and_ends_of_the_teacher_end(
     build: Callable[..., DistillationTrainer],
 ) -> None:
     trainer = build(mask_truncated_completions=True, per_device_train_batch_size=8)
-    (batch,) = trainer.policy([next(iter(trainer.get_train_dataloader()))])
+    (batch,) = trainer.policy(iter([[next(iter(trainer.get_train_dataloader()))]]), 0)
     learned = {len(row["input_ids"]): any(label != IGNORED for label in row["labels"]) for row in rows_of(batch)}
     ended = {len(PROMPTS[i]) + len(ids): ids[-1] in ENDS for i, ids in enumerate(completions_of(trainer.model))}
     assert learned == ended
@@ -117,7 +116,7 @@ def test_what_was_not_ended_can_be_left_out_and_ends_of_the_teacher_end(
     teacher = LiveTeacher(tiny_llama(2).double(), trainer.processing_class)
     teacher.model.generation_config.eos_token_id = [first]
     trainer = build(teacher=teacher, per_device_train_batch_size=1)
-    (batch,) = trainer.policy([next(iter(trainer.get_train_dataloader()))])
+    (batch,) = trainer.policy(iter([[next(iter(trainer.get_train_dataloader()))]]), 0)
     assert batch["input_ids"].tolist() == [[*PROMPTS[0], first]]
 
 
@@ -158,7 +157,7 @@ def test_prompts_alone_are_enough(
     if kind == "conversation":
         prompts = [[{"role": "user", "content": prompt}] for prompt in prompts]
     trainer = build(Dataset.from_dict({"prompt": prompts}), per_device_train_batch_size=8)
-    (batch,) = trainer.policy([next(iter(trainer.get_train_dataloader()))])
+    (batch,) = trainer.policy(iter([[next(iter(trainer.get_train_dataloader()))]]), 0)
     asked = {tokenizer.decode(prompt_of(row)) for row in rows_of(batch)}
     assert asked == {f"U:x = {i}\nA:" if kind == "conversation" else f"x = {i}" for i in range(8)}
 
@@ -167,7 +166,7 @@ def test_sampling_disturbs_nothing_else_that_is_random(build: Callable[..., Dist
     trainer = build(sampling_temperature=1.0)
     batch = next(iter(trainer.get_train_dataloader()))
     before = torch.get_rng_state()
-    first, second = (trainer.policy([batch])[0]["input_ids"] for _ in range(2))
+    first, second = (trainer.policy(iter([[batch]]), 0)[0]["input_ids"] for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, second), "the step decides"
 

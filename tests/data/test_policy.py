@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,31 @@ from tiny import tiny_llama
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill.data.policy import Policy
 from llm_distill.rows import IGNORED
 
 
-def only_long_positions(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    for batch in batches:
-        batch["labels"][:, :8] = IGNORED
-    return batches
+class OnlyLongPositions(Policy):
+    def __call__(self, coming: Iterator[list[dict[str, Any]]], step: int) -> list[dict[str, Any]]:
+        batches = super().__call__(coming, step)
+        for batch in batches:
+            batch["labels"][:, :8] = IGNORED
+        return batches
 
 
-def trained(folder: Path, tokenizer: PreTrainedTokenizerBase, policy: Any = None) -> DistillationTrainer:
+class Notes(Policy):
+    """Writes down how many micro-batches there are in each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[int, int]] = []
+
+    def __call__(self, coming: Iterator[list[dict[str, Any]]], step: int) -> list[dict[str, Any]]:
+        batches = super().__call__(coming, step)
+        self.seen.append((step, len(batches)))
+        return batches
+
+
+def trained(folder: Path, tokenizer: PreTrainedTokenizerBase, policy: Policy | None = None) -> DistillationTrainer:
     options = {"gradient_accumulation_steps": 2, "optim": "sgd", "max_grad_norm": 0.0, "ce_weight": 0.5}
     student, teacher = tiny_llama(1, hidden=16).double(), LiveTeacher(tiny_llama(2).double(), tokenizer)
     trainer = make_trainer(folder, tokenizer, student, teacher, **options)
@@ -35,7 +51,7 @@ def trained(folder: Path, tokenizer: PreTrainedTokenizerBase, policy: Any = None
 
 
 def test_a_policy_acts_before_rows_are_counted(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    by_policy, beforehand = trained(tmp_path, tokenizer, only_long_positions), trained(tmp_path, tokenizer)
+    by_policy, beforehand = trained(tmp_path, tokenizer, OnlyLongPositions()), trained(tmp_path, tokenizer)
     assert logged(by_policy, "loss") == pytest.approx(logged(beforehand, "loss"), rel=1e-9)
     expected = copied_state(beforehand.model)
     for name, weight in copied_state(by_policy.model).items():
@@ -43,11 +59,6 @@ def test_a_policy_acts_before_rows_are_counted(tmp_path: Path, tokenizer: PreTra
 
 
 def test_a_policy_sees_all_micro_batches_of_a_step(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    seen = []
-
-    def note(batches: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        seen.append(len(batches))
-        return batches
-
-    trained(tmp_path, tokenizer, note)
-    assert seen == [2, 2]
+    notes = Notes()
+    trained(tmp_path, tokenizer, notes)
+    assert notes.seen == [(0, 2), (1, 2)]
