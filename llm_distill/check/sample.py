@@ -171,7 +171,7 @@ def time_steps(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts) ->
     seconds: list[float] = []
 
     def step(batch: Any) -> None:
-        (batch,) = trainer.policy([batch])
+        (batch,) = trainer.policy(iter([[batch]]), trainer.state.global_step)
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             loss = trainer.compute_loss(trainer.model, send_to_device(batch, device))
         loss.backward()
