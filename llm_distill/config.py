@@ -85,4 +85,9 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
             "logging_nan_inf_filter (a loss that is not finite ends the run)": self.logging_nan_inf_filter,
             "label_smoothing_factor (soft targets take its place)": self.label_smoothing_factor != 0,
             "packing (what the student writes is not packed)": self.packing and self.on_policy_share,
+            "on_policy_share (without kd_weight, nothing is learned of what the student writes)": self.on_policy_share
+            and not self.kd_weight
+            and not self.losses,
+            "ce_weight (at on_policy_share=1 all text is the student's own, which it does not imitate)": self.ce_weight
+            and self.on_policy_share == 1,
         }

@@ -21,6 +21,8 @@ SIGNAL = "signal"
 """Where a batch carries what its teacher's reader has fetched for it; see `Teacher.reader`."""
 SKIPPED = "skipped"
 """In what lies under SIGNAL, if labels were masked there: of how many rows, [batch]."""
+WRITTEN = "written"
+"""Where a batch says which of its sequences the student wrote, [batch]; no model sees it."""
 
 Batch = Mapping[str, Any]
 """What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`."""
@@ -49,7 +51,7 @@ class View(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> View:
         """The view of a batch in which its labels say what counts. The device waits once, to count the rows."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", SIGNAL)}
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", SIGNAL, WRITTEN)}
         return cls(inputs, counted_rows(batch["labels"]), batch.get(SIGNAL))
 
     @property

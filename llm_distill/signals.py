@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -48,6 +48,11 @@ class HiddenSignal:
         """Of each member in the mixture."""
         return (1.0,)
 
+    def select(self, rows: Bool[Tensor, " rows"]) -> HiddenSignal:
+        """The same of some rows."""
+        layers = {number: states[rows] for number, states in self.layers.items()}
+        return replace(self, hidden=self.hidden[rows], layers=layers)
+
     def broken_rows(self) -> Bool[Tensor, " rows"]:
         """The rows in which a number is not finite, so that nothing can be learned there."""
         return ~self.hidden.isfinite().all(-1)
@@ -82,6 +87,10 @@ class MixtureSignal:
     @property
     def members(self) -> tuple[HiddenSignal, ...]:
         return self.signals
+
+    def select(self, rows: Bool[Tensor, " rows"]) -> MixtureSignal:
+        """The same of some rows."""
+        return replace(self, signals=tuple(signal.select(rows) for signal in self.signals))
 
     def broken_rows(self) -> Bool[Tensor, " rows"]:
         return torch.stack([signal.broken_rows() for signal in self.signals]).any(0)
@@ -128,6 +137,11 @@ class SparseSignal:
 
     def __len__(self) -> int:
         return self.ids.shape[0]
+
+    def select(self, rows: Bool[Tensor, " rows"]) -> SparseSignal:
+        """The same of some rows."""
+        log_tail, entropy = (None if values is None else values[rows] for values in (self.log_tail, self.entropy))
+        return replace(self, ids=self.ids[rows], log_probs=self.log_probs[rows], log_tail=log_tail, entropy=entropy)
 
     def broken_rows(self) -> Bool[Tensor, " rows"]:
         return self.log_probs.isnan().any(-1)

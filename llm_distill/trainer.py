@@ -41,7 +41,7 @@ from llm_distill.probes import require_causal, require_documents_apart, student_
 from llm_distill.publish.folder import written_aside
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
-from llm_distill.rows import SKIPPED, View, count_rows
+from llm_distill.rows import SKIPPED, WRITTEN, View, count_rows
 from llm_distill.students.build import (
     load_student,
     loading_options_taken,
@@ -119,7 +119,8 @@ class DistillationTrainer(SFTTrainer):
         self.teacher = make_teacher(teacher, args, is_needed=needed, trust_remote_code=trusted)
         if self.teacher is not None:
             self.objective.require_served(self.teacher.can, type(self.teacher).__name__)
-            self.teacher.check(self.objective.head.divergence, self.objective.head.temperature)
+            for divergence in self.objective.head.divergences:
+                self.teacher.check(divergence, self.objective.head.temperature)
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
                 self.teacher.fit_to(tokenizer)
         if isinstance(model, str):
@@ -251,7 +252,8 @@ class DistillationTrainer(SFTTrainer):
 
         samples, time = inputs["labels"].shape
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        request = LossRequest(self.objective, view.positions, time, signal, num_items_in_batch)
+        written = inputs[WRITTEN][view.positions.sample] if WRITTEN in inputs else None
+        request = LossRequest(self.objective, view.positions, time, signal, num_items_in_batch, written)
         outputs = model(**view.inputs, **router, use_cache=False, loss_request=request)
         loss = request.exact(outputs["loss"])
         if num_items_in_batch is not None and self._averages_over_ranks:

@@ -25,7 +25,7 @@ from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.options import OnPolicyOptions
 from llm_distill.heads import base_of
 from llm_distill.models import LanguageModel
-from llm_distill.rows import IGNORED
+from llm_distill.rows import IGNORED, WRITTEN
 from llm_distill.teachers import Teacher
 
 
@@ -92,8 +92,13 @@ class OnPolicy(Policy):
             prompt, ids = prompts[number], completion.ids or []
             learned = [IGNORED] * len(ids) if self.masks_cut and not completion.finished else ids
             rows[number] = {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + learned}
-        remaining = iter(sorted(rows, key=lambda row: len(row["input_ids"])))
-        return [self.collate([next(remaining) for _ in batch["labels"]]) for batch in batches]
+        remaining = iter(sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])))
+        made = []
+        for batch in batches:
+            numbers = [next(remaining) for _ in batch["labels"]]
+            written = torch.tensor([number in prompts for number in numbers])
+            made.append({**self.collate([rows[number] for number in numbers]), WRITTEN: written})
+        return made
 
     def log(self) -> dict[str, float]:
         """Of what was written since the last log, over all ranks: mean and largest length in tokens, the share that the

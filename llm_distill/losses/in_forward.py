@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -31,6 +31,8 @@ class LossRequest:
     """The length of the labels."""
     signal: Signal | None
     num_rows: Tensor | int | None
+    written: Bool[Tensor, " rows"] | None = None
+    """Whether the student wrote the text of each position."""
     value: Tensor | None = None
     """The loss, which the forward leaves here, as it does `metrics`: its output may be cast, by FSDP2 to bfloat16."""
     metrics: dict[str, Float[Tensor, " rows"]] = field(default_factory=dict)
@@ -70,6 +72,7 @@ def add_loss_forward(model: nn.Module, head: LMHead) -> None:
                 request.positions,
                 request.num_rows,
                 getattr(self, MODULES, None),
+                request.written,
             )
             losses.append(loss)
             return hidden[..., :0]

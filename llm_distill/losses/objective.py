@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -50,19 +51,60 @@ TERMS: dict[str, type[Any]] = {"hidden": HiddenStates}
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """kd_weight · T² · D(teacher‖student at T) + ce_weight · cross-entropy: see `fused_head_loss`."""
+    """kd_weight · T² · D(teacher‖student at T) + ce_weight · cross-entropy: see `fused_head_loss`.
+
+    Text that the student wrote may have a divergence of its own, as in DistiLLM-2 (arXiv:2503.07067), and has no
+    cross-entropy: whoever imitates its own samples learns to be surer of whatever it says.
+    """
 
     divergence: Divergence
     temperature: float = 1.0
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     squared_temperature: bool = True
+    on_policy_divergence: Divergence | None = None
+    """On what the student wrote; None for the same."""
     buffer_mib: int | None = None
     """Memory for logits, which changes how fast it goes and not what comes out."""
 
+    @property
+    def divergences(self) -> tuple[Divergence, ...]:
+        """All that a teacher must serve."""
+        return (self.divergence, *filter(None, [self.on_policy_divergence]))
+
     def __call__(
-        self, student: Kept, signal: Signal | None, positions: Positions, num_rows: Tensor | int | None
+        self,
+        student: Kept,
+        signal: Signal | None,
+        positions: Positions,
+        num_rows: Tensor | int | None,
+        written: Bool[Tensor, " rows"] | None = None,
     ) -> Losses:
+        """Over N positions, of which the student `written` the text of some. Where both kinds differ in what is
+        minimised, each goes through the fused loss by itself.
+        """
+        on_policy = replace(self, divergence=self.on_policy_divergence or self.divergence, ce_weight=0.0)
+        is_one = not self.ce_weight and self.divergence == on_policy.divergence
+        num_written = 0 if written is None or is_one else int(written.sum())
+        if written is None or num_written == 0:
+            return self._fused(student, signal, positions.targets, num_rows)
+        if num_written == len(written):
+            return on_policy._fused(student, signal, positions.targets, num_rows)
+        num_rows = len(positions.targets) if num_rows is None else num_rows
+        losses = [
+            head._fused(
+                student._replace(hidden=student.hidden[rows]),
+                None if signal is None else signal.select(rows),
+                positions.targets[rows],
+                num_rows,
+            )
+            for head, rows in ((self, ~written), (on_policy, written))
+        ]
+        (loss, values), (own_loss, own_values) = losses
+        places = torch.cat([(~written).nonzero()[:, 0], written.nonzero()[:, 0]]).argsort()
+        return loss + own_loss, {name: torch.cat([values[name], own_values[name]])[places] for name in values}
+
+    def _fused(self, student: Kept, signal: Signal | None, targets: Tensor, num_rows: Tensor | int | None) -> Losses:
         return fused_head_loss(
             student.hidden,
             student.head,
@@ -71,7 +113,7 @@ class HeadLoss:
             temperature=self.temperature,
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
-            targets=positions.targets,
+            targets=targets,
             num_rows=num_rows,
             squared_temperature=self.squared_temperature,
             buffer_mib=self.buffer_mib,
@@ -89,8 +131,13 @@ class Objective:
     def of(cls, config: ObjectiveOptions) -> Objective:
         """Raises ValueError for a term that there is not, or parameters that it does not take."""
         assert isinstance(config.divergence_kwargs, dict), "it is parsed"
+        assert isinstance(config.on_policy_divergence_kwargs, dict), "likewise"
+        on_policy = config.on_policy_divergence
         head = HeadLoss(
             divergence=make_divergence(config.divergence, **config.divergence_kwargs),
+            on_policy_divergence=None
+            if on_policy is None
+            else make_divergence(on_policy, **config.on_policy_divergence_kwargs),
             temperature=config.loss_temperature,
             kd_weight=config.kd_weight,
             ce_weight=config.ce_weight,
@@ -143,6 +190,8 @@ class Objective:
         """What it is, as JSON."""
         record = asdict(self.head) | {"divergence": repr(self.head.divergence)}
         del record["buffer_mib"]  # how it is computed, not what
+        if record.pop("on_policy_divergence") is not None:
+            record["on_policy_divergence"] = repr(self.head.on_policy_divergence)
         if self.terms:
             record["losses"] = [{"name": term.name, **asdict(term)} for term in self.terms]  # type: ignore[call-overload]
         return record
@@ -154,6 +203,7 @@ class Objective:
         positions: Positions,
         num_rows: Tensor | int | None = None,
         modules: nn.ModuleDict | None = None,
+        written: Bool[Tensor, " rows"] | None = None,
     ) -> Losses:
         """The loss over N positions, and its parts per row.
 
@@ -161,8 +211,9 @@ class Objective:
             num_rows: what the sum over rows is divided by (default: the rows at hand). A trainer passes those of the
                 whole step over micro-batches and ranks.
             modules: what `make_modules` has made, wherever an engine keeps it.
+            written: whether the student wrote the text of each position (None: of none).
         """
-        loss, values = self.head(student, signal, positions, num_rows)
+        loss, values = self.head(student, signal, positions, num_rows, written)
         if signal is None:
             return loss, values
         num_rows = max(len(positions.targets), 1) if num_rows is None else num_rows

@@ -31,6 +31,18 @@ class ObjectiveOptions(Options):
         needs="kd_weight",
         parse=parse_mapping,
     )
+    on_policy_divergence: str | None = option(
+        None,
+        "On what the student wrote itself, how far it is from the teacher is measured by this divergence. By default "
+        "it is that of all other text. DistiLLM-2 has skew_kl there and skew_reverse_kl here.",
+        needs="on_policy_share",
+    )
+    on_policy_divergence_kwargs: dict[str, Any] | str | None = option(
+        None,
+        "These are the parameters of on_policy_divergence, as JSON or YAML.",
+        needs="on_policy_divergence",
+        parse=parse_mapping,
+    )
     loss_temperature: float = option(
         1.0,
         "The temperature T divides the logits of both models in the divergence. Above 1, unlikely tokens weigh more.",
@@ -45,7 +57,11 @@ class ObjectiveOptions(Options):
     kd_weight: float = option(
         1.0, "This is the weight of the divergence. At 0 the teacher is consulted in evaluation alone."
     )
-    ce_weight: float = option(0.0, "This is the weight of the cross-entropy with the text itself (hard labels).")
+    ce_weight: float = option(
+        0.0,
+        "This is the weight of the cross-entropy with the text itself (hard labels). What the student wrote itself is "
+        "not imitated.",
+    )
     losses: list[dict[str, Any]] | str | None = option(
         None,
         "More terms stand beside divergence and cross-entropy, as JSON or YAML: a list of {name, weight, …}. There is "

@@ -16,7 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill import DistillationTrainer, LiveTeacher
 from llm_distill.data.on_policy import OnPolicy, prompt_of, rows_of
-from llm_distill.rows import IGNORED
+from llm_distill.data.policy import Policy
+from llm_distill.rows import IGNORED, WRITTEN
 
 GREEDY = {"on_policy_share": 1.0, "max_completion_length": 5, "sampling_temperature": 0.0}
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 9, 4, 7, 11, 5, 8, 6)]
@@ -83,6 +84,47 @@ def test_the_step_is_that_on_what_the_student_writes_alone(
     assert log["completion_length"] == pytest.approx(sum(map(len, seen)) / len(seen))
     assert log["completion_cut_share"] == pytest.approx(sum(ids[-1] not in ENDS for ids in seen) / len(seen))
     assert log["writing_seconds"] > 0
+
+
+def test_the_students_own_text_has_its_own_divergence_and_is_not_imitated(
+    build: Callable[..., DistillationTrainer],
+) -> None:
+    by_origin = {"on_policy_share": 0.5, "divergence": "skew_kl", "on_policy_divergence": "skew_reverse_kl"}
+    states = []
+    for size, accumulation in ((8, 1), (2, 4)):
+        trainer = build(
+            **by_origin,
+            ce_weight=0.5,
+            max_steps=1,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+        )
+        batch = next(iter(build(per_device_train_batch_size=8).get_train_dataloader()))
+        (mixed,) = trainer.policy(iter([[batch]]), 0)
+        trainer.train()
+        states.append(copied_state(trainer.model))
+
+    # The same with losses written out over logits.
+    student, teacher = tiny_llama(1, hidden=16).double(), tiny_llama(2).double()
+    inputs, labels = {name: mixed[name] for name in ("input_ids", "attention_mask")}, mixed["labels"][:, 1:]
+    q, p = (model(**inputs).logits[:, :-1].softmax(-1) for model in (student, teacher))
+    near_q, near_p = 0.1 * p + 0.9 * q, 0.9 * p + 0.1 * q
+    skew_kl, skew_reverse_kl = (p * (p / near_q).log()).sum(-1), (q * (q / near_p).log()).sum(-1)
+    ce = -q.gather(-1, labels.clamp(min=0)[..., None])[..., 0].log()
+    own = mixed[WRITTEN][:, None]
+    assert 0 < own.sum() < 8
+    loss = torch.where(own, skew_reverse_kl, skew_kl + 0.5 * ce)[labels != IGNORED].mean()
+    loss.backward()
+    for name, weight in student.named_parameters():
+        for state in states:
+            torch.testing.assert_close(state[name], weight - weight.grad, rtol=1e-8, atol=1e-11)
+
+
+def test_without_a_share_the_trainer_is_the_one_without_a_policy(build: Callable[..., DistillationTrainer]) -> None:
+    trainer = build(on_policy_share=0.0, **NOT_WRITTEN)
+    assert type(trainer.policy) is Policy, "tests/equivalence/golden.json has what that comes to, bit for bit"
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.policy(iter([[batch]]), 0) == [batch]
 
 
 NOT_WRITTEN = {"max_completion_length": 256, "sampling_temperature": 1.0}
@@ -178,6 +220,10 @@ def test_sampling_disturbs_nothing_else_that_is_random(build: Callable[..., Dist
         ({"on_policy_share": 0.0}, "max_completion_length .on_policy_share is 0.0"),
         ({"packing": True}, "packing .what the student writes is not packed"),
         ({"sampling_temperature": 0.0, "top_p": 0.5}, "top_p and top_k"),
+        ({"ce_weight": 0.5}, "which it does not imitate"),
+        ({"kd_weight": 0.0, "ce_weight": 1.0, "on_policy_share": 0.5}, "nothing is learned of what the student"),
+        ({"on_policy_divergence_kwargs": {"beta": 0.1}}, "there is no on_policy_divergence"),
+        ({"on_policy_divergence": "jds"}, "Did you mean 'jsd'"),
         ({"max_completion_length": 128}, "more than the student's context of 128"),
         ({"data": DATA["text"]}, "begins with what is to be learned"),
         ({"data": DATA["prompt and completion"].remove_columns("completion"), "on_policy_share": 0.5}, "it has none"),
