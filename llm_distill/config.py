@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,11 @@ from llm_distill.options import fields_chosen, option
 from llm_distill.ranks import has_fast_bfloat16, is_on_cpu
 from llm_distill.teachers.options import TeacherOptions
 
+logger = logging.getLogger(__name__)
+
 SERVER_WORKERS = 2
+MODE_SEEKING = ("reverse_kl", "skew_reverse_kl", "jsd")
+"""Divergences that are a mean over the text of the student as it is."""
 
 
 @dataclass
@@ -69,6 +74,20 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
                 f"max_steps={self.max_steps} and num_train_epochs={self.num_train_epochs}: nothing would be learned, "
                 "or for longer than it seems. max_steps must be positive, or -1 for a positive num_train_epochs."
             )
+        if self.per_device_train_batch_size % self.num_generations:
+            raise ValueError(
+                f"num_generations={self.num_generations} must divide per_device_train_batch_size="
+                f"{self.per_device_train_batch_size}: the texts after a prompt are rows of one micro-batch."
+            )
+        divergence = self.on_policy_divergence or self.divergence
+        if self.steps_per_generation > 1 and divergence in MODE_SEEKING:
+            logger.warning(
+                "steps_per_generation=%d: %s is a mean over the student's own text, and most of what is learned from "
+                "was written by the student of up to %d steps before.",
+                self.steps_per_generation,
+                divergence,
+                self.steps_per_generation - 1,
+            )
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy={self.hub_strategy} uploads training_args.bin, a pickle with local paths and hub_token. "
@@ -84,6 +103,8 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
             "loss_type (divergence, kd_weight and ce_weight say what is minimised)": self.loss_type != "nll",
             "logging_nan_inf_filter (a loss that is not finite ends the run)": self.logging_nan_inf_filter,
             "label_smoothing_factor (soft targets take its place)": self.label_smoothing_factor != 0,
+            "auto_find_batch_size (num_generations must divide the size)": self.auto_find_batch_size
+            and self.num_generations > 1,
             "packing (what the student writes is not packed)": self.packing and self.on_policy_share,
             "on_policy_share (without kd_weight, nothing is learned of what the student writes)": self.on_policy_share
             and not self.kd_weight

@@ -146,6 +146,7 @@ class DistillationTrainer(SFTTrainer):
         self._eval_tally = self.meter.zeros()
         self._context = context_length(self.model)
         self._checkpoints: Path | None = None
+        self._train_batch_size: int
         self._learned_rows: Tensor | None = None
         if is_in_notebook():
             from llm_distill.notebook import show_table  # there is an IPython only there
@@ -198,6 +199,8 @@ class DistillationTrainer(SFTTrainer):
         require_disk(self.model, self.args)
         self.meter.reset()
         self._learned_rows = None
+        if checkpoint is not None:
+            self.policy.load(Path(checkpoint))
         with self.run.at_work():
             try:
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -213,13 +216,14 @@ class DistillationTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader[Any]:
         """As `Trainer.get_train_dataloader`. What a policy will write is read by the teacher afterwards."""
-        collate = self.data_collator
+        collate, size = self.data_collator, self._train_batch_size
         if self.policy.writes:
             self.data_collator = self.collate
+        self._train_batch_size = size // self.policy.rows_per_row
         try:
             return super().get_train_dataloader()
         finally:
-            self.data_collator = collate
+            self.data_collator, self._train_batch_size = collate, size
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
@@ -385,6 +389,8 @@ class DistillationTrainer(SFTTrainer):
         with written_aside(folder, self.args.should_save) as self._checkpoints:
             try:
                 super()._save_checkpoint(model, trial)
+                if not self.args.save_only_model:
+                    self.policy.save(self._checkpoints / name)
             finally:
                 aside, self._checkpoints = self._checkpoints, None
             if self.state.best_model_checkpoint == str(aside / name):

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
+import json
 import time
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -29,8 +32,15 @@ from llm_distill.rows import IGNORED, WRITTEN
 from llm_distill.teachers import Teacher
 
 
+class MadeRow(NamedTuple):
+    """A row of a step, and whether the student writes its text."""
+
+    row: Row
+    is_written: bool
+
+
 class OnPolicy(Policy):
-    """The student completes the prompts of a step, all of its micro-batches at once.
+    """The student completes the prompts of one step or several, all of their micro-batches at once.
 
     Args:
         options: how much it writes, and how.
@@ -42,13 +52,16 @@ class OnPolicy(Policy):
 
     def __init__(self, options: OnPolicyOptions, seed: int) -> None:
         self.share, self.seed, self.masks_cut = options.on_policy_share, seed, options.mask_truncated_completions
+        self.rows_per_row, self.steps_per_generation = options.num_generations, options.steps_per_generation
         self.sampling = Sampling(
             max_new_tokens=options.max_completion_length,
             temperature=options.sampling_temperature,
             top_p=options.top_p,
             top_k=options.top_k,
+            repetition_penalty=options.repetition_penalty,
         )
-        self._step = 0
+        self._pending: dict[int, list[list[MadeRow]]] = {}  # the micro-batches of the steps to come
+        self._steps_read = 0  # of the data that comes, those that a resumed run has in `_pending`
         self._reset()
 
     def begin(
@@ -84,21 +97,39 @@ class OnPolicy(Policy):
         """The same number of batches of the same sizes, in which written rows stand in place of others. Rows of about
         the same length stand together.
         """
-        self._step, batches = step, next(coming, [])
-        rows = [row for batch in batches for row in rows_of(batch)]
-        prompts = {number: prompt for number, prompt in enumerate(map(prompt_of, rows)) if self._writes_after(prompt)}
-        completions = self._write(list(prompts.values())) if prompts else []
-        for number, completion in zip(prompts, completions, strict=True):
-            prompt, ids = prompts[number], completion.ids or []
-            learned = [IGNORED] * len(ids) if self.masks_cut and not completion.finished else ids
-            rows[number] = {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + learned}
-        remaining = iter(sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"])))
-        made = []
-        for batch in batches:
-            numbers = [next(remaining) for _ in batch["labels"]]
-            written = torch.tensor([number in prompts for number in numbers])
-            made.append({**self.collate([rows[number] for number in numbers]), WRITTEN: written})
-        return made
+        for _ in range(self._steps_read):
+            next(coming, None)
+        self._steps_read = 0
+        if step not in self._pending:
+            steps = list(itertools.islice(coming, self.steps_per_generation))
+            self._pending = self._complete(dict(enumerate(steps, step)))
+        return [
+            self.collate([made.row for made in rows]) | {WRITTEN: torch.tensor([made.is_written for made in rows])}
+            for rows in self._pending.pop(step, [])
+        ]
+
+    def save(self, folder: Path) -> None:
+        """Keeps what was written for the steps to come."""
+        if self.steps_per_generation > 1:
+            self._file(folder).write_text(json.dumps(self._pending))
+
+    def load(self, folder: Path) -> None:
+        """Goes on with what was written for the steps to come, over as many ranks."""
+        path = self._file(folder)
+        if path.exists():
+            pending = json.loads(path.read_text())
+            self._pending = {
+                int(step): [[MadeRow(*made) for made in rows] for rows in pending[step]] for step in pending
+            }
+            self._steps_read = len(self._pending)
+        elif any(folder.glob("written-*.json")):
+            raise ValueError(
+                f"{folder} has texts that the student wrote for steps to come, over another number of ranks than "
+                f"{self.accelerator.num_processes}: resume with as many as there were."
+            )
+
+    def _file(self, folder: Path) -> Path:
+        return folder / f"written-{self.accelerator.process_index}-of-{self.accelerator.num_processes}.json"
 
     def log(self) -> dict[str, float]:
         """Of what was written since the last log, over all ranks: mean and largest length in tokens, the share that the
@@ -123,16 +154,44 @@ class OnPolicy(Policy):
         self._lengths: list[int] = []
         self._cut, self._seconds = 0, 0.0
 
-    def _writes_after(self, prompt: list[int]) -> bool:
-        """Whether the row of this prompt is written in this step: a draw that is the same on every rank."""
-        return self._draw(8, prompt) / 2**64 < self.share
+    def _complete(self, steps: dict[int, list[dict[str, Any]]]) -> dict[int, list[list[MadeRow]]]:
+        """The rows of each micro-batch of these steps, written or as they came."""
+        drawn = {
+            step: [
+                MadeRow(row, self._is_written(step, copy, prompt_of(row)))
+                for batch in batches
+                for row in rows_of(batch)
+                for copy in range(self.rows_per_row)
+            ]
+            for step, batches in steps.items()
+        }
+        prompts = [prompt_of(made.row) for rows in drawn.values() for made in rows if made.is_written]
+        seed = self._draw(4, min(steps, default=0), self.accelerator.process_index)
+        completions = iter(self._write(prompts, seed) if prompts else [])
+        micro_batches = {}
+        for step, rows in drawn.items():
+            rows = [MadeRow(self._row(made, next(completions)), True) if made.is_written else made for made in rows]
+            remaining = iter(sorted(rows, key=lambda made: len(made.row["input_ids"])))
+            sizes = [len(batch["labels"]) * self.rows_per_row for batch in steps[step]]
+            micro_batches[step] = [list(itertools.islice(remaining, size)) for size in sizes]
+        return micro_batches
+
+    def _row(self, made: MadeRow, completion: Completion) -> Row:
+        """The same prompt with this completion."""
+        prompt, ids = prompt_of(made.row), completion.ids or []
+        learned = [IGNORED] * len(ids) if self.masks_cut and not completion.finished else ids
+        return {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + learned}
+
+    def _is_written(self, step: int, copy: int, prompt: list[int]) -> bool:
+        """Whether the row of this prompt is written: a draw that is the same on every rank."""
+        return self._draw(8, step, copy, prompt) / 2**64 < self.share
 
     def _draw(self, size: int, *parts: Any) -> int:
-        """A number of so many bytes, of the seed, the step and what else there is."""
-        text = repr((self.seed, self._step, *parts))
+        """A number of so many bytes, of the seed and what else there is."""
+        text = repr((self.seed, *parts))
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
 
-    def _write(self, prompts: list[list[int]]) -> list[Completion]:
+    def _write(self, prompts: list[list[int]], seed: int) -> list[Completion]:
         """One completion after each prompt. Nothing else that is random, such as dropout, notices."""
         model, device = self.engine.author.model, self.accelerator.device
         longest, context = max(map(len, prompts)) + self.sampling.max_new_tokens, self.engine.max_length
@@ -143,7 +202,7 @@ class OnPolicy(Policy):
                 "less, or leave such prompts out."
             )
         began, was_training = time.perf_counter(), model.training
-        self.engine.sampling = dataclasses.replace(self.sampling, seed=self._draw(4))
+        self.engine.sampling = dataclasses.replace(self.sampling, seed=seed)
         model.eval()
         try:
             with torch.random.fork_rng([device] if device.type == "cuda" else []), self.accelerator.autocast():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -21,6 +22,8 @@ class Policy:
 
     writes = False
     """Whether it makes batches of its own, so that the teacher reads what it made and not what the dataset has."""
+    rows_per_row = 1
+    """How many rows it makes of each that comes: of those, so many times fewer are in a batch."""
 
     def begin(
         self,
@@ -43,6 +46,12 @@ class Policy:
             coming: the dataset's micro-batches of this step, and of those that come after it in this epoch.
         """
         return next(coming, [])
+
+    def save(self, folder: Path) -> None:
+        """Writes into a checkpoint's folder what a resumed run needs to go on as this one; every rank calls it."""
+
+    def load(self, folder: Path) -> None:
+        """Goes on from what `save` wrote. Raises ValueError where it cannot."""
 
     def log(self) -> dict[str, float]:
         """Figures of what it has done since the last log, over all ranks; every rank calls it."""

@@ -38,6 +38,28 @@ class OnPolicyOptions(Options):
         "Where the student writes, only this many of the likeliest tokens are sampled. 0 samples from all.",
         needs="on_policy_share",
     )
+    repetition_penalty: float = option(
+        1.0,
+        "Where the student writes, the logits of tokens that are in the prompt or were written already are divided by "
+        "this number, or multiplied where they are negative. 1 is no penalty.",
+        needs="on_policy_share",
+        positive=True,
+    )
+    num_generations: int = option(
+        1,
+        "The student writes this many texts after each prompt, which stand in one micro-batch: of "
+        "per_device_train_batch_size rows there are so many times fewer prompts, and of an epoch so many times more "
+        "steps.",
+        needs="on_policy_share",
+        at_least=1,
+    )
+    steps_per_generation: int = option(
+        1,
+        "The student writes the texts of this many optimizer steps at once. That is faster, and those of the later "
+        "steps are by a student that has since learned.",
+        needs="on_policy_share",
+        at_least=1,
+    )
     mask_truncated_completions: bool = option(
         False, "What the student did not end within max_completion_length is not learned from.", needs="on_policy_share"
     )
@@ -46,3 +68,8 @@ class OnPolicyOptions(Options):
         super().__post_init__()
         if self.on_policy_share > 1:
             raise ValueError(f"on_policy_share is a share, from 0 to 1, got {self.on_policy_share}.")
+        if self.num_generations > 1 and self.sampling_temperature == 0:
+            raise ValueError(
+                f"num_generations={self.num_generations} at sampling_temperature=0 would be the same text each time: "
+                "sample, or write one."
+            )

@@ -20,6 +20,8 @@ from llm_distill.data.policy import Policy
 from llm_distill.rows import IGNORED, WRITTEN
 
 GREEDY = {"on_policy_share": 1.0, "max_completion_length": 5, "sampling_temperature": 0.0}
+NOT_WRITTEN = {"max_completion_length": 256, "sampling_temperature": 1.0}
+"""The defaults of options that have no effect where nothing is written."""
 PROMPTS = [list(range(5, 5 + length)) for length in (3, 9, 4, 7, 11, 5, 8, 6)]
 
 
@@ -47,12 +49,15 @@ ENDS = (0, 2)
 """The tokenizer's end of text, and that of the tiny Llamas' generation_config."""
 
 
-def written_alone(student: PreTrainedModel, prompt: list[int]) -> list[int]:
+def written_alone(student: PreTrainedModel, prompt: list[int], penalty: float = 1.0) -> list[int]:
     """The likeliest five tokens after a prompt, each from a forward without padding, batch or cache."""
     ids = list(prompt)
     for _ in range(5):
         with torch.no_grad():
-            ids.append(int(student(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+            logits = student(torch.tensor([ids]), use_cache=False).logits[0, -1]
+        for token in {*ids}:
+            logits[token] *= 1 / penalty if logits[token] > 0 else penalty
+        ids.append(int(logits.argmax()))
         if ids[-1] in ENDS:
             break
     return ids[len(prompt) :]
@@ -127,10 +132,6 @@ def test_without_a_share_the_trainer_is_the_one_without_a_policy(build: Callable
     assert trainer.policy(iter([[batch]]), 0) == [batch]
 
 
-NOT_WRITTEN = {"max_completion_length": 256, "sampling_temperature": 1.0}
-"""The defaults of options that have no effect where nothing is written."""
-
-
 def test_a_mixture_draws_rows_by_step_and_leaves_the_others(build: Callable[..., DistillationTrainer]) -> None:
     trainer = build(on_policy_share=0.5, per_device_train_batch_size=8)
     batch = next(iter(trainer.get_train_dataloader()))
@@ -142,6 +143,93 @@ def test_a_mixture_draws_rows_by_step_and_leaves_the_others(build: Callable[...,
         changed.append([rows[tuple(prompt)] != [*prompt, 3, 4] for prompt in PROMPTS])
     assert 0.4 < sum(map(sum, changed)) / 320 < 0.6
     assert len({tuple(row) for row in changed}) > 20, "other rows in other steps"
+
+
+def batches_of(trainer: DistillationTrainer) -> list[dict[str, Any]]:
+    """What one epoch of data gives to a policy."""
+    return list(trainer.get_train_dataloader())
+
+
+def prompts_and_texts(batch: dict[str, Any]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    return [(tuple(prompt_of(row)), tuple(row["input_ids"])) for row in rows_of(batch)]
+
+
+def test_several_texts_follow_a_prompt_in_its_micro_batch(build: Callable[..., DistillationTrainer]) -> None:
+    trainer = build(num_generations=4, per_device_train_batch_size=8, sampling_temperature=1.0, num_train_epochs=1)
+    batches = batches_of(trainer)
+    assert len(batches) == 4, "eight prompts, two in each"
+    for step, batch in enumerate(batches):
+        (written,) = trainer.policy(iter([[batch]]), step)
+        rows = prompts_and_texts(written)
+        assert len(rows) == len({*rows}) == 8, "no text twice"
+        expected = sorted(tuple(prompt) for prompt in PROMPTS[2 * step : 2 * step + 2] for _ in range(4))
+        assert sorted(prompt for prompt, _ in rows) == expected
+    trainer.args.max_steps = -1
+    trainer.train()
+    assert trainer.state.global_step == 4
+
+
+def test_of_a_mixture_each_text_after_a_prompt_is_drawn_apart(build: Callable[..., DistillationTrainer]) -> None:
+    options = {"num_generations": 4, "per_device_train_batch_size": 32, "sampling_temperature": 1.0}
+    trainer = build(on_policy_share=0.5, **options)
+    (batch,) = batches_of(trainer)
+    (mixed,) = trainer.policy(iter([[batch]]), 0)
+    from_data = [text == (*prompt, 3, 4) for prompt, text in prompts_and_texts(mixed)]
+    assert len(from_data) == 32
+    assert 8 < sum(from_data) < 24
+
+
+def test_texts_of_several_steps_are_written_by_the_student_of_the_first(
+    build: Callable[..., DistillationTrainer],
+) -> None:
+    trainer = build(steps_per_generation=2, per_device_train_batch_size=2)
+    coming = iter([[batch] for batch in batches_of(trainer)])
+    before = completions_of(trainer.model)
+    first = trainer.policy(coming, 0)
+    trainer.model.load_state_dict(tiny_llama(3, hidden=16).state_dict())
+    after = completions_of(trainer.model)
+    steps = [first, *(trainer.policy(coming, step) for step in (1, 2, 3))]
+    for step, (batch,) in enumerate(steps):
+        texts = before if step < 2 else after
+        expected = {tuple(PROMPTS[place] + texts[place]) for place in range(2 * step, 2 * step + 2)}
+        assert {text for _, text in prompts_and_texts(batch)} == expected, step
+    assert trainer.policy(coming, 4) == []
+
+
+def test_texts_for_steps_to_come_are_kept_with_a_checkpoint_of_as_many_ranks(
+    build: Callable[..., DistillationTrainer], tmp_path: Path
+) -> None:
+    options = {"steps_per_generation": 3, "per_device_train_batch_size": 2, "sampling_temperature": 1.0}
+    trainer, resumed = build(**options), build(**options)
+    coming, left = (iter([[batch] for batch in batches_of(trainer)]) for _ in range(2))
+    trainer.policy(coming, 0)
+    trainer.policy.save(tmp_path)
+    next(left)  # as a resumed trainer skips what it has learned from
+    resumed.policy.load(tmp_path)
+    for step in (1, 2, 3):
+        (expected,), (batch,) = trainer.policy(coming, step), resumed.policy(left, step)
+        assert prompts_and_texts(batch) == prompts_and_texts(expected)
+    (tmp_path / "written-0-of-1.json").rename(tmp_path / "written-0-of-2.json")
+    with pytest.raises(ValueError, match="another number of ranks than 1"):
+        resumed.policy.load(tmp_path)
+
+
+def test_a_penalty_counts_a_text_and_not_what_fills_up_its_batch(build: Callable[..., DistillationTrainer]) -> None:
+    trainer = build(repetition_penalty=3.0, per_device_train_batch_size=8)
+    (batch,) = trainer.policy(iter([batches_of(trainer)]), 0)
+    expected = {tuple(prompt + written_alone(trainer.model, prompt, 3.0)) for prompt in PROMPTS}
+    assert {text for _, text in prompts_and_texts(batch)} == expected
+    assert expected != {tuple(prompt + written_alone(trainer.model, prompt)) for prompt in PROMPTS}
+
+
+def test_a_mode_seeking_divergence_of_text_that_was_written_before_warns(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for divergence in ("forward_kl", "reverse_kl"):
+        make_config(tmp_path, divergence=divergence, on_policy_share=1.0, steps_per_generation=4)
+    (record,) = caplog.records
+    assert "reverse_kl" in record.getMessage()
+    assert "up to 3 steps before" in record.getMessage()
 
 
 def test_what_was_not_ended_can_be_left_out_and_ends_of_the_teacher_end(
@@ -224,6 +312,10 @@ def test_sampling_disturbs_nothing_else_that_is_random(build: Callable[..., Dist
         ({"kd_weight": 0.0, "ce_weight": 1.0, "on_policy_share": 0.5}, "nothing is learned of what the student"),
         ({"on_policy_divergence_kwargs": {"beta": 0.1}}, "there is no on_policy_divergence"),
         ({"on_policy_divergence": "jds"}, "Did you mean 'jsd'"),
+        ({"num_generations": 2}, "the same text each time"),
+        ({"num_generations": 4, "sampling_temperature": 1.0}, "must divide per_device_train_batch_size=2"),
+        ({"repetition_penalty": 0}, "repetition_penalty must be positive"),
+        ({"steps_per_generation": 2, "on_policy_share": 0.0} | NOT_WRITTEN, "steps_per_generation .on_policy_share is"),
         ({"max_completion_length": 128}, "more than the student's context of 128"),
         ({"data": DATA["text"]}, "begins with what is to be learned"),
         ({"data": DATA["prompt and completion"].remove_columns("completion"), "on_policy_share": 0.5}, "it has none"),

@@ -12,7 +12,7 @@ from launch import Run
 # Rows 2 and 3 are all that the second rank has in the first step: nothing counts there. The other rows are uneven.
 MASKED = [2, 3, 9]
 LOSSES = [{"name": "hidden", "layers": {1: 2, 2: 2}, "weight": 0.1}]
-ON_POLICY = {"on_policy_share": 0.5, "max_completion_length": 6, "sampling_temperature": 0.0}
+ON_POLICY = {"on_policy_share": 0.5, "max_completion_length": 6, "sampling_temperature": 0.0, "steps_per_generation": 2}
 LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce")
 
 

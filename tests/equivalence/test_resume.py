@@ -23,6 +23,8 @@ CONFIG = {
     "losses": [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}],  # with a projection, which must be resumed too
     "on_policy_share": 0.5,  # what is sampled must be the same too
     "max_completion_length": 4,
+    "num_generations": 2,
+    "steps_per_generation": 4,  # a checkpoint lies between
 }
 
 

@@ -29,6 +29,8 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     """0 is no limit."""
+    repetition_penalty: float = 1.0
+    """By which the logits of tokens that are there already are divided (Keskar et al., 2019, arXiv:1909.05858)."""
     num_beams: int = 1
     """Beam search (Kim & Rush, 2016, arXiv:1606.07947), at temperature 0."""
     seed: int = 0

@@ -83,7 +83,8 @@ class TransformersEngine(LocalEngine):
     @torch.inference_mode()
     def _together(self, batch: list[list[int]]) -> list[list[int]]:
         longest, device = max(map(len, batch)), self.author.model.device
-        inputs = torch.tensor([[self.pad] * (longest - len(ids)) + ids for ids in batch], device=device)
+        # A text's first token fills it up, as a penalty for what is there already would count any other.
+        inputs = torch.tensor([ids[:1] * (longest - len(ids)) + ids for ids in batch], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=device)
         with self._only_our_settings() as config:
             output = self.author.model.generate(inputs, attention_mask=mask, generation_config=config)
@@ -117,6 +118,7 @@ class TransformersEngine(LocalEngine):
             num_return_sequences=sampling.num_completions,
             eos_token_id=sorted(self.ends) or None,
             pad_token_id=self.pad,
+            repetition_penalty=sampling.repetition_penalty,
         )
         if sampling.temperature > 0:
             config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)

@@ -53,6 +53,7 @@ class VLLMEngine(LocalEngine):
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k or -1,
+            repetition_penalty=sampling.repetition_penalty,
             max_tokens=sampling.max_new_tokens,
             seed=sampling.seed,
             logprobs=0 if score else None,
