@@ -105,6 +105,8 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
             "label_smoothing_factor (soft targets take its place)": self.label_smoothing_factor != 0,
             "auto_find_batch_size (num_generations must divide the size)": self.auto_find_batch_size
             and self.num_generations > 1,
+            "losses (with use_reentrant=True nothing is learned from layers)": self.losses
+            and (self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
             "packing (what the student writes is not packed)": self.packing and self.on_policy_share,
             "on_policy_share (without kd_weight, nothing is learned of what the student writes)": self.on_policy_share
             and not self.kd_weight

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import extract_commit_hash
 
 from llm_distill.heads import LMHead, intercepted
@@ -48,8 +51,12 @@ SAMPLES, FILE_SAMPLES = 64, 4
 
 
 Needs = Mapping[str, Sequence[int]]
-"""What is wanted of a model at the positions where it speaks: kinds, such as "head" or "hidden", each with the layers
-of which it is wanted (layer k is the k-th of the model, from 1)."""
+"""What is wanted of a model: kinds, such as "head", "hidden" or "query", each with the layers of which it is wanted
+(layer k is the k-th of the model, from 1)."""
+ATTENTION = ("query", "key", "value")
+"""The kinds that are kept of a layer's attention."""
+LAYERS = frozenset({"hidden", *ATTENTION})
+"""The kinds that are kept of layers: what a model in memory can give."""
 HEAD: Needs = {"head": ()}
 """What goes into the head, which is all of a next-token distribution."""
 
@@ -60,8 +67,10 @@ class Kept(NamedTuple):
     hidden: Float[Tensor, "rows hidden"]
     """What goes into the head."""
     head: LMHead
-    layers: Mapping[int, Float[Tensor, "rows width"]] = {}
-    """What comes out of some layers, by their number."""
+    layers: Mapping[str, Mapping[int, Tensor]] = {}
+    """By kind and number: "hidden", what comes out of a layer [rows, width]; "query", "key" and "value", as attention
+    gets them, with their rotary positions, at all tokens [batch, time, heads, size]: query · key / √size is its score.
+    """
 
 
 class LanguageModel:
@@ -149,18 +158,26 @@ def kept_of(model: nn.Module, head: LMHead, view: View, needs: Needs = HEAD) -> 
         kept.append(keep_rows(hidden, head, outputs, view.positions, view.inputs["input_ids"].shape[1]))
         return hidden[..., :0]
 
-    with intercepted(head.module, keep), tapped(model, needs.get("hidden", ())) as outputs:
+    with intercepted(head.module, keep), tapped(model, needs) as outputs:
         model(**view.inputs, use_cache=False)
     (only,) = kept  # LMHead.of has seen that the projection is called
     return only
 
 
+class Tap(NamedTuple):
+    """What a layer left in a forward, and what it is to be multiplied by."""
+
+    states: Tensor
+    """[batch, time, width], or of attention [batch, heads, time, size]."""
+    factor: float = 1.0
+
+
+Taps = Mapping[str, dict[int, Tap]]
+"""By kind and number of the layer."""
+
+
 def keep_rows(
-    hidden: Float[Tensor, "batch time hidden"],
-    head: LMHead,
-    outputs: Mapping[int, Float[Tensor, "batch time width"]],
-    positions: Positions,
-    time: int,
+    hidden: Float[Tensor, "batch time hidden"], head: LMHead, taps: Taps, positions: Positions, time: int
 ) -> Kept:
     """What goes into the head and what came out of some layers, at N positions and on their device: a model that is
     spread over devices ends on another one.
@@ -174,31 +191,94 @@ def keep_rows(
         rows = states[:, -time:][positions.sample.to(device), positions.position.to(device)]
         return rows.to(positions.sample.device)
 
-    return Kept(rows_of(hidden), head, {number: rows_of(output) for number, output in outputs.items()})
+    def tokens_of(tap: Tap) -> Tensor:
+        states = tap.states.transpose(1, 2)[:, -time:].to(positions.sample.device)
+        return states if tap.factor == 1.0 else states * tap.factor
+
+    layers = {
+        kind: {number: rows_of(tap.states) if kind == "hidden" else tokens_of(tap) for number, tap in of_kind.items()}
+        for kind, of_kind in taps.items()
+    }
+    return Kept(rows_of(hidden), head, layers)
 
 
 @contextmanager
-def tapped(model: nn.Module, layers: Sequence[int]) -> Iterator[dict[int, Float[Tensor, "batch time width"]]]:
-    """Inside, a forward leaves here what comes out of some layers, by their number from 1.
+def tapped(model: nn.Module, needs: Needs) -> Iterator[Taps]:
+    """Inside, a forward leaves here what comes out of some layers, and what attention gets in them.
 
-    The hooks compute nothing: with activation checkpointing, what is computed within a layer must be the same when it
-    is computed again without them.
+    Nothing is computed here: with activation checkpointing, what is computed within a layer must be the same when it
+    is computed again without the taps.
     """
-    outputs: dict[int, Tensor] = {}
+    taps: dict[str, dict[int, Tap]] = {kind: {} for kind, numbers in needs.items() if numbers}
+    if not taps:
+        yield taps
+        return
+    layers = decoder_layers(model)
 
     def keep_output(number: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-            outputs[number] = output[0] if isinstance(output, tuple) else output
+            taps["hidden"][number] = Tap(output[0] if isinstance(output, tuple) else output)
 
         return hook
 
-    all_layers = decoder_layers(model) if layers else ()
-    hooks = [all_layers[number - 1].register_forward_hook(keep_output(number)) for number in layers]
+    hooks = [layers[number - 1].register_forward_hook(keep_output(number)) for number in needs.get("hidden", ())]
+    with _attention_tapped(model, layers, needs, taps) if taps.keys() & {*ATTENTION} else nullcontext():
+        try:
+            yield taps
+        finally:
+            for hook in hooks:
+                hook.remove()
+    for kind, numbers in needs.items():
+        if missing := [number for number in numbers if kind in ATTENTION and number not in taps[kind]]:
+            raise no_attention(model, missing[0])
+
+
+@contextmanager
+def _attention_tapped(model: nn.Module, layers: nn.ModuleList, needs: Needs, taps: Taps) -> Iterator[None]:
+    """Inside, whichever function computes attention (eager, sdpa, FlashAttention) is handed its queries, keys and
+    values by way of here. It computes what it always does, so that no mask and no layout has to be known.
+    """
+    number_of = {id(module): number for number, layer in enumerate(layers, 1) for module in layer.modules()}
+    name = unwrapped(model).config.get_text_config()._attn_implementation
+    registered = ALL_ATTENTION_FUNCTIONS.get(name)
+
+    def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        number, scaling = number_of.get(id(module)), kwargs.get("scaling")
+        if number is not None:
+            size = query.shape[-1]
+            factor = 1.0 if scaling is None or math.isclose(scaling, size**-0.5) else scaling * size**0.5
+            for kind, tap in {"query": Tap(query, factor), "key": Tap(key), "value": Tap(value)}.items():
+                if number in needs.get(kind, ()):
+                    taps[kind][number] = tap
+        return (registered or _own_eager(module))(module, query, key, value, *args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS[name] = attend
     try:
-        yield outputs
+        yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        if registered is None:
+            del ALL_ATTENTION_FUNCTIONS[name]
+        else:
+            ALL_ATTENTION_FUNCTIONS[name] = registered
+
+
+def _own_eager(module: nn.Module) -> Any:
+    """The plain attention of a family, beside its code: it is not in the table of transformers."""
+    files: Any = (sys.modules[kind.__module__] for kind in type(module).__mro__)
+    return next(file.eager_attention_forward for file in files if hasattr(file, "eager_attention_forward"))
+
+
+def no_attention(model: nn.Module, number: int) -> ValueError:
+    """To be raised."""
+    return ValueError(
+        f"layer {number} of a {type(unwrapped(model)).__name__} has no attention of transformers' own kind, whose "
+        "queries, keys and values could be kept: choose another layer, or a term on hidden states."
+    )
+
+
+def unwrapped(model: nn.Module) -> PreTrainedModel:
+    """The model itself, however an engine or PEFT has wrapped it."""
+    return next(module for module in model.modules() if isinstance(module, PreTrainedModel))
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
@@ -207,7 +287,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     Raises:
         ValueError: they do not lie in one list.
     """
-    base: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    base: Any = unwrapped(model)
     count = base.config.get_text_config().num_hidden_layers
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
     lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
@@ -216,13 +296,6 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
             f"the {count} layers of a {type(base).__name__} do not lie in one list: they cannot be tapped."
         )
     return lists[0]
-
-
-def require_layers(model: nn.Module, layers: Iterable[int]) -> None:
-    """Raises ValueError if a model has no layer of one of these numbers, from 1."""
-    count = len(decoder_layers(model))
-    if missing := [number for number in layers if not 1 <= number <= count]:
-        raise ValueError(f"there is no layer {missing[0]}: the {type(model).__name__} has layers 1 to {count}.")
 
 
 def millions(count: int) -> str:

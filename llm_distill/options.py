@@ -110,7 +110,7 @@ def parse_mapping(name: str, value: Any) -> dict[str, Any]:
     Raises:
         ValueError: it is none.
     """
-    parsed = _parse(name, value) or {}
+    parsed = parse_text(name, value) or {}
     if not isinstance(parsed, dict):
         raise ValueError(f"{name} must be a mapping such as '{{\"beta\": 0.5}}', got {value!r}.")
     return parsed
@@ -118,14 +118,16 @@ def parse_mapping(name: str, value: Any) -> dict[str, Any]:
 
 def parse_mappings(name: str, value: Any) -> list[dict[str, Any]]:
     """A list of mappings, as `parse_mapping` parses one. Raises ValueError where it is none."""
-    parsed = _parse(name, value) or []
+    parsed = parse_text(name, value) or []
     if not isinstance(parsed, list) or not all(isinstance(part, dict) for part in parsed):
         raise ValueError(f"{name} must be a list of mappings such as '[{{\"weight\": 0.5}}]', got {value!r}.")
     return parsed
 
 
-def _parse(name: str, value: Any) -> Any:
-    """What a text means, and everything else as it is; numbers are numbers in either."""
+def parse_text(name: str, value: Any) -> Any:
+    """What a text means, and everything else as it is; numbers are numbers in either. Raises ValueError for a text that
+    is not YAML.
+    """
     try:
         return with_numbers(read_yaml(value) if isinstance(value, str) else value)
     except ValueError as error:

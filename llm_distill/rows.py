@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from accelerate.utils import send_to_device
 from jaxtyping import Int
 from torch import Tensor
@@ -37,6 +38,8 @@ class Positions(NamedTuple):
     """Which position t in it."""
     targets: Int[Tensor, " rows"]
     """The token at t+1."""
+    start: Int[Tensor, " rows"]
+    """At which position of that sequence its text begins: later than 0 after padding, or after other documents."""
 
 
 class View(NamedTuple):
@@ -52,7 +55,7 @@ class View(NamedTuple):
     def of(cls, batch: Batch) -> View:
         """The view of a batch in which its labels say what counts. The device waits once, to count the rows."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", SIGNAL, WRITTEN)}
-        return cls(inputs, counted_rows(batch["labels"]), batch.get(SIGNAL))
+        return cls(inputs, counted_rows(batch["labels"], text_starts(inputs)), batch.get(SIGNAL))
 
     @property
     def length(self) -> int:
@@ -64,11 +67,43 @@ class View(NamedTuple):
         return View(*send_to_device(tuple(self), device))
 
 
-def counted_rows(labels: Int[Tensor, "batch time"]) -> Positions:
-    """The positions whose next label counts, with that label."""
+def counted_rows(labels: Int[Tensor, "batch time"], starts: Int[Tensor, "batch time"] | None = None) -> Positions:
+    """The positions whose next label counts, with that label; `starts` says where the text at each position begins."""
     next_labels = labels[:, 1:]
     sample, position = (next_labels != IGNORED).nonzero(as_tuple=True)
-    return Positions(sample, position, next_labels[sample, position])
+    start = torch.zeros_like(position) if starts is None else starts[sample, position]
+    return Positions(sample, position, next_labels[sample, position], start)
+
+
+def text_starts(inputs: Batch) -> Int[Tensor, "batch time"]:
+    """Where in its sequence the text at each position begins."""
+    ids = inputs["input_ids"]
+    if "attention_mask" in inputs:
+        return inputs["attention_mask"].long().argmax(1, keepdim=True).expand_as(ids)
+    if "position_ids" in inputs:
+        return torch.arange(ids.shape[1], device=ids.device) - inputs["position_ids"]
+    return torch.zeros_like(ids)
+
+
+class Text(NamedTuple):
+    """Rows that count in one text: a sequence, or one document of a packed one."""
+
+    rows: slice
+    sample: int
+    """Which sequence it is in."""
+    tokens: slice
+    """Where it stands in that sequence, up to the last position that counts."""
+
+
+def texts_of(positions: Positions) -> list[Text]:
+    """The texts of a batch, in their order. The device waits once."""
+    sample, position, start = torch.stack([positions.sample, positions.position, positions.start]).tolist()
+    edges = [i for i in range(len(sample)) if i == 0 or (sample[i], start[i]) != (sample[i - 1], start[i - 1])]
+    ends = [*edges[1:], len(sample)]
+    return [
+        Text(slice(first, end), sample[first], slice(start[first], position[end - 1] + 1))
+        for first, end in zip(edges, ends, strict=False)
+    ]
 
 
 def count_rows(labels: Int[Tensor, "batch time"]) -> Int[Tensor, ""]:

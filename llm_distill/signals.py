@@ -28,8 +28,8 @@ class HiddenSignal:
 
     hidden: Float[Tensor, "rows hidden"]
     head: LMHead
-    layers: Mapping[int, Float[Tensor, "rows width"]] = field(default_factory=dict)
-    """What came out of the layers that were asked for, by their number from 1."""
+    layers: Mapping[str, Mapping[int, Tensor]] = field(default_factory=dict)
+    """What was kept of the layers that were asked for, by kind and number from 1, as in `models.Kept`."""
 
     def __len__(self) -> int:
         return self.hidden.shape[0]
@@ -49,9 +49,8 @@ class HiddenSignal:
         return (1.0,)
 
     def select(self, rows: Bool[Tensor, " rows"]) -> HiddenSignal:
-        """The same of some rows."""
-        layers = {number: states[rows] for number, states in self.layers.items()}
-        return replace(self, hidden=self.hidden[rows], layers=layers)
+        """What the head needs of some rows: nothing of layers, which are kept for whole texts."""
+        return replace(self, hidden=self.hidden[rows], layers={})
 
     def broken_rows(self) -> Bool[Tensor, " rows"]:
         """The rows in which a number is not finite, so that nothing can be learned there."""

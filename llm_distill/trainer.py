@@ -50,7 +50,7 @@ from llm_distill.students.build import (
     require_supported,
     student_tokenizer,
 )
-from llm_distill.students.modules import add_modules, load_modules, modules_set_aside, save_modules
+from llm_distill.students.modules import add_modules, load_modules, model_of, modules_set_aside, save_modules
 from llm_distill.students.saving import require_disk, require_savable
 from llm_distill.teachers import Teacher, make_teacher
 from llm_distill.teachers.base import FlushTeacher
@@ -140,8 +140,8 @@ class DistillationTrainer(SFTTrainer):
         self.run.begin(self.model, self.objective, self.teacher, train, self.row_counts.get("train"))
         if args.push_to_hub and self.is_world_process_zero():
             self.run.require_place(self.hub_model_id)
-        if self.objective.terms and self.teacher is not None:
-            add_modules(self.model, self.objective.make_modules(base_of(self.model), self.teacher.models))
+        if self.teacher is not None:
+            add_modules(self.model, self.objective, self.teacher, self.accelerator)
         self.meter = Meter(self.objective.metrics, self.accelerator.device)
         self._eval_tally = self.meter.zeros()
         self._context = context_length(self.model)
@@ -175,6 +175,7 @@ class DistillationTrainer(SFTTrainer):
         self.teacher.prepare(self.accelerator, self.model)
         if self.padding_free:
             self.teacher.require_documents_apart(self.collate, self.accelerator)
+        self.objective = self.objective.fit(base_of(self.model).config, model_of(self.teacher, self.model).config)
         self.add_callback(FlushTeacher(self.teacher))
         if self.teacher.reader is not None and self.objective.uses_teacher:
             self.data_collator: Any = checks.ReadingCollator(self.collate, self.teacher.reader)

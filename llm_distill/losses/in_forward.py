@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from llm_distill.heads import LMHead, base_of, intercepted, keep_differentiable
 from llm_distill.losses.objective import Objective
-from llm_distill.models import keep_rows, tapped
+from llm_distill.models import HEAD, keep_rows, tapped
 from llm_distill.rows import Positions
 from llm_distill.signals import Signal
 
@@ -67,7 +67,7 @@ def add_loss_forward(model: nn.Module, head: LMHead) -> None:
 
         def loss_in_place_of_logits(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
             loss, request.metrics = request.objective(
-                keep_rows(hidden, head, outputs_of_layers, request.positions, request.time),
+                keep_rows(hidden, head, taps, request.positions, request.time),
                 request.signal,
                 request.positions,
                 request.num_rows,
@@ -77,8 +77,8 @@ def add_loss_forward(model: nn.Module, head: LMHead) -> None:
             losses.append(loss)
             return hidden[..., :0]
 
-        needs = request.objective.student_needs.get("hidden", ()) if request.signal is not None else ()
-        with intercepted(head.module, loss_in_place_of_logits), tapped(self, needs) as outputs_of_layers:
+        needs = request.objective.student_needs if request.signal is not None else HEAD
+        with intercepted(head.module, loss_in_place_of_logits), tapped(self, needs) as taps:
             outputs = original(*args, **kwargs)
         (loss,) = losses  # LMHead.of has seen that the projection is called
         request.value = loss.detach()

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_distill.divergences import Divergence, make_divergence
+from llm_distill.losses.attention import AttentionMaps
 from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.fused import fused_head_loss
+from llm_distill.losses.layers import options_of
 from llm_distill.losses.metrics import METRICS
 from llm_distill.losses.options import ObjectiveOptions
-from llm_distill.models import HEAD, Kept, LanguageModel, Needs
+from llm_distill.losses.relations import Relations
+from llm_distill.losses.rkd import RelationalKD
+from llm_distill.losses.selectivity import Selectivity
+from llm_distill.models import HEAD, Kept, Needs
 from llm_distill.rows import Positions
 from llm_distill.signals import Signal
 
@@ -25,10 +30,18 @@ Losses = tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]
 
 
 class Term(Protocol):
-    """One part of the objective: a frozen dataclass whose fields a person may set."""
+    """One part of the objective: a frozen dataclass whose fields a person may set. `layers.LayerTerm` is its base."""
 
-    name: str
-    weight: float
+    @property
+    def name(self) -> str:
+        """As `losses` and the logs call it."""
+
+    @property
+    def weight(self) -> float:
+        """What it is multiplied by."""
+
+    def fit(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> Self:
+        """The same for two models. Raises ValueError if it cannot be between them."""
 
     @property
     def student_needs(self) -> Needs:
@@ -38,14 +51,18 @@ class Term(Protocol):
     def teacher_needs(self) -> Needs:
         """What the teacher must tell for it."""
 
-    def make_module(self, student: PreTrainedModel, teachers: Sequence[LanguageModel]) -> nn.Module | None:
+    def make_module(self, student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Module | None:
         """What it trains beside the student, if anything. It is saved with checkpoints and no part of the student."""
 
-    def __call__(self, student: Kept, signal: Signal, module: nn.Module | None) -> Float[Tensor, " rows"]:
-        """Its value at each position, without its weight."""
+    def __call__(
+        self, student: Kept, signal: Any, positions: Positions, module: nn.Module | None
+    ) -> Float[Tensor, " rows"]:
+        """Its value at each position, without its weight. The signal is a `HiddenSignal` with what was needed."""
 
 
-TERMS: dict[str, type[Any]] = {"hidden": HiddenStates}
+TERMS: dict[str, type[Any]] = {
+    term.name: term for term in (HiddenStates, AttentionMaps, Relations, Selectivity, RelationalKD)
+}
 """Those that can stand beside the head's loss, by the name that `losses` gives them."""
 
 
@@ -145,7 +162,15 @@ class Objective:
             buffer_mib=config.loss_buffer_mib,
         )
         assert not isinstance(config.losses, str), "likewise"
-        return cls(head, tuple(make_term(**term) for term in config.losses or ()))
+        terms = tuple(make_term(**term) for term in config.losses or ())
+        names = [term.name for term in terms]
+        if repeated := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"losses has {repeated[0]!r} twice: give it all its layers at once.")
+        return cls(head, terms)
+
+    def fit(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> Objective:
+        """The same for two models, with pairs of layers in place of rules. Raises ValueError as its terms do."""
+        return replace(self, terms=tuple(term.fit(student, teacher) for term in self.terms))
 
     @property
     def uses_teacher(self) -> bool:
@@ -171,13 +196,20 @@ class Objective:
             if missing := set(term.teacher_needs) - can:
                 raise ValueError(
                     f"losses has {term.name!r}, which needs the teacher's {' and '.join(sorted(missing))} states, and "
-                    f"a {teacher} gives none: use a teacher in memory, or leave that term out."
+                    f"a {teacher} gives none: use one teacher in memory, or leave that term out."
                 )
 
-    def make_modules(self, student: PreTrainedModel, teachers: Sequence[LanguageModel]) -> nn.ModuleDict:
+    def make_modules(self, student: PreTrainedModel, teacher: PreTrainedModel) -> nn.ModuleDict:
         """What its terms train beside the student, by their names."""
-        modules = {term.name: term.make_module(student, teachers) for term in self.terms}
+        modules = {term.name: term.make_module(student, teacher) for term in self.terms}
         return nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
+
+    def values_of_terms(
+        self, student: Kept, signal: Signal, positions: Positions, modules: nn.ModuleDict | None
+    ) -> dict[str, Float[Tensor, " rows"]]:
+        """Of each term by its name, without its weight; `modules` are what `make_modules` has made."""
+        of_term = dict(modules.items()) if modules is not None else {}
+        return {term.name: term(student, signal, positions, of_term.get(term.name)) for term in self.terms}
 
     def total(self, means: Mapping[str, float]) -> float:
         """The loss, from the means of its parts."""
@@ -217,15 +249,14 @@ class Objective:
         if signal is None:
             return loss, values
         num_rows = max(len(positions.targets), 1) if num_rows is None else num_rows
+        of_terms = self.values_of_terms(student, signal, positions, modules)
         for term in self.terms:
-            module = modules[term.name] if modules is not None and term.name in modules else None
-            value = term(student, signal, module)
-            loss = loss + term.weight * value.sum() / num_rows
-            values[term.name] = value.detach()
+            loss = loss + term.weight * of_terms[term.name].sum() / num_rows
+            values[term.name] = of_terms[term.name].detach()
         return loss, values
 
 
-def make_term(name: str, **parameters: Any) -> Term:
+def make_term(name: str | None = None, **parameters: Any) -> Term:
     """By name and parameters.
 
     Raises:
@@ -233,10 +264,13 @@ def make_term(name: str, **parameters: Any) -> Term:
     """
     if name not in TERMS:
         raise ValueError(f"losses: there is no term {name!r}, only {', '.join(TERMS)}.")
+    options = options_of(TERMS[name])
+    if unknown := [option for option in parameters if option not in options]:
+        raise ValueError(f"losses: {name} has no {unknown[0]!r}, only {', '.join(options)}.")
     try:
         return TERMS[name](**parameters)
     except TypeError as error:
-        raise ValueError(f"losses: {name} does not take these: {', '.join(parameters)}. ({error})") from error
+        raise ValueError(f"losses: {name} does not take these: {parameters}. ({error})") from error
 
 
 def _union(all_needs: Any) -> Needs:

@@ -6,10 +6,22 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from llm_distill.options import Options, option, parse_mapping, parse_mappings
+from llm_distill.options import Options, option, parse_mapping, parse_mappings, parse_text
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e3
 """Within these, float32 tells the logits of real models over T from each other, and from infinity."""
+
+
+def parse_losses(name: str, value: Any) -> list[dict[str, Any]]:
+    """A list of terms. Names with their weights are short for terms that have all else by default.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    parsed = parse_text(name, value)
+    if isinstance(parsed, dict):
+        parsed = [{"name": term, "weight": weight} for term, weight in parsed.items()]
+    return parse_mappings(name, parsed)
 
 
 @dataclass
@@ -64,10 +76,10 @@ class ObjectiveOptions(Options):
     )
     losses: list[dict[str, Any]] | str | None = option(
         None,
-        "More terms stand beside divergence and cross-entropy, as JSON or YAML: a list of {name, weight, …}. There is "
-        "`hidden`, the mean squared error between hidden states of the layers in layers: {4: 8} (student's: teacher's, "
-        "counted from 1).",
-        parse=parse_mappings,
+        "More terms stand beside divergence and cross-entropy, as JSON or YAML: a list of {name, weight, layers}, or "
+        "in short `{hidden: 0.1, relations: 1}`, names with their weights. There are hidden (hidden states), attention "
+        "(where the models look), relations (MiniLM), selectivity (neurons) and rkd (distances and angles).",
+        parse=parse_losses,
     )
     loss_buffer_mib: int | None = option(
         None,

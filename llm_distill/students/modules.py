@@ -8,20 +8,61 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from llm_distill.heads import base_of
+from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.in_forward import MODULES
+from llm_distill.losses.objective import Objective
+from llm_distill.models import kept_of
+from llm_distill.rows import View
+from llm_distill.teachers import Teacher
 
+TOKENS = 4
+"""With which terms are tried."""
 FILE = f"{MODULES}.safetensors"
 
 
-def add_modules(model: nn.Module, modules: nn.ModuleDict) -> None:
-    """Makes them a part of the model, so that an engine that wraps it shards and synchronises them as the rest."""
+def add_modules(model: nn.Module, objective: Objective, teacher: Teacher, accelerator: Accelerator) -> None:
+    """Makes what its terms train a part of the model, so that an engine that wraps it shards and synchronises it as the
+    rest, and tries the terms on a few tokens where the model is still whole.
+
+    Raises:
+        ValueError: a term cannot be between these two models.
+    """
+    if not objective.terms:
+        return
+    base = base_of(model)
+    modules = objective.make_modules(base, model_of(teacher, model))
     if len(modules):
-        base = base_of(model)
         base.add_module(MODULES, modules.to(base.device, torch.promote_types(base.dtype, torch.float32)))
+    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        _try_terms(model, objective, teacher, modules, accelerator)
+
+
+def model_of(teacher: Teacher, student: nn.Module) -> PreTrainedModel:
+    """The model in memory whose layers a teacher tells of: the student's own base, if it is a state of the student."""
+    return teacher.models[0].model if teacher.models else base_of(student)
+
+
+@torch.no_grad()
+def _try_terms(
+    model: nn.Module, objective: Objective, teacher: Teacher, modules: nn.ModuleDict, accelerator: Accelerator
+) -> None:
+    ids = torch.arange(1, 1 + TOKENS).expand(2, -1)
+    view = View.of({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}).to(accelerator.device)
+    training = model.training
+    model.eval()
+    try:
+        with accelerator.autocast():
+            signal = teacher.score(view, objective.teacher_needs)
+            kept = kept_of(model, LMHead.of(model), view, objective.student_needs)
+            objective.values_of_terms(kept, signal, view.positions, modules)
+    finally:
+        model.train(training)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.heads import LMHead
-from llm_distill.models import HEAD, Needs, describe_model, kept_of, vocabulary_size
+from llm_distill.models import HEAD, LAYERS, Needs, describe_model, kept_of, vocabulary_size
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
@@ -25,7 +25,7 @@ class AdaptersOffTeacher(Teacher):
     It teaches to stay what it was: with `ce_weight` for the new data, the divergence is the price of forgetting.
     """
 
-    can = frozenset({"head", "hidden"})
+    can = frozenset({"head"}) | LAYERS
     is_student = True
 
     def __init__(self) -> None:

@@ -21,7 +21,7 @@ class Teacher(ABC):
     """Subclass it with `score` and `describe` to distil from anything."""
 
     can: frozenset[str] = frozenset({"head"})
-    """The kinds of needs that it can serve: {"head"} at least, and {"head", "hidden"} for a model in memory."""
+    """The kinds of needs that it can serve: {"head"} at least, and those in LAYERS too for a model in memory."""
     k: int | None = None
     """How many tokens of each row it tells of; None for all."""
     reader: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None

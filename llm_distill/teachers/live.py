@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.models import prepare_deepspeed
 
 from llm_distill.heads import LMHead
-from llm_distill.models import HEAD, LanguageModel, Needs, unshared_tokens
+from llm_distill.models import HEAD, LAYERS, LanguageModel, Needs, unshared_tokens
 from llm_distill.probes import Collator, require_causal, require_documents_apart
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
@@ -27,7 +27,7 @@ class LiveTeacher(Teacher):
     It is never trained and never in `train()`: no dropout, no router noise, no auxiliary loss, no gradients.
     """
 
-    can = frozenset({"head", "hidden"})
+    can = frozenset({"head"}) | LAYERS
 
     def __init__(
         self, model: PreTrainedModel | LanguageModel, tokenizer: PreTrainedTokenizerBase | None = None

@@ -12,6 +12,7 @@ from launch import Run
 # Rows 2 and 3 are all that the second rank has in the first step: nothing counts there. The other rows are uneven.
 MASKED = [2, 3, 9]
 LOSSES = [{"name": "hidden", "layers": {1: 2, 2: 2}, "weight": 0.1}]
+LAYERS = {"attention": 10.0, "relations": 1.0, "selectivity": 1.0, "rkd": 0.1}
 ON_POLICY = {"on_policy_share": 0.5, "max_completion_length": 6, "sampling_temperature": 0.0, "steps_per_generation": 2}
 LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce")
 
@@ -22,6 +23,7 @@ LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "
         pytest.param(
             {"masked": MASKED, "config": {"ce_weight": 0.5, "loss_temperature": 2.0, "losses": LOSSES}}, id="full"
         ),
+        pytest.param({"masked": MASKED, "config": {"losses": LAYERS}}, id="terms on layers"),
         pytest.param({"masked": MASKED, "lora": True}, id="lora"),
         pytest.param({"config": ON_POLICY}, id="on-policy"),
     ],
@@ -33,7 +35,8 @@ def test_two_ranks_and_one_rank_take_the_same_steps(run_worker: Callable[..., Ru
     for name, expected in one.weights().items():
         assert torch.equal(two.weights(0)[name], two.weights(1)[name]), f"{name} drifted apart"
         torch.testing.assert_close(two.weights()[name], expected, rtol=1e-9, atol=1e-12)
-    for key in (*LOGGED, *(term["name"] for term in config.get("losses", []))):
+    terms = [term["name"] if isinstance(term, dict) else term for term in config.get("losses", [])]
+    for key in (*LOGGED, *terms):
         assert two.logged(key) == pytest.approx(one.logged(key), rel=1e-5), key
         assert two.log["evaluation"][f"eval_{key}"] == pytest.approx(one.log["evaluation"][f"eval_{key}"], rel=1e-5)
 

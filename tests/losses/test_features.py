@@ -115,11 +115,22 @@ def test_a_teacher_that_has_no_layers_is_refused_when_the_trainer_is_built(
 @pytest.mark.parametrize(
     ("term", "message"),
     [
-        ({"name": "attention"}, "there is no term 'attention', only hidden"),
-        ({"name": "hidden", "layer": {1: 1}}, "hidden does not take these: layer"),
-        ({"name": "hidden"}, "needs pairs of layers counted from 1"),
+        ({"name": "logits"}, "there is no term 'logits', only hidden, attention, relations, selectivity, rkd"),
+        ({"weight": 1}, "there is no term None, only hidden"),
+        ({"name": "hidden", "layer": {1: 1}}, "hidden has no 'layer', only layers, weight, distance"),
+        ({"name": "hidden", "layers": {}}, "needs pairs of layers counted from 1"),
+        ({"name": "hidden", "layers": "middle"}, r"layers is even, last or cut, or pairs like \{4: 8\}"),
+        ({"name": "hidden", "layers": [[1, 1], [1, 2]]}, "a layer of the student is named twice"),
+        ({"name": "hidden", "layers": [[1.5, 1]]}, "layers is even, last or cut"),
+        ({"name": "hidden", "weight": "much"}, "weight must be positive and finite, got 'much'"),
+        ({"name": "hidden", "distance": "l1"}, "distance must be mse or cosine, got 'l1'"),
+        ({"name": "attention", "heads": "first"}, "heads must be mean or matched, got 'first'"),
+        ({"name": "relations", "of": ["output"]}, "of must be some of query, key, value"),
+        ({"name": "relations", "heads": 0}, "heads must be a number from 1"),
+        ({"name": "rkd", "rows": 2}, "rows must be a number from 3"),
+        ({"name": "rkd", "distances": 0, "angles": 0}, "distances and angles are weights, one of them positive"),
         ({"name": "hidden", "layers": {0: 1}}, "needs pairs of layers counted from 1"),
-        ({"name": "hidden", "layers": [1, 2]}, r"layers is like \{4: 8\}"),
+        ({"name": "hidden", "layers": [1, 2]}, r"layers is even, last or cut, or pairs like \{4: 8\}"),
         ({"name": "hidden", "layers": {1: 1}, "weight": 0}, "weight must be positive"),
     ],
 )
@@ -130,5 +141,5 @@ def test_a_term_that_cannot_be_is_refused(term: dict[str, Any], message: str) ->
 
 def test_a_layer_that_there_is_not_is_refused_by_its_number(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     losses = [{"name": "hidden", "layers": {1: 9}}]
-    with pytest.raises(ValueError, match=r"there is no layer 9: .* layers 1 to 2"):
+    with pytest.raises(ValueError, match=r"there is no layer 9: the teacher has layers 1 to 2"):
         trainer_with_term(tmp_path, tokenizer, losses=losses)

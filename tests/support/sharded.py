@@ -24,16 +24,19 @@ from transformers import PreTrainedModel
 
 from llm_distill.divergences import make_divergence
 from llm_distill.heads import LMHead
+from llm_distill.losses.attention import AttentionMaps
 from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.in_forward import LossRequest, add_loss_forward
 from llm_distill.losses.objective import HeadLoss, Objective
+from llm_distill.losses.relations import Relations
 from llm_distill.rows import View, count_rows
 from llm_distill.students.modules import add_modules
 from llm_distill.teachers import LiveTeacher
 
 ROWS_OF_RANK = [3, 1]
 OBJECTIVE = Objective(
-    HeadLoss(make_divergence("jsd"), temperature=2.0, ce_weight=0.5), (HiddenStates({1: 2, 2: 1}, weight=0.5),)
+    HeadLoss(make_divergence("jsd"), temperature=2.0, ce_weight=0.5),
+    (HiddenStates({1: 2, 2: 1}, weight=0.5), Relations({2: 1}), AttentionMaps({1: 2}, weight=10.0)),
 )
 
 
@@ -85,7 +88,7 @@ def fsdp2() -> SimpleNamespace:
 def make_models(tied: bool) -> tuple[PreTrainedModel, LiveTeacher]:
     student = tiny_llama(1, hidden=16, tie_word_embeddings=tied).double()
     teacher = LiveTeacher(tiny_llama(2).double())
-    add_modules(student, OBJECTIVE.make_modules(student, teacher.models))
+    add_modules(student, OBJECTIVE, teacher, fsdp2())
     return student, teacher
 
 
