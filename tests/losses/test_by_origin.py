@@ -29,7 +29,7 @@ def test_each_origin_has_its_own_formula_and_all_rows_one_divisor(kind: str, wri
     head, hidden = make_head(STUDENT, 0), hidden_states(STUDENT, 5).requires_grad_()
     signal, p = make_signal(kind)
     assert signal is not None
-    positions = Positions(torch.zeros(ROWS).long(), torch.arange(ROWS), TARGETS)
+    positions = Positions(torch.zeros(ROWS).long(), torch.arange(ROWS), TARGETS, torch.zeros(ROWS).long())
     loss, values = SKEWED(Kept(hidden, head), signal, positions, 50, written)
 
     shared: dict[str, Any] = {"temperature": 1.0, "kd_weight": 0.7, "num_rows": 50}
@@ -54,5 +54,5 @@ def test_each_origin_has_its_own_formula_and_all_rows_one_divisor(kind: str, wri
 def test_of_one_rule_there_is_one_pass_whoever_wrote() -> None:
     plain, (signal, _) = HeadLoss(make_divergence("jsd")), make_signal("hidden")
     student = Kept(hidden_states(STUDENT, 5), make_head(STUDENT, 0))
-    positions = Positions(torch.zeros(ROWS).long(), torch.arange(ROWS), TARGETS)
+    positions = Positions(torch.zeros(ROWS).long(), torch.arange(ROWS), TARGETS, torch.zeros(ROWS).long())
     assert torch.equal(plain(student, signal, positions, None, MIXED)[0], plain(student, signal, positions, None)[0])
