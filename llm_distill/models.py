@@ -290,7 +290,8 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     base: Any = unwrapped(model)
     count = base.config.get_text_config().num_hidden_layers
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    lists = [part for part in decoder.modules() if isinstance(part, nn.ModuleList) and len(part) == count]
+    parts = (*decoder.modules(), *base.modules())  # some families call their output projection the decoder
+    lists = [part for part in parts if isinstance(part, nn.ModuleList) and len(part) == count]
     if not lists:
         raise ValueError(
             f"the {count} layers of a {type(base).__name__} do not lie in one list: they cannot be tapped."

@@ -14,6 +14,7 @@ from llm_distill.options import headings_of
 
 SECTIONS: dict[str, dict[str, str]] = {
     "this check": {},
+    "the smaller model": {},
     "what is stored": {},
     "what is written": {},
     "the report": {},

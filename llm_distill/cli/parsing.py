@@ -44,6 +44,13 @@ COMMANDS = {
       --dataset_name trl-lib/Capybara --output_dir student""",
         in_yaml=(CAPTURE,),
     ),
+    "prune": Command(
+        ("llm_distill.students.options:PruneConfig",),
+        """Makes a student from its teacher: an ordinary model of the same class, of some of its layers, in a folder
+with the tokenizer and a record of what was taken. It says much less than the teacher until it is taught, and
+`llm-distill train` begins from it as from any model.""",
+        "llm-distill prune --model HuggingFaceTB/SmolLM2-135M-Instruct --layers 20 --output_dir runs/cut",
+    ),
     "check": Command(
         (*RUN, CHECK),
         """Says in seconds what can be known of a training run before its first step: whether student and teacher

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,8 +43,8 @@ def load_data(script: ScriptArguments, tokenizer: Callable[[], Any] | None = Non
     return data
 
 
-def load_split(source: str) -> Dataset:
-    """One split of a dataset, or a part of one: what `SOURCE:SPLIT` names; of `SOURCE` alone the first of HELD_OUT.
+def load_split(source: str, preferred: Sequence[str] = HELD_OUT) -> Dataset:
+    """One split of a dataset, or a part of one: what `SOURCE:SPLIT` names; of `SOURCE` alone the first of `preferred`.
 
     Raises:
         ValueError: it cannot be loaded, or has no such split.
@@ -52,10 +52,10 @@ def load_split(source: str) -> Dataset:
     match = None if Path(source).exists() else re.fullmatch(r"(.+?):(\w+(?:\[.*\])?)", source)
     name, split = match.groups() if match else (source, "")
     data = _loaded(name)
-    split = split or next((held_out for held_out in HELD_OUT if held_out in data), "")
+    split = split or next((name for name in preferred if name in data), "")
     _add_part(data, split)
     if split not in data:
-        wanted = f"no split {split!r}" if split else f"none of the splits {', '.join(HELD_OUT)}"
+        wanted = f"no split {split!r}" if split else f"none of the splits {', '.join(preferred)}"
         raise ValueError(f"the dataset {name!r} has {wanted}, only {', '.join(data)}. Name one: {name}:SPLIT.")
     return data[split]
 

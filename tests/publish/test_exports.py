@@ -22,6 +22,7 @@ from llm_distill.publish import onnx as exports_onnx
 from llm_distill.publish.gguf import PRE_TOKENIZERS, export_gguf
 from llm_distill.publish.onnx import export_onnx
 from llm_distill.publish.verify import TEXTS
+from llm_distill.students.cut import cut_layers
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -78,6 +79,13 @@ def save(folder: Path, family: str, tokenizer: PreTrainedTokenizerFast, **config
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return model
+
+
+def test_a_student_of_some_layers_is_exported(tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+    teacher = save(tmp_path / "teacher", "llama", tokenizers["smollm"], num_hidden_layers=3, tie_word_embeddings=True)
+    cut_layers(teacher, [1, 3]).save_pretrained(tmp_path / "student")
+    tokenizers["smollm"].save_pretrained(tmp_path / "student")
+    assert export_gguf(tmp_path / "student", tmp_path / "s.gguf") == 1
 
 
 @pytest.mark.parametrize("kind", STUDENTS)

@@ -1,0 +1,123 @@
+"""`llm-distill prune`: a student that training begins from, and what cannot be pruned in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import as_flags, refused, write_rows
+from peft import LoraConfig, get_peft_model
+from runs import save
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
+
+from llm_distill.cli.prune import prune
+from llm_distill.cli.train import train
+from llm_distill.students.smaller import kept_layers
+
+
+@pytest.fixture
+def options(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """To keep two of a tiny teacher's four layers."""
+    teacher = tiny_llama(1, num_hidden_layers=4)
+    teacher.generation_config = GenerationConfig(max_new_tokens=7)
+    return {
+        "model": str(save(teacher, tmp_path / "teacher", tokenizer)),
+        "layers": "2",
+        "output_dir": str(tmp_path / "cut"),
+        "calibration": write_rows(tmp_path / "texts.jsonl", "text"),
+        "calibration_length": "16",
+    }
+
+
+@pytest.mark.parametrize("method", ["influence", "greedy", "even"])
+def test_a_student_is_made_and_taught(tmp_path: Path, options: dict[str, str], method: str) -> None:
+    prune(as_flags(options | {"method": method}))
+    kept = kept_layers(tmp_path / "cut")
+    assert len(kept) == 2
+    teacher, student = (AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("teacher", "cut"))
+    for ours, number in zip(student.model.layers, kept, strict=True):
+        theirs = teacher.model.layers[number - 1].state_dict()
+        assert all(torch.equal(weight, theirs[name]) for name, weight in ours.state_dict().items())
+    assert student.generation_config.max_new_tokens == 7
+    record = json.loads((tmp_path / "cut" / "pruning.json").read_text())
+    assert record["method"] == method
+    assert record["model"]["architecture"] == "LlamaForCausalLM"
+    assert str(tmp_path) not in json.dumps(record["model"])
+    if method == "even":
+        run = {
+            "model_name_or_path": tmp_path / "cut",
+            "teacher_model_name_or_path": tmp_path / "teacher",
+            "dataset_name": options["calibration"],
+            "output_dir": tmp_path / "taught",
+            "max_steps": 1,
+            "max_length": 16,
+            "report_to": "none",
+            "use_cpu": True,
+            "bf16": False,
+        }
+        train(as_flags(run))
+        assert (tmp_path / "taught" / "model.safetensors").is_file()
+
+
+def test_named_layers_are_kept(tmp_path: Path, options: dict[str, str]) -> None:
+    del options["layers"]
+    prune([*as_flags(options), "--layers", "1", "3", "4"])
+    assert kept_layers(tmp_path / "cut") == [1, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("changed", "parts"),
+    [
+        ({"layers": "5"}, ["5 layers", "has 4"]),
+        ({"layers": "1 2 2"}, ["layer 2", "twice"]),
+        ({"layers": "1 9"}, ["no layer 9", "1 to 4"]),
+        ({"layers": "0"}, ["layers", "at least 1"]),
+        ({"layers": "1 2", "method": "even"}, ["without effect", "method"]),
+        ({"layers": None}, ["--layers is missing"]),
+        ({"model": None}, ["--model is missing"]),
+        ({"model": "nowhere"}, ["'nowhere'", "cannot be loaded"]),
+        ({"output_dir": None}, ["--output_dir is missing"]),
+        ({"method": "best"}, ["method", "influence"]),
+        ({"layres": "2"}, ["unknown option", "'layers'"]),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_written(
+    tmp_path: Path,
+    options: dict[str, str],
+    capsys: pytest.CaptureFixture[str],
+    changed: dict[str, str | None],
+    parts: list[str],
+) -> None:
+    given = {name: value for name, value in (options | changed).items() if value is not None}
+    layers = ["--layers", *given.pop("layers").split()] if "layers" in given else []
+    line = refused(capsys, prune, [*as_flags(given), *layers])
+    assert all(part in line for part in parts), line
+    assert not (tmp_path / "cut").exists()
+
+
+def test_adapters_packed_weights_and_folders_in_use_are_refused(
+    tmp_path: Path, options: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapters = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(options["model"]), LoraConfig(target_modules=["q_proj"])
+    )
+    adapters.save_pretrained(tmp_path / "adapters")
+    assert "merge them" in refused(capsys, prune, as_flags(options | {"model": str(tmp_path / "adapters")}))
+    assert "is also the model" in refused(capsys, prune, as_flags(options | {"output_dir": options["model"]}))
+    config = tmp_path / "teacher" / "config.json"
+    packed = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config.write_text(json.dumps(json.loads(config.read_text()) | packed))
+    assert "quantised" in refused(capsys, prune, as_flags(options))
+
+
+@pytest.mark.parametrize("rows", ['{"text": ""}', ""])
+def test_texts_with_nothing_in_them_are_refused(
+    tmp_path: Path, options: dict[str, str], capsys: pytest.CaptureFixture[str], rows: str
+) -> None:
+    (tmp_path / "texts.jsonl").write_text(rows)
+    line = refused(capsys, prune, as_flags(options))
+    assert "text" in line
+    assert not (tmp_path / "cut").exists()
