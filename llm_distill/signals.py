@@ -1,4 +1,4 @@
-"""What a teacher says about N rows (the positions of a batch that count), in one of three forms.
+"""What a teacher says about N rows (the positions of a batch that count), in one of four forms.
 
 | signal | holds | serves |
 |---|---|---|
@@ -6,6 +6,7 @@
 | `MixtureSignal` | weighted `HiddenSignal`s (an ensemble) | the same, for the mixture Σ wᵢ pᵢ |
 | `SparseSignal` with tail | the top k tokens, the mass outside | every divergence, of k + 1 cells (a lower bound) |
 | `SparseSignal` without | sampled tokens, their weights | forward KL's gradient, without bias |
+| `TokenSignal` | the log-probability of the text's own next token | reverse KL's gradient, of sampled text |
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from llm_distill.divergences import Divergence, ForwardKL
+from llm_distill.divergences import Divergence, ForwardKL, ReverseKL
 from llm_distill.heads import LMHead
 
 
@@ -161,4 +162,36 @@ class SparseSignal:
             )
 
 
-Signal = HiddenSignal | MixtureSignal | SparseSignal
+@dataclass(frozen=True)
+class TokenSignal:
+    """How likely the teacher finds the token that comes next in the text, and nothing else.
+
+    Where the student has sampled that token, y ~ q, the policy gradient −(log p(y) − log q(y)) · ∇ log q(y), whose
+    first factor is a constant, is in expectation the gradient of KL(q‖p). On text of anybody else it is nothing.
+    """
+
+    log_probs: Float[Tensor, " rows"]
+    vocab_size: int
+    members: ClassVar[tuple[HiddenSignal, ...]] = ()
+    weights: ClassVar[tuple[float, ...]] = ()
+
+    def __len__(self) -> int:
+        return self.log_probs.shape[0]
+
+    def select(self, rows: Bool[Tensor, " rows"]) -> TokenSignal:
+        """The same of some rows."""
+        return replace(self, log_probs=self.log_probs[rows])
+
+    def broken_rows(self) -> Bool[Tensor, " rows"]:
+        return self.log_probs.isnan()
+
+    def check(self, divergence: Divergence, temperature: float) -> None:
+        """Raises ValueError for another divergence than reverse KL, or another temperature than 1."""
+        if not isinstance(divergence, ReverseKL) or temperature != 1:
+            raise ValueError(
+                "one log-probability a token gives the gradient of reverse_kl at loss_temperature=1, not of "
+                f"{divergence} at {temperature}. Use reverse_kl, or a teacher that tells its top k."
+            )
+
+
+Signal = HiddenSignal | MixtureSignal | SparseSignal | TokenSignal

@@ -28,7 +28,7 @@ from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
 from llm_distill.data.counts import count_rows_left
-from llm_distill.data.on_policy import OnPolicy, add_empty_completions
+from llm_distill.data.on_policy import OnPolicy, add_empty_completions, require_sampled_text
 from llm_distill.data.policy import Policy
 from llm_distill.data.prepare import PreparedData, named_evaluation
 from llm_distill.data.validate import RowChecks
@@ -119,7 +119,9 @@ class DistillationTrainer(SFTTrainer):
         self.teacher = make_teacher(teacher, args, is_needed=needed, trust_remote_code=trusted)
         if self.teacher is not None:
             self.objective.require_served(self.teacher.can, type(self.teacher).__name__)
-            for divergence in self.objective.head.divergences:
+            require_sampled_text(self.teacher, args)
+            divergences = self.objective.head.divergences
+            for divergence in divergences[-1:] if self.teacher.k == 0 else divergences:
                 self.teacher.check(divergence, self.objective.head.temperature)
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
                 self.teacher.fit_to(tokenizer)
@@ -311,7 +313,10 @@ class DistillationTrainer(SFTTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         values = self.meter.means(self._eval_tally)
         if "ce" in values:
-            values["loss"] = self.objective.total(values)
+            if self.objective.head.kd_weight and "kd" not in values:  # the teacher tells nothing of this text
+                del output.metrics[f"{metric_key_prefix}_loss"]
+            else:
+                values["loss"] = self.objective.total(values)
             values["perplexity"] = math.exp(min(values["ce"], 700))
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         self.meter.since += time.perf_counter() - began

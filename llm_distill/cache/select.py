@@ -16,7 +16,7 @@ from llm_distill.cache.codec import ZSTD_LEVEL, encode, encode_hidden
 from llm_distill.cache.methods import Hidden, Method, SelectedTokens, TopK, in_entropy_steps
 from llm_distill.losses.fused.logits import logits_in_chunks
 from llm_distill.rows import Example
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal
+from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal, TokenSignal
 
 CHUNK_BYTES = 2**26
 """Of float32 log-probabilities at a time."""
@@ -40,6 +40,7 @@ def select(method: Method, signal: Signal, examples: Sequence[Example], temperat
         return hidden
     if isinstance(signal, SparseSignal):
         return _select_top(method, signal, examples)
+    assert not isinstance(signal, TokenSignal), "require_enough comes first"
     uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
     chunks: list[SelectedTokens] = []
     if isinstance(signal, HiddenSignal):
@@ -58,9 +59,10 @@ def select(method: Method, signal: Signal, examples: Sequence[Example], temperat
 def require_enough(method: Method, k: int | None) -> None:
     """Raises ValueError if `method` keeps more of a row than a teacher tells, whose top k it is (None: everything)."""
     if k is not None and not (isinstance(method, TopK) and method.k <= k):
+        its_top = f"keep its top k (cache_method=top_k, cache_kwargs={{k: {k}}}), or " if k else ""
         raise ValueError(
-            f"{method} keeps more than the {k} likeliest tokens that this teacher tells of each row: keep its top k "
-            f"(cache_method=top_k, cache_kwargs={{k: {k}}}), or have it tell more (teacher_server_k)."
+            f"{method} keeps more than the {k} likeliest tokens that this teacher tells of each row: {its_top}have it "
+            "tell more (teacher_server_k)."
         )
 
 

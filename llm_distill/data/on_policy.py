@@ -22,6 +22,7 @@ from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_distill.config import DistillationConfig
 from llm_distill.data.policy import Collate, Policy, Row
 from llm_distill.generation.engines.base import Completion, Sampling
 from llm_distill.generation.engines.transformers import TransformersEngine
@@ -214,6 +215,30 @@ class OnPolicy(Policy):
         self._cut += sum(not completion.finished for completion in completions)
         self._seconds += time.perf_counter() - began
         return completions
+
+
+def require_sampled_text(teacher: Teacher, args: DistillationConfig) -> None:
+    """Raises ValueError where a teacher that tells of a text's own tokens alone has nothing to teach: the reverse KL's
+    policy gradient is that on what the student has sampled, from its own distribution as it is.
+    """
+    if teacher.k != 0 or not args.kd_weight:
+        return
+    only, instead = (
+        "a teacher that tells of the text's own tokens alone (teacher_server_k=0)",
+        "or let it tell its top k.",
+    )
+    if not args.on_policy_share:
+        raise ValueError(f"{only} teaches on what the student wrote: set on_policy_share=1, {instead}")
+    if args.on_policy_share < 1 and not args.ce_weight:
+        raise ValueError(
+            f"{only} teaches nothing of the dataset's text, which on_policy_share={args.on_policy_share} leaves: set "
+            f"ce_weight for that text, or on_policy_share=1, {instead}"
+        )
+    if args.sampling_temperature != 1 or args.top_p < 1 or args.top_k:
+        raise ValueError(
+            f"{only} gives the reverse KL's gradient where the student samples from its own distribution: leave "
+            f"sampling_temperature at 1 and top_p and top_k out, {instead}"
+        )
 
 
 def rows_of(batch: dict[str, Any]) -> Iterator[Row]:

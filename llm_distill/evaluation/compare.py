@@ -21,7 +21,7 @@ from llm_distill.losses.fused import fused_head_loss
 from llm_distill.models import kept_of, vocabulary_size
 from llm_distill.ranks import ranks
 from llm_distill.rows import View
-from llm_distill.signals import HiddenSignal, SparseSignal
+from llm_distill.signals import HiddenSignal, SparseSignal, TokenSignal
 from llm_distill.teachers.base import Teacher
 
 TEACHER, TEXT = "teacher", "text_index"
@@ -119,7 +119,7 @@ def _score_batch(
     view = View.of(batch).to(next(next(iter(models.values())).parameters()).device)
     rows = view.positions
     signal = None if teacher is None else teacher.score(view)
-    if isinstance(signal, SparseSignal):
+    if isinstance(signal, SparseSignal | TokenSignal):
         raise ValueError("the teacher tells a part of its distribution alone: load it whole to compare with it.")
     columns: dict[str, dict[str, Tensor]] = {}
     for name, model in models.items():

@@ -83,16 +83,17 @@ class Meter:
         """A tally for each sequence of a batch, so that those that only fill up a batch can be left out.
 
         Args:
-            values: per row, by the names that the losses give them.
+            values: per row, by the names that the losses give them; NaN where one is not known.
             sample: which sequence each row is of.
             aux_loss: the router's.
             skipped: how many rows of each sequence are left out.
         """
-        tallies, rows = self.zeros(samples), torch.ones_like(sample, dtype=torch.float64).to(self.tally)
+        tallies = self.zeros(samples)
         for column, name in enumerate(self.names):
             if (value := values.get(METRICS.get(name, name))) is not None:
-                tallies[:, 0, column].index_add_(0, sample, value.to(tallies))
-                tallies[:, 1, column].index_add_(0, sample, rows)
+                is_known = ~value.isnan()
+                tallies[:, 0, column].index_add_(0, sample, value.where(is_known, 0).to(tallies))
+                tallies[:, 1, column].index_add_(0, sample, is_known.to(tallies))
         if aux_loss is not None:
             column = self.names.index("aux_loss")
             tallies[0, :, column] = torch.stack([aux_loss.detach(), torch.ones_like(aux_loss)]).to(tallies)

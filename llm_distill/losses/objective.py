@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, Self
@@ -23,7 +24,7 @@ from llm_distill.losses.rkd import RelationalKD
 from llm_distill.losses.selectivity import Selectivity
 from llm_distill.models import HEAD, Kept, Needs
 from llm_distill.rows import Positions
-from llm_distill.signals import Signal
+from llm_distill.signals import Signal, TokenSignal
 
 Losses = tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]
 """A loss, summed over rows and divided by their number in the whole step, and what it was made of, per row."""
@@ -86,7 +87,7 @@ class HeadLoss:
 
     @property
     def divergences(self) -> tuple[Divergence, ...]:
-        """All that a teacher must serve."""
+        """All that a teacher must serve; the last is that on what the student wrote."""
         return (self.divergence, *filter(None, [self.on_policy_divergence]))
 
     def __call__(
@@ -98,28 +99,34 @@ class HeadLoss:
         written: Bool[Tensor, " rows"] | None = None,
     ) -> Losses:
         """Over N positions, of which the student `written` the text of some. Where both kinds differ in what is
-        minimised, each goes through the fused loss by itself.
+        minimised, each goes through the fused loss by itself; a value that only one of them has is NaN for the other.
         """
         on_policy = replace(self, divergence=self.on_policy_divergence or self.divergence, ce_weight=0.0)
-        is_one = not self.ce_weight and self.divergence == on_policy.divergence
+        is_one = not (self.ce_weight or isinstance(signal, TokenSignal)) and self.divergence == on_policy.divergence
         num_written = 0 if written is None or is_one else int(written.sum())
         if written is None or num_written == 0:
-            return self._fused(student, signal, positions.targets, num_rows)
+            return self._of_dataset(student, signal, positions.targets, num_rows)
         if num_written == len(written):
             return on_policy._fused(student, signal, positions.targets, num_rows)
         num_rows = len(positions.targets) if num_rows is None else num_rows
-        losses = [
-            head._fused(
-                student._replace(hidden=student.hidden[rows]),
-                None if signal is None else signal.select(rows),
-                positions.targets[rows],
-                num_rows,
-            )
-            for head, rows in ((self, ~written), (on_policy, written))
-        ]
-        (loss, values), (own_loss, own_values) = losses
-        places = torch.cat([(~written).nonzero()[:, 0], written.nonzero()[:, 0]]).argsort()
-        return loss + own_loss, {name: torch.cat([values[name], own_values[name]])[places] for name in values}
+        loss, all_values = torch.zeros((), device=written.device), dict[str, Tensor]()
+        for head, rows in ((self._of_dataset, ~written), (on_policy._fused, written)):
+            part = student._replace(hidden=student.hidden[rows]), None if signal is None else signal.select(rows)
+            part_loss, values = head(*part, positions.targets[rows], num_rows)
+            loss = loss + part_loss
+            for name, value in values.items():
+                whole = all_values.setdefault(name, value.new_full(rows.shape, math.nan))
+                whole[rows] = value
+        return loss, all_values
+
+    def _of_dataset(
+        self, student: Kept, signal: Signal | None, targets: Tensor, num_rows: Tensor | int | None
+    ) -> Losses:
+        """On text that the student did not write, of which a teacher of single tokens can teach nothing."""
+        if not isinstance(signal, TokenSignal):
+            return self._fused(student, signal, targets, num_rows)
+        loss, values = self._fused(student, None, targets, num_rows)
+        return loss, values | {"teacher_ce": -signal.log_probs}
 
     def _fused(self, student: Kept, signal: Signal | None, targets: Tensor, num_rows: Tensor | int | None) -> Losses:
         return fused_head_loss(

@@ -62,9 +62,10 @@ class TeacherOptions(TeacherModelOptions):
     teacher_server_k: int = option(
         20,
         "The server tells the probabilities of this many tokens of each row, and all other tokens are one more cell. "
-        "vLLM allows 20 unless it was started with --max-logprobs.",
+        "vLLM allows 20 unless it was started with --max-logprobs. At 0 it tells the probability of the text's own "
+        "tokens alone, which is enough for reverse_kl on what the student wrote.",
         needs="teacher_server_url",
-        at_least=1,
+        at_least=0,
     )
     teacher_server_timeout: float = option(
         600.0,

@@ -29,7 +29,7 @@ from llm_distill.servers import (
     UnbelievableError,
     parse_url,
 )
-from llm_distill.signals import SparseSignal
+from llm_distill.signals import SparseSignal, TokenSignal
 from llm_distill.teachers.base import Teacher
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,8 @@ class AnsweredRows(NamedTuple):
 class ServedTeacher(Teacher):
     """Asks one or more vLLM servers (`prompt_logprobs`). No weights are loaded here.
 
-    Its signal is at temperature 1 and of k + 1 cells, a lower bound of the divergence. A server with more logits than
+    Its signal is at temperature 1 and of k + 1 cells, a lower bound of the divergence; at k = 0, the log-probability of
+    the text's own tokens alone, for the reverse KL on what the student wrote. A server with more logits than
     the student's tokenizer has tokens (a padded matrix) may name some of those: they are dropped, and the others
     divided by what is left.
 
@@ -82,8 +83,8 @@ class ServedTeacher(Teacher):
     def __init__(
         self, urls: str | Sequence[str], model: str | None = None, k: int = 20, timeout: float = 600.0
     ) -> None:
-        if k < 1 or not 0 < timeout < math.inf:
-            raise ValueError(f"k={k} and timeout={timeout}: both must be positive and finite.")
+        if k < 0 or not 0 < timeout < math.inf:
+            raise ValueError(f"k={k} and timeout={timeout}: neither may be negative, and timeout must be finite.")
         self.k, self.model = k, model
         self.reader = self.read
         self._timeout = timeout
@@ -94,7 +95,8 @@ class ServedTeacher(Teacher):
 
     def check(self, divergence: Divergence, temperature: float) -> None:
         no_rows = torch.zeros(0, 1)
-        SparseSignal(no_rows.long(), no_rows, no_rows[:, 0], vocab_size=1).check(divergence, temperature)
+        top = SparseSignal(no_rows.long(), no_rows, no_rows[:, 0], vocab_size=1)
+        (top if self.k else TokenSignal(no_rows[:, 0], vocab_size=1)).check(divergence, temperature)
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Raises ConnectionError where no server answers; ValueError where one serves another model, another
@@ -132,10 +134,12 @@ class ServedTeacher(Teacher):
         batch[SIGNAL] = self._request_signal(View.of(batch))
         return batch
 
-    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal:
+    def score(self, view: View, needs: Needs = HEAD) -> SparseSignal | TokenSignal:
         device = view.positions.sample.device
         bits = view.fetched if view.fetched is not None else self._request_signal(view)
-        floats = {name: bits[name].to(device).view(torch.float32) for name in ("log_probs", "log_tail")}
+        floats = {name: bits[name].to(device).view(torch.float32) for name in bits if name != "ids"}
+        if not self.k:
+            return TokenSignal(floats["text_log_probs"], self._vocab_size)
         return SparseSignal(bits["ids"].to(device), floats["log_probs"], floats["log_tail"], self._vocab_size)
 
     def _request_signal(self, view: View) -> dict[str, Tensor]:
@@ -146,6 +150,9 @@ class ServedTeacher(Teacher):
             texts.append(text)
             reads.append(partial(self._read_answer, text=text, places=counted_tokens(example)))
         answers = self._servers.request_all("/v1/completions", [self._body(text) for text in texts], reads)
+        if not self.k:
+            text_log_p = np.concatenate([np.zeros(0), *(answer.text_log_p for answer in answers)])
+            return {"text_log_probs": torch.from_numpy(text_log_p).float().view(torch.int32)}
         top_ids = np.concatenate([np.zeros((0, self.k), np.int64), *(answer.ids for answer in answers)])
         log_p = np.concatenate([np.zeros((0, self.k)), *(answer.log_p for answer in answers)])
         log_p, log_tail = fit_to_vocabulary(top_ids, log_p, self._vocab_size)
@@ -185,6 +192,8 @@ class ServedTeacher(Teacher):
                 "its prompt_logprobs have a row that cannot be read, or is not of the token that it was sent."
             ) from error
         refuse_impossible(rows.ids, rows.log_p, self._vocab_size)
+        if not (rows.text_log_p <= ROUNDING).all():
+            raise UnbelievableError("it gave the text's own tokens what is no logarithm of a probability.")
         return rows
 
     def _connect(self) -> None:
@@ -336,7 +345,7 @@ def read_top_tokens(tokens: Sequence[Any], places: np.ndarray, k: int) -> tuple[
         top = [(int(token), cell["logprob"]) for token, cell in tokens[place].items() if cell["rank"] <= k]
         if len(top) > k:  # where two are as likely, both may have the last rank
             top = sorted(top, key=lambda cell: -cell[1])[:k]
-        ids[row, : len(top)], log_p[row, : len(top)] = zip(*top, strict=True)
+        ids[row, : len(top)], log_p[row, : len(top)] = [cell[0] for cell in top], [cell[1] for cell in top]
     return ids, log_p
 
 

@@ -16,7 +16,7 @@ from tiny import VOCAB
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
 from worker import make_rows
 
-from llm_distill import DistillationTrainer, ServedTeacher, TeacherCache
+from llm_distill import DistillationTrainer, LiveTeacher, ServedTeacher, TeacherCache
 from llm_distill.cache import TopK
 from llm_distill.rows import View
 
@@ -82,6 +82,18 @@ def test_the_top_k_served_is_the_top_k_cached(
     live = losses(tmp_path / "c", tokenizer, student, teacher_model_name_or_path=str(served_model))
     assert served == pytest.approx(stored, rel=2e-3)
     assert all(part < whole for part, whole in zip(served, live, strict=True)), "k + 1 cells are a lower bound"
+
+
+def test_one_number_a_token_is_the_live_teachers(
+    tokenizer: PreTrainedTokenizerBase, served_model: Path, vllm_server: RunningServer
+) -> None:
+    live, served = LiveTeacher.load(str(served_model)), ServedTeacher(vllm_server.url, k=0)
+    served.fit_to(tokenizer)
+    texts = torch.randint(5, 300, (3, 12), generator=torch.Generator().manual_seed(0))
+    view = View.of({"input_ids": texts, "labels": texts})
+    signal = live.score(view)
+    log_p = signal.head(signal.hidden).log_softmax(-1).gather(-1, view.positions.targets[:, None])[:, 0]
+    torch.testing.assert_close(served.score(view).log_probs, log_p, rtol=1e-4, atol=1e-4)
 
 
 def test_a_run_ends_right_through_every_fault_that_passes(

@@ -29,7 +29,7 @@ from runs import counted_logits, first_batch, logged, make_trainer
 from scripted import scripted
 from servers import RunningServer, serving
 from tiny import VOCAB, make_config, tiny_llama
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from worker import make_rows
 
 from llm_distill import CachedTeacher, DistillationTrainer, EnsembleTeacher, LiveTeacher, ServedTeacher, TeacherCache
@@ -41,7 +41,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.divergences import ForwardKL
 from llm_distill.losses.fused.logits import logits_in_chunks
 from llm_distill.models import LanguageModel
-from llm_distill.rows import View
+from llm_distill.rows import IGNORED, WRITTEN, View
 from llm_distill.teachers.served import fit_to_vocabulary, parse_urls, read_top_tokens
 
 SCRIPT = Path(protocol_server.__file__)
@@ -134,6 +134,60 @@ def test_the_whole_vocabulary_served_is_live_step_for_step(
     for name in ("loss", "kd", "top1_agreement"):
         assert logged(served, name) == pytest.approx(logged(live, name), rel=1e-4), name
     assert all(0 < share < 1 for share in logged(served, "data_share"))
+
+
+ONE_NUMBER = {"teacher_server_k": 0, "divergence": "reverse_kl", "on_policy_share": 1.0, "max_completion_length": 5}
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_one_number_a_token_is_the_policy_gradient_on_the_students_text(
+    tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokenizerBase, server: str, share: float
+) -> None:
+    plain = {"optim": "sgd", "max_grad_norm": 0.0, "learning_rate": 1.0, "max_steps": 1, "seed": 3}
+    batches = {"per_device_train_batch_size": 8, "eval_strategy": "no"}
+    ce_weight = 0.3 if share < 1 else 0.0
+    options = plain | batches | ONE_NUMBER | {"on_policy_share": share, "ce_weight": ce_weight}
+    trainer = make_trainer(tmp_path, tokenizer, student, teacher_server_url=server, **options)
+    (batch,) = trainer.policy(iter([[next(iter(trainer.get_train_dataloader()))]]), 0)
+    trainer.policy.log()
+    trainer.train()
+
+    models = [AutoModelForCausalLM.from_pretrained(folder) for folder in (student, saved / "teacher")]
+    inputs, labels = {name: batch[name] for name in ("input_ids", "attention_mask")}, batch["labels"][:, 1:]
+    log_q, log_p = (
+        model(**inputs).logits[:, :-1].log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        for model in models
+    )
+    own, counts = batch[WRITTEN][:, None].expand_as(labels), labels != IGNORED
+    advantages = (log_p - log_q).clamp(-10, 10).detach()
+    loss = torch.where(own, -advantages * log_q, -ce_weight * log_q)[counts].mean()
+    loss.backward()
+    for (name, weight), trained in zip(models[0].named_parameters(), trainer.model.parameters(), strict=True):
+        torch.testing.assert_close(trained.data, weight.data - weight.grad, rtol=1e-3, atol=2e-5, msg=name)
+    assert logged(trainer, "kd") == pytest.approx([float(-advantages[own & counts].mean())], rel=1e-4)
+    assert logged(trainer, "teacher_ce") == pytest.approx([float(-log_p[counts].mean())], rel=1e-4)
+    figures = trainer.evaluate(trainer.train_dataset)
+    assert figures["eval_teacher_ce"] > 0
+    assert "eval_loss" not in figures, "of this text the teacher says nothing"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"on_policy_share": 0.0, "max_completion_length": 256}, "teaches on what the student wrote"),
+        ({"on_policy_share": 0.5}, "set ce_weight for that text"),
+        ({"sampling_temperature": 0.7}, "samples from its own distribution"),
+        ({"top_k": 5}, "samples from its own distribution"),
+        ({"divergence": "jsd"}, "gives the gradient of reverse_kl"),
+        ({"on_policy_divergence": "skew_reverse_kl"}, "gives the gradient of reverse_kl"),
+        ({"loss_temperature": 2.0}, "gives the gradient of reverse_kl"),
+    ],
+)
+def test_one_number_a_token_is_refused_where_it_tells_nothing(
+    tmp_path: Path, student: str, tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_trainer(tmp_path, tokenizer, student, teacher_server_url="http://nobody", **(ONE_NUMBER | options))
 
 
 def test_the_top_k_served_is_the_top_k_cached(
@@ -366,6 +420,17 @@ def test_what_no_model_says_is_refused_at_the_start_and_later(
             teacher.score(View.of(_batch([[5, 6, 7, 8, 9]] * 20)))
 
 
+@pytest.mark.parametrize("lie", [lambda log_p: -log_p, lambda _: math.nan])
+def test_one_number_a_token_must_be_the_logarithm_of_a_probability(
+    tokenizer: PreTrainedTokenizerBase, server: str, lie: Callable[[float], float]
+) -> None:
+    with (
+        FaultyProxy(server, [with_log_probs(lie)]) as proxy,
+        pytest.raises(ValueError, match=f"{proxy.url}: .*what is no logarithm of a probability"),
+    ):
+        ServedTeacher(proxy.url, k=0).fit_to(tokenizer)
+
+
 def test_servers_that_contradict_each_other_are_refused(tokenizer: PreTrainedTokenizerBase, server: str) -> None:
     with (
         FaultyProxy(server, [with_next_token]) as proxy,
@@ -556,7 +621,7 @@ def test_a_temperature_and_an_ensemble_are_refused(server: str) -> None:
         ({"teacher_server_url": "http://a", "teacher_load_in_4bit": True}, "teacher_server_url has loaded the teacher"),
         ({"teacher_server_url": "http://a", "teacher_model_revision": "x"}, "teacher_server_url has loaded"),
         ({"teacher_server_url": "http://a", "teacher_adapters_off": True}, "teacher_server_url is the teacher"),
-        ({"teacher_server_url": "http://a", "teacher_server_k": 0}, "teacher_server_k must be at least 1, got 0"),
+        ({"teacher_server_url": "http://a", "teacher_server_k": -1}, "teacher_server_k must not be negative, got -1"),
     ],
 )
 def test_options_without_effect_are_refused(tmp_path: Path, options: dict[str, Any], message: str) -> None:

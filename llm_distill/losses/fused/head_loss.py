@@ -25,7 +25,7 @@ from llm_distill.losses.fused.cpp_backend import Kernels
 from llm_distill.losses.fused.products import WeightGradient, chunk_buffers, logits_dtype, multiply
 from llm_distill.losses.fused.sparse import sparse
 from llm_distill.losses.fused.task import Backend, Chunk, HeadLossTask, Projection, statistics_dtype
-from llm_distill.signals import Signal, SparseSignal
+from llm_distill.signals import Signal, SparseSignal, TokenSignal
 
 BUFFER_MIB = {"cpu": 256, "accelerator": 1024}
 """What the buffers of a chunk may take, where that is more than MIN_CHUNK_ROWS rows."""
@@ -69,7 +69,8 @@ def fused_head_loss(
 
     Returns:
         The loss, a scalar to call `backward` on, and detached values per row, in nats unless said otherwise:
-        `kd` (the divergence as it enters the loss, before its weight), `entropy` (the student's); with targets `ce` and
+        `kd` (the divergence as it enters the loss, before its weight; of a `TokenSignal`, the estimate log q − log p of
+        the reverse KL, beside which stands the policy gradient), `entropy` (the student's); with targets `ce` and
         `correct` (0 or 1, whether the likeliest token came next); with rows past the vocabulary `outside_mass` (m) and
         `outside_loss` (−log (1 − m), which `ce` includes); and where the signal knows them `kl` (forward KL at
         temperature 1), `teacher_ce`, `teacher_correct`, `top1_agreement` (0 or 1), `acceptance` (Σ min(p, q), the share
@@ -281,7 +282,12 @@ def _check(
             f"the student's head has {head.vocab_size:,} tokens and the signal {signal.vocab_size:,}. Give both the "
             "tokenizer's: LMHead.of(model, vocab_size=len(tokenizer))."
         )
-    tensors = [signal.ids] if isinstance(signal, SparseSignal) else [member.hidden for member in signal.members]
+    if isinstance(signal, TokenSignal) and targets is None:
+        raise ValueError("the teacher's log-probabilities are those of the targets, and there are none.")
+    if isinstance(signal, SparseSignal | TokenSignal):
+        tensors = [signal.log_probs]
+    else:
+        tensors = [member.hidden for member in signal.members]
     if any(tensor.device != hidden.device for tensor in tensors):
         raise ValueError(f"student_hidden is on {hidden.device}, the signal on {[str(t.device) for t in tensors]}.")
     signal.check(divergence, temperature)

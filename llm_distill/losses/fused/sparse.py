@@ -13,11 +13,15 @@ from torch import Tensor
 
 from llm_distill.divergences import Divergence
 from llm_distill.losses.fused.task import NOTHING, Backend, Chunk, HeadLossTask, is_likeliest, set_tokens
-from llm_distill.signals import SparseSignal
+from llm_distill.signals import SparseSignal, TokenSignal
 
 SMALLEST = -87.0
 """The log-mass of a tail that is empty by rounding, as of 1 − Σ top in float32: the smallest number that is not 0. At 0
 the reverse KL would be infinite."""
+
+LARGEST_ADVANTAGE = 10.0
+"""Nats by which the teacher's log-probability of a token may exceed the student's, or fall short of it: of a token that
+the teacher takes for impossible, a single one would otherwise outweigh all others of a step."""
 
 
 def sparse(backend: Backend, task: HeadLossTask, chunk: Chunk) -> None:
@@ -29,7 +33,10 @@ def sparse(backend: Backend, task: HeadLossTask, chunk: Chunk) -> None:
 
 
 def _without_tail(backend: Backend, task: HeadLossTask, chunk: Chunk) -> None:
-    """Samples, whose loss is the cross-entropy with their weights, or nothing but the targets."""
+    """Samples, whose loss is the cross-entropy with their weights, or nothing but the targets.
+
+    A policy gradient is such a cross-entropy too: the one sample is the text's own token, its weight the advantage.
+    """
     T, metrics, signal, rows = task.temperature, task.metrics, task.sparse_signal, chunk.rows
     whole = backend.statistics(task, chunk.raw)
     metrics["entropy"][rows] = whole.log_total - whole.mean
@@ -41,7 +48,11 @@ def _without_tail(backend: Backend, task: HeadLossTask, chunk: Chunk) -> None:
     if task.targets is not None:
         metrics["ce"][rows] = -log_q[:, -1]
         metrics["correct"][rows] = is_likeliest(logits[:, -1], whole.maximum).to(log_q.dtype)
-    if signal is not None:
+    if isinstance(task.signal, TokenSignal):
+        log_p = task.signal.log_probs[rows].to(log_q.dtype)
+        advantages = (log_p - log_q[:, 0]).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)
+        weights[:, 0], metrics["kd"][rows], metrics["teacher_ce"][rows] = advantages, -advantages, -log_p
+    elif signal is not None:
         metrics["kd"][rows] = -task.squared * (weights * log_q_T)[:, :samples].sum(-1)
         if "kl" in metrics and signal.entropy is not None:
             metrics["kl"][rows] = metrics["kd"][rows] - signal.entropy[rows]
@@ -71,6 +82,9 @@ def _named_tokens(task: HeadLossTask, rows: slice, like: Tensor) -> tuple[Tensor
     ids, weights = [], []
     if (signal := task.sparse_signal) is not None:
         ids, weights = [signal.ids[rows]], [signal.log_probs[rows].to(like.dtype).exp()]  # padding has weight 0
+    if isinstance(task.signal, TokenSignal):
+        assert task.targets is not None, "it is checked"
+        ids, weights = [task.targets[rows, None]], [torch.zeros_like(like)[:, None]]  # not known yet
     if task.targets is not None:
         ids, weights = [*ids, task.targets[rows, None]], [*weights, torch.ones_like(like)[:, None]]
     if not ids:

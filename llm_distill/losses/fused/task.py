@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
-from llm_distill.signals import Signal, SparseSignal
+from llm_distill.signals import Signal, SparseSignal, TokenSignal
 
 NOTHING = -1e30
 """log 0 as a number: exp gives 0, and 0 times it is 0 where 0 times −inf would be NaN. A raw logit of this value takes
@@ -130,6 +130,8 @@ class HeadLossTask:
         if self.teachers:
             names += ["kl", "acceptance", "top1_agreement", "confidence", "teacher_confidence"]
             names += ["teacher_ce", "teacher_correct"] if self.targets is not None else []
+        elif isinstance(self.signal, TokenSignal):
+            names += ["teacher_ce"]
         elif sparse is not None and sparse.log_tail is not None:
             names += ["top1_agreement"]
         elif sparse is not None and sparse.entropy is not None and self.temperature == 1:
