@@ -29,6 +29,7 @@ from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.options import OnPolicyOptions
 from llm_distill.heads import base_of
 from llm_distill.models import LanguageModel
+from llm_distill.options import is_chosen
 from llm_distill.rows import IGNORED, WRITTEN
 from llm_distill.teachers import Teacher
 
@@ -223,21 +224,19 @@ def require_sampled_text(teacher: Teacher, args: DistillationConfig) -> None:
     """
     if teacher.k != 0 or not args.kd_weight:
         return
-    only, instead = (
-        "a teacher that tells of the text's own tokens alone (teacher_server_k=0)",
-        "or let it tell its top k.",
-    )
+    who = "a teacher that tells of the text's own tokens alone (teacher_server_k=0)"
     if not args.on_policy_share:
-        raise ValueError(f"{only} teaches on what the student wrote: set on_policy_share=1, {instead}")
+        raise ValueError(f"{who} teaches on what the student wrote: set on_policy_share=1, or have it tell its top k.")
     if args.on_policy_share < 1 and not args.ce_weight:
         raise ValueError(
-            f"{only} teaches nothing of the dataset's text, which on_policy_share={args.on_policy_share} leaves: set "
-            f"ce_weight for that text, or on_policy_share=1, {instead}"
+            f"{who} teaches nothing of the dataset's text, which on_policy_share={args.on_policy_share} leaves: set "
+            "ce_weight for that text, or on_policy_share=1, or have it tell its top k."
         )
-    if args.sampling_temperature != 1 or args.top_p < 1 or args.top_k:
+    ways = ("sampling_temperature", "top_p", "top_k", "repetition_penalty", "steps_per_generation")
+    if changed := [name for name in ways if is_chosen(args, name)]:
         raise ValueError(
-            f"{only} gives the reverse KL's gradient where the student samples from its own distribution: leave "
-            f"sampling_temperature at 1 and top_p and top_k out, {instead}"
+            f"{who} gives the reverse KL's gradient where the student of this very step samples from its own "
+            f"distribution: leave out {', '.join(changed)}, or have it tell its top k."
         )
 
 
