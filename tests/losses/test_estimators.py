@@ -106,7 +106,7 @@ def test_of_text_that_the_student_did_not_write_only_the_cross_entropy_is_learne
     head, hidden = head_of(LOGITS)
     signal, targets = TokenSignal(LOG_P, VOCAB), torch.arange(VOCAB)
     written = targets >= 2
-    positions = Positions(torch.zeros(VOCAB).long(), torch.arange(VOCAB), targets)
+    positions = Positions(torch.zeros(VOCAB).long(), torch.arange(VOCAB), targets, torch.zeros(VOCAB).long())
     loss, values = HeadLoss(ReverseKL(), ce_weight=0.5)(Kept(hidden, head), signal, positions, VOCAB, written)
     log_q = LOGITS.log_softmax(-1)
     torch.testing.assert_close(loss, (0.5 * -log_q[:2].sum() + (log_q - LOG_P)[2:].sum()) / VOCAB)
