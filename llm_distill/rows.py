@@ -20,10 +20,15 @@ IGNORED = -100
 KEY_BYTES = 16
 SIGNAL = "signal"
 """Where a batch carries what its teacher's reader has fetched for it; see `Teacher.reader`."""
+TEACHER = "teacher"
+"""Where a batch carries what the teacher reads in place of the student's text: a batch too; see `View.of_teacher`."""
 SKIPPED = "skipped"
 """In what lies under SIGNAL, if labels were masked there: of how many rows, [batch]."""
 WRITTEN = "written"
 """Where a batch says which of its sequences the student wrote, [batch]; no model sees it."""
+
+NO_INPUTS = ("labels", SIGNAL, TEACHER, WRITTEN)
+"""What a batch carries that no model's forward takes."""
 
 Batch = Mapping[str, Any]
 """What the collator made: `input_ids`, `labels` and either `attention_mask` or, packed, `position_ids`."""
@@ -54,8 +59,25 @@ class View(NamedTuple):
     @classmethod
     def of(cls, batch: Batch) -> View:
         """The view of a batch in which its labels say what counts. The device waits once, to count the rows."""
-        inputs = {name: value for name, value in batch.items() if name not in ("labels", SIGNAL, WRITTEN)}
+        inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
         return cls(inputs, counted_rows(batch["labels"], text_starts(inputs)), batch.get(SIGNAL))
+
+    @classmethod
+    def of_teacher(cls, batch: Batch) -> View:
+        """What the teacher reads of a batch: what the student reads, or another text with the same tokens that count.
+
+        Raises:
+            ValueError: other tokens count.
+        """
+        if TEACHER not in batch:
+            return cls.of(batch)
+        view = cls.of(batch[TEACHER])._replace(fetched=batch.get(SIGNAL))
+        if not torch.equal(view.positions.targets, counted_rows(batch["labels"]).targets):
+            raise ValueError(
+                f"what the teacher reads of a batch (`{TEACHER}`) has other tokens that count than what the student "
+                "reads. Both must have the same ones, row by row: mend the collator that made it."
+            )
+        return view
 
     @property
     def length(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -26,3 +27,16 @@ def apply_template(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, 
     except RAISED as error:
         reason = f"KeyError: {error}" if isinstance(error, KeyError) else str(error)
         raise TemplateRefusedError(f"the chat template refuses this conversation: {reason}") from error
+
+
+def read_template(template: str) -> str:
+    """A chat template: the text of a Jinja file, or the text that was given.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if "{" in template:
+        return template
+    if not Path(template).is_file():
+        raise ValueError(f"teacher_chat_template={template!r} is no file, and no Jinja: there is no {{ in it.")
+    return Path(template).read_text(encoding="utf-8")

@@ -30,7 +30,8 @@ from llm_distill.data import checks
 from llm_distill.data.counts import count_rows_left
 from llm_distill.data.on_policy import OnPolicy, add_empty_completions, require_sampled_text
 from llm_distill.data.policy import Policy
-from llm_distill.data.prepare import PreparedData, named_evaluation
+from llm_distill.data.prepare import PreparedData, add_teacher_texts, named_evaluation
+from llm_distill.data.teacher_view import MADE, TwoViews, has_teacher_text, refuse_unread
 from llm_distill.data.validate import RowChecks
 from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.in_forward import LossRequest, add_loss_forward
@@ -87,6 +88,7 @@ class DistillationTrainer(SFTTrainer):
 
     # The loss is divided by the rows of the whole step, so `Trainer` has nothing left to scale.
     loss_is_scaled_for_ga = True
+    _signature_columns: list[str] | None
 
     def __init__(
         self,
@@ -125,6 +127,9 @@ class DistillationTrainer(SFTTrainer):
                 self.teacher.check(divergence, self.objective.head.temperature)
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
                 self.teacher.fit_to(tokenizer)
+        train, evaluation = add_teacher_texts(tokenizer, args, train, evaluation)
+        self.reads_more = has_teacher_text(train, *named_evaluation(evaluation).values())
+        refuse_unread(args, self.teacher is not None and self.reads_more, self.objective.teacher_needs)
         if isinstance(model, str):
             model = load_student(model, args, sft.pop("quantization_config", None), sft.get("peft_config"))
         with self.row_checks.naming_rows(train, evaluation), loading_options_taken(args):
@@ -175,12 +180,16 @@ class DistillationTrainer(SFTTrainer):
         if self.args.chat_template_path is not None:
             self.teacher.fit_to(self.processing_class)  # cloning a template may have added tokens
         self.teacher.prepare(self.accelerator, self.model)
+        if self.reads_more:
+            limits = filter(None, (self.args.teacher_max_length, self.teacher.max_length))
+            self.collate = TwoViews(self.collate, min(limits, default=None))
+            self.data_collator: Any = self.collate
         if self.padding_free:
             self.teacher.require_documents_apart(self.collate, self.accelerator)
         self.objective = self.objective.fit(base_of(self.model).config, model_of(self.teacher, self.model).config)
         self.add_callback(FlushTeacher(self.teacher))
         if self.teacher.reader is not None and self.objective.uses_teacher:
-            self.data_collator: Any = checks.ReadingCollator(self.collate, self.teacher.reader)
+            self.data_collator = checks.ReadingCollator(self.collate, self.teacher.reader)
 
     @property
     def data(self) -> PreparedData:
@@ -228,6 +237,10 @@ class DistillationTrainer(SFTTrainer):
         finally:
             self.data_collator, self._train_batch_size = collate, size
 
+    def _set_signature_columns_if_needed(self) -> None:
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = sorted({*(self._signature_columns or ()), *MADE})
+
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
@@ -255,7 +268,7 @@ class DistillationTrainer(SFTTrainer):
         refuse_past_context(view.length, self._context, "the batch", "student")
         if self.teacher is not None and (self.objective.uses_teacher or not training):
             with self.meter.in_teacher if training else nullcontext(), self.accelerator.autocast():
-                signal = self.teacher.score(view, self.objective.teacher_needs)
+                signal = self.teacher.score(View.of_teacher(inputs), self.objective.teacher_needs)
 
         samples, time = inputs["labels"].shape
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
@@ -290,7 +303,12 @@ class DistillationTrainer(SFTTrainer):
         """As `SFTTrainer.evaluate`. Raises ValueError for a dataset whose rows cannot be evaluated on."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().evaluate(eval_dataset, *args, **kwargs)
-        _, checked = self.row_checks.apply(None, eval_dataset)
+        _, checked = add_teacher_texts(self.processing_class, self.args, *self.row_checks.apply(None, eval_dataset))
+        if has_teacher_text(*named_evaluation(checked).values()) and not self.reads_more:
+            raise ValueError(
+                "the teacher shall read something else than the student in this dataset, and the trainer was built for "
+                "data in which it does not: give it as eval_dataset when the trainer is built."
+            )
         with self.row_checks.naming_rows(None, checked):
             return super().evaluate(checked, *args, **kwargs)
 

@@ -16,10 +16,10 @@ from llm_distill.cache import manifest as manifests
 from llm_distill.cache.methods import Hidden, Method
 from llm_distill.cache.store import TeacherCache
 from llm_distill.capture.fidelity import ALTERNATIVES, Fidelity, Sample, as_table, explain, fidelity, plot
-from llm_distill.capture.run import new_manifest, prepare_teacher, sample_views, score_view
+from llm_distill.capture.run import new_manifest, prepare_teacher, sample_batches, score_view
 from llm_distill.data.prepare import PreparedData
 from llm_distill.models import LanguageModel
-from llm_distill.rows import examples_of
+from llm_distill.rows import View, examples_of
 from llm_distill.signals import HiddenSignal, MixtureSignal
 from llm_distill.teachers import Teacher
 
@@ -48,10 +48,11 @@ def measure_fidelity(
     sample, count, begun = [], 0, time.perf_counter()
     student.fit_to(data.tokenizer)
     student.model.eval().to(data.accelerator.device)
-    for _, view in sample_views(data, texts, batch_size=1):
+    for _, batch in sample_batches(data, texts, batch_size=1):
+        view = View.of_teacher(batch)
         signal = score_view(teacher, data, view)
         with torch.no_grad(), data.accelerator.autocast():
-            beside = HiddenSignal(*student.keep(view.to(data.accelerator.device)))
+            beside = HiddenSignal(*student.keep(View.of(batch).to(data.accelerator.device)))
         assert isinstance(signal, HiddenSignal | MixtureSignal), "or it could not have been captured"
         sample.append(Sample(list(examples_of(view)), signal, beside))
         count += len(beside)

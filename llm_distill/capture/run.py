@@ -37,7 +37,7 @@ from llm_distill.files import LOCK_FILE, locked, write_atomically
 from llm_distill.heads import LMHead
 from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_tokenizer, vocabulary_size
-from llm_distill.rows import Batch, Example, View, examples_of
+from llm_distill.rows import Batch, Example, View, count_rows, examples_of
 from llm_distill.signals import Signal
 from llm_distill.teachers import CachedTeacher, Teacher
 
@@ -178,7 +178,7 @@ def _fill(run: Run, examples_per_shard: int) -> None:
                 for texts, plans in _one_ahead(_rounds(run.data, windows, ranks, known)):
                     begun, own = bar.n, _in_step(plans, rank) if run.is_sharded else plans[rank]
                     for step, planned in enumerate(_answered_ahead(run.teacher, own), 1):
-                        signal = score_view(run.teacher, run.data, View.of(planned.batch))
+                        signal = score_view(run.teacher, run.data, View.of_teacher(planned.batch))
                         if planned.wanted or run.is_sharded:  # all ranks gather the head, though nothing be kept of it
                             encoder.add(planned, signal)
                         bar.n = begun + texts * step // len(own)
@@ -237,7 +237,7 @@ def _plan(data: PreparedData, rows: list[dict[str, Any]], known: KnownKeys) -> l
     size, planned = data.args.per_device_eval_batch_size, []
     for start in range(0, len(rows), size):
         batch = data.collate(rows[start : start + size])
-        examples = list(examples_of(View.of(batch)))
+        examples = list(examples_of(View.of_teacher(batch)))
         wanted = {example.key for example in examples if example.key not in known}
         known.add(wanted)
         if wanted:
@@ -323,17 +323,17 @@ def score_view(teacher: Teacher, data: PreparedData, view: View) -> Signal:
         return teacher.score(view.to(data.accelerator.device))
 
 
-def sample_views(data: PreparedData, batches: int, batch_size: int | None = None) -> Iterator[tuple[int, View]]:
-    """Views of batches from all over the training data (of a stream, the first ones) in which something counts, and of
-    how many texts each is: by default as many as in evaluation.
+def sample_batches(data: PreparedData, batches: int, batch_size: int | None = None) -> Iterator[tuple[int, Batch]]:
+    """Batches from all over the training data (of a stream, the first ones) in which something counts, and of how many
+    texts each is: by default as many as in evaluation.
     """
     size = batch_size or data.args.per_device_eval_batch_size
     rows = spread_rows(data.train, batches * size)
     for start in range(0, len(rows), size):
         texts = rows[start : start + size]
-        view = View.of(data.collate(texts))
-        if len(view.positions.targets):
-            yield len(texts), view
+        batch = data.collate(texts)
+        if count_rows(batch["labels"]):
+            yield len(texts), batch
 
 
 @torch.no_grad()
@@ -341,8 +341,8 @@ def _estimate(run: Run) -> None:
     """Says what it will take, from a few batches, and refuses what the disk has no room for."""
     cache, data = run.cache, run.data
     manifest, seconds, rows, size, texts = cache.manifest, 0.0, 0, 0, 0
-    for number, (count, view) in enumerate(sample_views(data, MEASURED_BATCHES)):
-        began = time.perf_counter()
+    for number, (count, batch) in enumerate(sample_batches(data, MEASURED_BATCHES)):
+        began, view = time.perf_counter(), View.of_teacher(batch)
         examples = list(examples_of(view))
         signal = score_view(run.teacher, data, view)
         selected = select(cache.method, signal, examples, manifest["temperature"], manifest["seed"] or 0)

@@ -27,6 +27,7 @@ from llm_distill.check.sample import (
 )
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import longest_sequence
+from llm_distill.data.teacher_view import IDS
 from llm_distill.heads import base_of, output_projection
 from llm_distill.loading import find_adapters, load_config, load_tokenizer
 from llm_distill.machine import duration, free_memory
@@ -88,6 +89,11 @@ def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
         yield Finding("skipped", "teacher", "there is none: kd_weight=0")
         return
     yield Finding("green", "teacher", teacher.summary())
+    if trainer.reads_more:
+        lengths = [longest_sequence(trainer.train_dataset, ids) for ids in (IDS, "input_ids")]
+        own, students = ["texts of a stream" if length is None else f"up to {length:,} tokens" for length in lengths]
+        limit = f"; {trainer.collate.max_length:,} at most" if trainer.collate.max_length else ""
+        yield Finding("green", "teacher's text", f"it reads {own}, the student {students}{limit}")
     rows = f"the same ids for the student's {vocabulary_size(tokenizer):,} tokens"
     models = [base_of(trainer.model), *(member.model for member in teacher.models)]
     heads = [output_projection(model).weight for model in models]
@@ -145,6 +151,7 @@ def _memory(trainer: SFTTrainer) -> Finding:
             sharded=sharded,
             device=accelerator.device.type,
             length=longest,
+            teacher_length=longest_sequence(trainer.train_dataset, IDS),
         )
     except ValueError as error:
         return Finding("amber", "memory", str(error), "watch its first steps")

@@ -78,6 +78,7 @@ def estimate_memory(
     sharded: bool = False,
     device: str = "cuda",
     length: int | None = None,
+    teacher_length: int | None = None,
 ) -> MemoryEstimate:
     """The peak of a training step on each rank, for the student and the teacher of these configurations.
 
@@ -94,6 +95,7 @@ def estimate_memory(
         sharded: whether they share out weights, gradients and optimizer, as FSDP 2 and ZeRO-3 do.
         device: "cuda" or "cpu", which decides how the loss is computed.
         length: tokens of the longest sequence (default: `args.max_length`, or what the student can read).
+        teacher_length: of the longest that the teacher reads, if that is another.
 
     Raises:
         ValueError: a family whose forward depends on the values of its tensors: it cannot be known without running it.
@@ -106,7 +108,8 @@ def estimate_memory(
     if teacher is not None:
         teachers_dtype = _as_dtype(teacher_dtype, teacher)
         whole = 1.0 if teacher_bits else share
-        theirs = _traced(teacher, None, batch, teachers_dtype, mixed, teacher_bits, whole)
+        read = _batch_shape(student, args, teacher_length or length)
+        theirs = _traced(teacher, None, read, teachers_dtype, mixed, teacher_bits, whole)
 
     rows, states = batch[0] * batch[1], _optimizer_bytes(args, ours)
     d_head = ours.head_bytes * max(1, 4 // weights_dtype.itemsize) if ours.trains_head else 0  # summed in float32

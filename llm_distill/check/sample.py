@@ -139,7 +139,7 @@ def measure_losses(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts
     trainer.model.eval()
     began = time.perf_counter()
     for batch in batches:
-        view = View.of(batch).to(trainer.accelerator.device)
+        view, read = (make(batch).to(trainer.accelerator.device) for make in (View.of, View.of_teacher))
         if not len(view.positions.targets):
             continue
         with trainer.accelerator.autocast():
@@ -147,7 +147,7 @@ def measure_losses(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts
             if not sample.self_divergence and loss.kd_weight:
                 _, values = loss(student, HiddenSignal(*student), view.positions, None)
                 sample.self_divergence = [max(abs(float(values[name].mean())) for name in ("kd", "kl"))]
-            signal = None if trainer.teacher is None else trainer.teacher.score(view)
+            signal = None if trainer.teacher is None else trainer.teacher.score(read)
             _, values = loss(student, signal, view.positions, None)
         ce = values["ce"].double()
         sample.student_loss += float(ce.sum())

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.data.prepare import PreparedData, iterate_windows, spread_rows
+from llm_distill.data.teacher_view import IDS, TwoViews, require_teachers_rows
 from llm_distill.models import (
     context_length,
     different_ids,
@@ -60,6 +61,9 @@ def require_usable(
         for member in () if teacher is None else teacher.models:
             if member.tokenizer is not None:
                 require_shared_tokens(dataset, name, member.tokenizer, data.tokenizer)
+        if isinstance(data.collate, TwoViews):
+            writes = data.args.on_policy_share and name == "train"
+            require_teachers_rows(dataset, name, data.collate, data.args.max_completion_length if writes else None)
     if isinstance(collate, ReadingCollator) and teacher is not None and teacher.is_stored:
         for name, dataset in data.datasets.items():
             require_readable(dataset, name, collate)
@@ -84,25 +88,27 @@ def require_shared_tokens(
     """
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         return
+    columns = [column for column in ("input_ids", IDS) if column in dataset.column_names]
     for row in spread_rows(dataset, SAMPLED_TEXTS):
-        text = student.decode(row["input_ids"][:SAMPLED_TOKENS], skip_special_tokens=True)
-        require_same_ids_of(text, teacher, student)
+        for column in columns:
+            text = student.decode(row[column][:SAMPLED_TOKENS], skip_special_tokens=True)
+            require_same_ids_of(text, teacher, student)
     unshared = {i: token for token, i in unshared_tokens(teacher, student).items()}
     if not unshared:
         return
-    for number, row in enumerate(dataset.select_columns(["input_ids"])):
-        if used := unshared.keys() & set(row["input_ids"]):
+    for number, row in enumerate(dataset.select_columns(columns)):
+        if used := unshared.keys() & {token for ids in row.values() for token in ids}:
             token = unshared[min(used)]
             raise different_ids(
                 f"{len(teacher.get_vocab()):,} tokens", student, f"{token!r}, which row {number} of {name} has"
             )
 
 
-def longest_sequence(dataset: Any) -> int | None:
-    """Of a prepared dataset, in tokens; None for a stream, which is not read."""
-    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+def longest_sequence(dataset: Any, ids: str = "input_ids") -> int | None:
+    """Of a prepared dataset, in tokens; None for a stream, which is not read, and for one without that column."""
+    if not isinstance(dataset, Dataset) or ids not in dataset.column_names:
         return None
-    column = "seq_lengths" if "seq_lengths" in dataset.column_names else "input_ids"
+    column = "seq_lengths" if "seq_lengths" in dataset.column_names else ids
     longest = 0
     for table in dataset.select_columns([column]).with_format("arrow").iter(batch_size=10_000):
         lengths = pc.list_flatten(table[column]) if column == "seq_lengths" else pc.list_value_length(table[column])

@@ -24,13 +24,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.config import DistillationConfig
 from llm_distill.data.policy import Collate, Policy, Row
+from llm_distill.data.teacher_view import IDS, LABELS
 from llm_distill.generation.engines.base import Completion, Sampling
 from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.options import OnPolicyOptions
 from llm_distill.heads import base_of
 from llm_distill.models import LanguageModel
 from llm_distill.options import is_chosen
-from llm_distill.rows import IGNORED, WRITTEN
+from llm_distill.rows import IGNORED, TEACHER, WRITTEN
 from llm_distill.teachers import Teacher
 
 
@@ -180,9 +181,9 @@ class OnPolicy(Policy):
 
     def _row(self, made: MadeRow, completion: Completion) -> Row:
         """The same prompt with this completion."""
-        prompt, ids = prompt_of(made.row), completion.ids or []
+        ids = completion.ids or []
         learned = [IGNORED] * len(ids) if self.masks_cut and not completion.finished else ids
-        return {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + learned}
+        return replace_completion(made.row, ids, learned)
 
     def _is_written(self, step: int, copy: int, prompt: list[int]) -> bool:
         """Whether the row of this prompt is written: a draw that is the same on every rank."""
@@ -241,10 +242,12 @@ def require_sampled_text(teacher: Teacher, args: DistillationConfig) -> None:
 
 
 def rows_of(batch: dict[str, Any]) -> Iterator[Row]:
-    """The rows of a padded batch."""
+    """The rows of a padded batch, each with what the teacher reads in its place if that is something else."""
     mask = batch["attention_mask"].bool()
-    for number, counts in enumerate(mask):
-        yield {name: batch[name][number][counts].tolist() for name in ("input_ids", "labels")}
+    of_teacher = rows_of(batch[TEACHER]) if TEACHER in batch else itertools.repeat(None)
+    for number, (counts, read) in enumerate(zip(mask, of_teacher, strict=False)):
+        row = {name: batch[name][number][counts].tolist() for name in ("input_ids", "labels")}
+        yield row if read is None else row | {IDS: read["input_ids"], LABELS: read["labels"]}
 
 
 def prompt_of(row: Row) -> list[int]:
@@ -260,6 +263,16 @@ def prompt_of(row: Row) -> list[int]:
             "completion (or of prompt alone), or conversations with assistant_only_loss."
         )
     return row["input_ids"][:first]
+
+
+def replace_completion(row: Row, ids: list[int], labels: list[int]) -> Row:
+    """The prompt of a row with another completion, for the student and for the teacher."""
+    prompt = prompt_of(row)
+    replaced = {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + labels}
+    if IDS not in row:
+        return replaced
+    read = replace_completion({"input_ids": row[IDS], "labels": row[LABELS]}, ids, labels)
+    return replaced | {IDS: read["input_ids"], LABELS: read["labels"]}
 
 
 def add_empty_completions(dataset: Any, share: float) -> Any:

@@ -9,12 +9,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from llm_distill.config import DistillationConfig
 from llm_distill.data.counts import RowCounts, count_rows_left
+from llm_distill.data.teacher_view import (
+    IDS,
+    LABELS,
+    MESSAGES,
+    NUMBER,
+    PROMPT,
+    TwoViews,
+    has_teacher_text,
+    options_of_teacher,
+    rows_of_teacher,
+    tokenizer_of_teacher,
+)
 from llm_distill.data.validate import RowChecks
 from llm_distill.models import vocabulary_size
 
@@ -72,6 +84,7 @@ def prepare(
     checks = RowChecks(tokenizer, args)
     train, evaluation = checks.apply(train, evaluation)
     size = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
+    train, evaluation = add_teacher_texts(tokenizer, args, train, evaluation)
     with checks.naming_rows(train, evaluation):
         trainer = SFTTrainer(
             model=LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size(tokenizer), **size)),
@@ -80,19 +93,56 @@ def prepare(
             eval_dataset=evaluation,
             processing_class=tokenizer,
         )
-    prepared = named_evaluation(trainer.eval_dataset)
+    prepared, collate = named_evaluation(trainer.eval_dataset), trainer.data_collator
     before, after = named_evaluation(evaluation), prepared
     if all(train is not dataset for dataset in before.values()):
         before, after = {"train": train, **before}, {"train": trainer.train_dataset, **after}
     return PreparedData(
         trainer.train_dataset,
         prepared,
-        trainer.data_collator,
+        TwoViews(collate, args.teacher_max_length) if has_teacher_text(train, *before.values()) else collate,
         trainer.processing_class,
         args,
         trainer.accelerator,
         count_rows_left(before, after, args.max_length),
     )
+
+
+def add_teacher_texts(
+    tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, train: Any, evaluation: Any
+) -> tuple[Any, Any]:
+    """The datasets with the tokens and labels of what the teacher reads, where that is something else than what the
+    student reads.
+
+    Args:
+        tokenizer: the student's.
+        train: a dataset or a stream, as `RowChecks` leaves it.
+        evaluation: another one, or several by name.
+
+    Raises:
+        ValueError: what the teacher is to read cannot be prepared, or there is no place for it.
+    """
+    if isinstance(evaluation, dict):
+        evaluation = {name: _add_teacher_text(tokenizer, args, data, name) for name, data in evaluation.items()}
+    elif evaluation is not None:
+        evaluation = _add_teacher_text(tokenizer, args, evaluation, "eval")
+    return None if train is None else _add_teacher_text(tokenizer, args, train, "train"), evaluation
+
+
+def _add_teacher_text(tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, dataset: Any, name: str) -> Any:
+    """What the teacher reads is prepared by itself, exactly as what the student reads, and laid beside it."""
+    rows = rows_of_teacher(dataset, args, name)
+    if rows is None:
+        return dataset
+    try:
+        read = prepare(tokenizer_of_teacher(tokenizer, args), options_of_teacher(args), rows).train
+    except ValueError as error:
+        text = str(error).replace("the train dataset", f"the {name} dataset, as the teacher reads it")
+        raise ValueError(text) from error
+    columns = {"input_ids": IDS, "labels": LABELS}
+    read = read.select_columns([*columns, NUMBER]).rename_columns(columns)
+    replaced = [column for column in (PROMPT, MESSAGES, IDS, LABELS) if column in next(iter(dataset))]
+    return concatenate_datasets([dataset.remove_columns(replaced), read], axis=1)
 
 
 def named_evaluation(evaluation: Any) -> dict[str, Any]:

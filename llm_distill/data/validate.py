@@ -132,6 +132,8 @@ class RowChecks:
     def _format(self, dataset: Any, formatting_func: Callable[[Any], str], first: Mapping[str, Any], name: str) -> Any:
         """Texts in place of the rows. TRL would leave the columns that they are made of, and read those."""
         has_pairs = {"prompt", "completion"} <= set(first)
+        if unread := sorted(set(first) & {"teacher_prompt", "teacher_messages"}):
+            raise ValueError(f"a formatting_func makes whole texts, in which there is no place for {unread[0]}.")
         if self.args.completion_only_loss or (has_pairs and self.args.completion_only_loss is None):
             raise ValueError(
                 "a formatting_func makes whole texts, which completion_only_loss cannot cut: set it to False."

@@ -116,9 +116,10 @@ def _score_batch(
     indices: list[int],
     batch: Mapping[str, Any],
 ) -> dict[str, Any]:
-    view = View.of(batch).to(next(next(iter(models.values())).parameters()).device)
+    device = next(next(iter(models.values())).parameters()).device
+    view = View.of(batch).to(device)
     rows = view.positions
-    signal = None if teacher is None else teacher.score(view)
+    signal = None if teacher is None else teacher.score(View.of_teacher(batch).to(device))
     if isinstance(signal, SparseSignal | TokenSignal):
         raise ValueError("the teacher tells a part of its distribution alone: load it whole to compare with it.")
     columns: dict[str, dict[str, Tensor]] = {}

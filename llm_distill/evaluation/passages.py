@@ -45,11 +45,12 @@ def furthest_passages(
     for start, stop in itertools.islice(_worst_windows(student), PASSAGES):
         row = int(student.row[start])
         batch = texts.collate([texts.dataset[row]])
-        view = View.of(batch).to(next(model.parameters()).device)
+        device = next(model.parameters()).device
+        view = View.of(batch).to(device)
         positions = view.positions.position
         first = int(np.searchsorted(student.row, row))
         inside = slice(start - first, stop - first)
-        signal = teacher.score(view)
+        signal = teacher.score(View.of_teacher(batch).to(device))
         if not isinstance(signal, HiddenSignal):
             return []  # an ensemble has no one top k
         student_tops = _top_tokens(kept_of(model, head, view).hidden[inside], head, tokenizer)

@@ -26,7 +26,7 @@ from llm_distill.files import differences, locked
 from llm_distill.heads import LMHead
 from llm_distill.models import HEAD, LanguageModel, Needs, describe_tokenizer, vocabulary_size, without_places
 from llm_distill.probes import Collator
-from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, Example, View, examples_of
+from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, TEACHER, Example, View, examples_of
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
 from llm_distill.teachers.base import Teacher
 
@@ -56,7 +56,7 @@ class CacheReader:
 
     def __call__(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Where texts are missing: raises, masks their labels, or leaves the batch to `score`, as `on_miss` says."""
-        view = View.of(batch)
+        view = View.of_teacher(batch)
         stored, missing = self.look_up(view)
         if missing and self.on_miss == "live":
             return batch if self.read_live is None else self.read_live(batch)
@@ -69,7 +69,10 @@ class CacheReader:
         if self.on_miss == "skip":
             batch[SIGNAL][SKIPPED] = torch.zeros(len(batch["labels"]), dtype=torch.long)
         for example in missing:
-            batch["labels"][example.sample, example.positions] = IGNORED
+            if TEACHER in batch:
+                batch["labels"][example.sample] = batch[TEACHER]["labels"][example.sample] = IGNORED
+            else:  # of a packed row, one document
+                batch["labels"][example.sample, example.positions] = IGNORED
             batch[SIGNAL][SKIPPED][example.sample] += example.rows
         return batch
 
@@ -93,7 +96,8 @@ class CacheReader:
         return ValueError(
             f"{len(missing)} of the {total} texts of a batch are not in {self.cache.path}; the first has {len(first)} "
             f"tokens and begins with the ids {first[:8].tolist()}. The cache was captured with {cut}: texts cut in "
-            "another way are other texts. `llm-distill capture` with the settings of this run adds what is missing; "
+            "another way, or with another prompt for the teacher, are other texts. `llm-distill capture` with the "
+            "settings of this run adds what is missing; "
             "or choose on_miss: live or skip."
         )
 

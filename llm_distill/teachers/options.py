@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llm_distill.options import Options, is_chosen, option, parse_mapping
+from llm_distill.templates import read_template
 
 LOADING = ("teacher_model_revision", "teacher_model_init_kwargs", "teacher_load_in_4bit", "teacher_load_in_8bit")
 """Options that act where the teacher is loaded here."""
@@ -86,6 +87,25 @@ class TeacherOptions(TeacherModelOptions):
         "teacher, which is loaded for it and whose answer is added to the cache (live).",
         choices=("error", "skip", "live"),
         needs="teacher_cache",
+    )
+
+    teacher_system_prompt: str | None = option(
+        None,
+        "The teacher reads every conversation with this system turn, in place of its own if it has one, and the "
+        "student reads it as it is. What one row alone shall tell the teacher is in its column teacher_prompt or "
+        "teacher_messages.",
+    )
+    teacher_chat_template: str | None = option(
+        None,
+        "The teacher reads conversations in this chat template, a Jinja file or its text, and the student in its own. "
+        "The tokens that are learned must be the same in both.",
+        parse=lambda _, value: None if value is None else read_template(value),
+    )
+    teacher_max_length: int | None = option(
+        None,
+        "The teacher reads at most this many tokens where it reads more than the student. A row that is longer is "
+        "refused and never cut. By default it is what the teacher can read.",
+        at_least=2,
     )
 
     def conflicts(self) -> dict[str, Any]:

@@ -131,7 +131,7 @@ class ServedTeacher(Teacher):
 
     def read(self, batch: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         """Puts the answer into the batch, floats as the bits that they are made of: see `CacheReader`."""
-        batch[SIGNAL] = self._request_signal(View.of(batch))
+        batch[SIGNAL] = self._request_signal(View.of_teacher(batch))
         return batch
 
     def score(self, view: View, needs: Needs = HEAD) -> SparseSignal | TokenSignal:

@@ -26,6 +26,7 @@ LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "
         pytest.param({"masked": MASKED, "config": {"losses": LAYERS}}, id="terms on layers"),
         pytest.param({"masked": MASKED, "lora": True}, id="lora"),
         pytest.param({"config": ON_POLICY}, id="on-policy"),
+        pytest.param({"masked": MASKED, "reads_more": True}, id="teacher reads more"),
     ],
 )
 def test_two_ranks_and_one_rank_take_the_same_steps(run_worker: Callable[..., Run], options: dict[str, Any]) -> None:

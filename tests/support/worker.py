@@ -38,6 +38,19 @@ def make_rows(masked: list[int], shortest_prompt: int = 0) -> Dataset:
     return Dataset.from_list(rows)
 
 
+def with_teacher_text(rows: Dataset) -> Dataset:
+    """The same rows, of which the teacher reads a few tokens more: how many differs by row."""
+
+    def add(row: dict[str, Any], number: int) -> dict[str, Any]:
+        more = list(range(7, 9 + number % 5))
+        return {
+            "teacher_input_ids": more + row["input_ids"],
+            "teacher_labels": [-100] * (len(more) + 1) + row["labels"][1:],
+        }
+
+    return rows.map(add, with_indices=True)
+
+
 class Pause(TrainerCallback):
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -61,13 +74,12 @@ def train(folder: Path, options: dict[str, Any], tokenizer: Any) -> Distillation
     dtype = getattr(torch, options.get("dtype", "float64"))
     student = tiny_model("mixtral", seed=1, vocab_size=VOCAB) if options.get("moe") else tiny_llama(1, hidden=16)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if options.get("lora") else None
+    rows = make_rows(options.get("masked", []), 2 if options.get("config", {}).get("on_policy_share") else 0)
     trainer = DistillationTrainer(
         model=student.to(dtype),
         teacher=LiveTeacher(tiny_llama(2).to(dtype), tokenizer),
         args=make_config(folder / "out", **(config | options.get("config", {}))),
-        train_dataset=make_rows(
-            options.get("masked", []), 2 if options.get("config", {}).get("on_policy_share") else 0
-        ),
+        train_dataset=with_teacher_text(rows) if options.get("reads_more") else rows,
         eval_dataset=make_rows([]).select(range(7)),  # does not divide into batches over two ranks
         processing_class=tokenizer,
         peft_config=lora,

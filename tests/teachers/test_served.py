@@ -270,6 +270,21 @@ def test_exactly_the_top_k_and_the_mass_of_the_others(
     assert torch.allclose(signal.log_tail.double(), outside, atol=1e-5)
 
 
+def test_it_is_asked_about_what_the_teacher_reads_in_place_of_the_student(
+    tmp_path: Path, saved: Path, student: str, tokenizer: PreTrainedTokenizerBase, server: str
+) -> None:
+    trainer = make_trainer(tmp_path, tokenizer, student, teacher_model_name_or_path=str(saved / "teacher"))
+    batch = dict(first_batch(trainer))
+    more = {name: torch.nn.functional.pad(batch[name], (3, 0), value=1) for name in ("input_ids", "attention_mask")}
+    more["labels"] = torch.nn.functional.pad(batch["labels"], (3, 0), value=-100)
+    more["labels"][:, 3] = -100  # nothing predicts the student's first token
+    served = ServedTeacher(server, k=7)
+    served.fit_to(tokenizer)
+    signal = served.score(View.of_teacher(served.read(batch | {"teacher": more})))
+    expected = _log_p(trainer.teacher, more).topk(7)
+    assert torch.allclose(signal.log_probs.sort(-1).values, expected.values.sort(-1).values, atol=1e-5)
+
+
 def test_logits_past_the_tokenizer_take_no_part(
     tmp_path: Path, student: str, tokenizer: PreTrainedTokenizerBase, start: Start, folders: Path
 ) -> None:
