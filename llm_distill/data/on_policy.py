@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -32,6 +31,7 @@ from llm_distill.heads import base_of
 from llm_distill.models import LanguageModel
 from llm_distill.options import is_chosen
 from llm_distill.rows import IGNORED, TEACHER, WRITTEN
+from llm_distill.students.gathered import gathered, require_gatherable
 from llm_distill.teachers import Teacher
 
 
@@ -78,7 +78,7 @@ class OnPolicy(Policy):
         """Makes a writer of the student. An end token of the teacher's ends its texts too.
 
         Raises:
-            ValueError: a teacher that knows stored texts alone, a student that is sharded or has a learned prompt.
+            ValueError: a teacher that knows stored texts alone, FSDP 1, a student with a learned prompt.
         """
         if teacher is not None and teacher.is_stored:
             raise ValueError(
@@ -86,11 +86,10 @@ class OnPolicy(Policy):
                 "Name the teacher itself; or have the student write first (`llm-distill generate` with it as the "
                 "teacher), capture what it wrote, and train on that."
             )
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise ValueError("on_policy_share does not go with sharded students (FSDP, DeepSpeed): use DDP.")
+        require_gatherable(accelerator)
         if isinstance(student, PeftModel) and student.active_peft_config.is_prompt_learning:
             raise ValueError("on_policy_share does not go with a learned prompt: train LoRA adapters, or all weights.")
-        author = LanguageModel(base_of(student), tokenizer)
+        self.student, author = student, LanguageModel(base_of(student), tokenizer)
         self.engine, self.collate, self.accelerator = TransformersEngine(author, self.sampling), collate, accelerator
         for model in () if teacher is None else teacher.models:
             ends = model.model.generation_config.eos_token_id
@@ -170,7 +169,7 @@ class OnPolicy(Policy):
         }
         prompts = [prompt_of(made.row) for rows in drawn.values() for made in rows if made.is_written]
         seed = self._draw(4, min(steps, default=0), self.accelerator.process_index)
-        completions = iter(self._write(prompts, seed) if prompts else [])
+        completions = iter(self._write(prompts, seed))
         micro_batches = {}
         for step, rows in drawn.items():
             rows = [MadeRow(self._row(made, next(completions)), True) if made.is_written else made for made in rows]
@@ -197,7 +196,7 @@ class OnPolicy(Policy):
     def _write(self, prompts: list[list[int]], seed: int) -> list[Completion]:
         """One completion after each prompt. Nothing else that is random, such as dropout, notices."""
         model, device = self.engine.author.model, self.accelerator.device
-        longest, context = max(map(len, prompts)) + self.sampling.max_new_tokens, self.engine.max_length
+        longest, context = max(map(len, prompts), default=0) + self.sampling.max_new_tokens, self.engine.max_length
         if context is not None and longest > context:
             raise ValueError(
                 f"a prompt of {longest - self.sampling.max_new_tokens:,} tokens and max_completion_length="
@@ -208,7 +207,11 @@ class OnPolicy(Policy):
         self.engine.sampling = dataclasses.replace(self.sampling, seed=seed)
         model.eval()
         try:
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), self.accelerator.autocast():
+            with (
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+                self.accelerator.autocast(),
+                gathered(self.student, self.accelerator),
+            ):
                 written = dict(self.engine.complete(prompts))
         finally:
             model.train(was_training)

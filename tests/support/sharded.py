@@ -16,14 +16,14 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import save_file
 from tiny import VOCAB, tiny_llama
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from llm_distill.divergences import make_divergence
-from llm_distill.heads import LMHead
+from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.attention import AttentionMaps
 from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.in_forward import LossRequest, add_loss_forward
@@ -48,18 +48,19 @@ def make_batch() -> tuple[Tensor, Tensor]:
     return ids, labels
 
 
-def shard_student(model: PreTrainedModel, mesh: object, tied: bool) -> None:
+def shard_student(student: nn.Module, mesh: object, tied: bool) -> None:
+    model = base_of(student)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     if not tied:
         fully_shard(model.model.embed_tokens, mesh=mesh)
     tail = [model.model.norm, model.model.embed_tokens, model.lm_head] if tied else [model.model.norm, model.lm_head]
     fully_shard(tail, mesh=mesh, reshard_after_forward=False)
-    fully_shard(model, mesh=mesh)
+    fully_shard(student, mesh=mesh)
 
 
 def gradients(
-    student: PreTrainedModel, teacher: LiveTeacher, ids: Tensor, labels: Tensor, ranks: int, num_rows: Tensor
+    student: nn.Module, teacher: LiveTeacher, ids: Tensor, labels: Tensor, ranks: int, num_rows: Tensor
 ) -> dict[str, Tensor]:
     """Two steps' gradients added up, the second with the parameters gathered anew."""
     add_loss_forward(student, LMHead.of(student))
@@ -72,7 +73,7 @@ def gradients(
         loss = request.exact(output.to(torch.bfloat16))  # as FSDP2 casts it under mixed precision
         assert torch.equal(loss.detach(), request.value)
         (loss * ranks).backward()
-    grads = {name: p.grad for name, p in student.named_parameters()}
+    grads = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     return {name: (g.full_tensor() if isinstance(g, DTensor) else g) for name, g in grads.items()}
 
 

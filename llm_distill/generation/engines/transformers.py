@@ -87,7 +87,12 @@ class TransformersEngine(LocalEngine):
         inputs = torch.tensor([ids[:1] * (longest - len(ids)) + ids for ids in batch], device=device)
         mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in batch], device=device)
         with self._only_our_settings() as config:
-            output = self.author.model.generate(inputs, attention_mask=mask, generation_config=config)
+            output = self.author.model.generate(
+                inputs,
+                attention_mask=mask,
+                generation_config=config,
+                synced_gpus=False,  # a rank may have less to write than others, or nothing
+            )
         return output[:, longest:].tolist()
 
     @torch.inference_mode()
