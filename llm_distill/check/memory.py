@@ -29,9 +29,16 @@ from llm_distill.config import DistillationConfig
 from llm_distill.heads import intercepted, output_projection
 from llm_distill.loading import errors_of_loading
 from llm_distill.losses.fused.head_loss import chunk_rows
+from llm_distill.losses.layers import CHUNK_NUMBERS
+from llm_distill.losses.objective import Objective
+from llm_distill.models import ATTENTION
 
 STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 """Numbers that an optimizer keeps for each weight; Adam and its kin keep two."""
+MATRICES_OF_PAIRS = 8
+"""Of tokens by tokens, that are there at a time in a term on layers: scores, their softmax, logarithm and gradient, of
+both models.
+"""
 PACKED_BYTES = {4: 0.5 + 4 / 64, 8: 1.0}
 """Of a weight; NF4 has a float32 scale for each 64."""
 
@@ -50,7 +57,9 @@ class MemoryEstimate:
     teacher_activations: int
     """The most that its forward takes, without logits."""
     loss_buffers: int
-    """Logits of a chunk of rows, what the teacher says of the batch, the gradients of hidden states and head."""
+    """Logits of a chunk of rows, what the teacher says of the batch, the gradients of hidden states and head, and what
+    terms on layers make of both models' layers.
+    """
     total: int
 
     def __str__(self) -> str:
@@ -116,6 +125,7 @@ def estimate_memory(
     signal = 0 if theirs is None else rows * theirs.hidden_bytes
     buffers = _buffer_bytes(args, ours, theirs is not None, rows, mixed or weights_dtype, torch.device(device))
     loss = buffers + signal + rows * ours.hidden_bytes + d_head
+    loss += _bytes_of_terms(args, student, teacher or student, batch, (mixed or weights_dtype).itemsize)
     gradients = ours.gradients * share
 
     accumulates = args.gradient_accumulation_steps > 1
@@ -379,3 +389,36 @@ def _buffer_bytes(
     chunk = min(chunk_rows(student.vocab_size, dtypes, device, args.loss_buffer_mib), -(-rows // 64) * 64)
     copy_of_head = student.head_bytes // 2 if compute.itemsize == 2 and student.trains_head else 0
     return chunk * student.vocab_size * sum(dtype.itemsize for dtype in dtypes) + copy_of_head
+
+
+def _bytes_of_terms(
+    args: DistillationConfig,
+    student: PreTrainedConfig,
+    teacher: PreTrainedConfig,
+    batch: tuple[int, int],
+    itemsize: int,
+) -> int:
+    """What is kept of the teacher's layers, its difference from the student's in float32, and a chunk of pairs of
+    tokens. What is kept of the student's is there anyway, but in 16 bits for a copy.
+    """
+    objective = Objective.of(args)
+    if not objective.terms:
+        return 0
+    objective = objective.fit(student, teacher)
+    ours, theirs = (
+        sum(_width(config, kind) * len(layers) for kind, layers in needs.items())
+        for config, needs in ((student, objective.student_needs), (teacher, objective.teacher_needs))
+    )
+    rows, heads = batch[0] * batch[1], max(c.get_text_config().num_attention_heads for c in (student, teacher))
+    pairs = min(CHUNK_NUMBERS, heads * batch[1] ** 2)
+    return rows * (theirs * (itemsize + 4) + ours * (4 if itemsize < 4 else 0)) + MATRICES_OF_PAIRS * pairs * 4
+
+
+def _width(config: PreTrainedConfig, kind: str) -> int:
+    """Of what is kept of a layer, for each token."""
+    text = config.get_text_config()
+    if kind not in ATTENTION:
+        return text.hidden_size
+    heads = text.num_attention_heads
+    groups = heads if kind == "query" else getattr(text, "num_key_value_heads", None) or heads
+    return groups * (getattr(text, "head_dim", None) or text.hidden_size // heads)

@@ -31,6 +31,7 @@ TASKS: dict[str, dict[str, Any]] = {
     "bf16, accumulation": {"options": {"bf16": True, "gradient_accumulation_steps": 2}},
     "tied, sgd": {"student": DENSE | {"tie_word_embeddings": True}, "options": {"optim": "sgd"}},
     "lora": {"lora": {"r": 8, "target_modules": "all-linear"}},
+    "terms on layers": {"options": {"losses": {"hidden": 1.0, "relations": 1.0, "attention": 1.0, "selectivity": 1.0}}},
     "mixture of experts": {"student": DENSE | EXPERTS, "teacher": TEACHER | EXPERTS},
 }
 

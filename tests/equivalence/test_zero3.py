@@ -17,8 +17,8 @@ pytestmark = [
     pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs"),
 ]
 RECIPES = Path(__file__).parents[2] / "recipes"
-KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance", "hidden")
-LOSSES = [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}]
+KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance", "hidden", "relations")
+LOSSES = [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}, {"name": "relations"}]
 """With a projection, as the widths differ."""
 
 

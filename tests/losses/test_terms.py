@@ -9,15 +9,18 @@ from typing import Any
 
 import pytest
 import torch
+from families import tiny_model
+from peft import LoraConfig
 from runs import logged, make_trainer
 from tiny import tiny_llama
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill import LiveTeacher
+from llm_distill import EnsembleTeacher, LiveTeacher
 from llm_distill.heads import LMHead
 from llm_distill.losses import layers
+from llm_distill.losses.attention import attention_maps
 from llm_distill.losses.objective import make_term
 from llm_distill.models import kept_of
 from llm_distill.rows import View
@@ -207,6 +210,49 @@ def test_queries_keys_and_values_are_kept_whatever_computes_attention(implementa
     assert {kind: tuple(states) for kind, states in kept.items()} == needs
     assert kept["query"][2].shape == (3, 9, 4, 4)
     assert kept["value"][2].shape == (3, 9, 2, 4)
+
+
+@pytest.mark.parametrize(
+    "family", ["gpt2", "gpt_neox", "phi3", "qwen3", "granite", "gemma3_text", "deepseek_v3", "mixtral"]
+)
+def test_the_maps_are_those_of_the_family_itself(family: str) -> None:
+    """With fused projections, norms of queries and keys, scales of their own, latent attention."""
+    model = tiny_model(family)
+    model.set_attn_implementation("eager")
+    view = View.of({"input_ids": (ids := torch.randint(5, 90, (2, 7))), "labels": ids})
+    with torch.no_grad():
+        kept = kept_of(model, LMHead.of(model), view, {"query": (1,), "key": (1,)}).layers
+        expected = model(ids, output_attentions=True, use_cache=False).attentions[0]
+    for sample in range(2):
+        maps = attention_maps(kept["query"][1][sample], kept["key"][1][sample], torch.arange(7))
+        torch.testing.assert_close(maps, expected[sample], rtol=1e-4, atol=1e-5)
+
+
+def test_a_layer_without_attention_is_refused_by_its_number() -> None:
+    model = tiny_model("jamba")
+    view = View.of({"input_ids": (ids := torch.randint(5, 90, (2, 7))), "labels": ids})
+    with pytest.raises(ValueError, match=r"layer 1 of a JambaForCausalLM has no attention of transformers' own kind"):
+        kept_of(model, LMHead.of(model), view, {"key": (1,)})
+
+
+def test_terms_hold_a_student_with_adapters_to_its_own_base(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    trainer = make_trainer(
+        tmp_path,
+        tokenizer,
+        student_and_teacher()[0],
+        peft_config=LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
+        teacher_adapters_off=True,
+        losses={"hidden": 1.0, "attention": 1.0},
+    )
+    trainer.train()
+    assert min(logged(trainer, "hidden") + logged(trainer, "attention")) > 0
+
+
+def test_an_ensemble_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    student, teacher = student_and_teacher()
+    two = EnsembleTeacher([LiveTeacher(teacher, tokenizer), LiveTeacher(tiny_llama(3).double(), tokenizer)])
+    with pytest.raises(ValueError, match=r"'relations', which needs the teacher's key and query and value states"):
+        make_trainer(tmp_path, tokenizer, student, two, losses={"relations": 1.0})
 
 
 def test_matched_heads_need_as_many_on_both_sides(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
