@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from llm_distill.teachers import (
         AdaptersOffTeacher,
         CachedTeacher,
+        EMATeacher,
         EnsembleTeacher,
         LiveTeacher,
         ServedTeacher,
@@ -28,6 +29,7 @@ __all__ = [
     "CachedTeacher",
     "DistillationConfig",
     "DistillationTrainer",
+    "EMATeacher",
     "EnsembleTeacher",
     "LMHead",
     "LiveTeacher",

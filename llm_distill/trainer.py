@@ -54,7 +54,7 @@ from llm_distill.students.build import (
 from llm_distill.students.modules import add_modules, load_modules, model_of, modules_set_aside, save_modules
 from llm_distill.students.saving import require_disk, require_savable
 from llm_distill.teachers import Teacher, make_teacher
-from llm_distill.teachers.base import FlushTeacher
+from llm_distill.teachers.base import TellTeacher
 
 if TYPE_CHECKING:
     from llm_distill.evaluation.report import GapReport
@@ -187,7 +187,7 @@ class DistillationTrainer(SFTTrainer):
         if self.padding_free:
             self.teacher.require_documents_apart(self.collate, self.accelerator)
         self.objective = self.objective.fit(base_of(self.model).config, model_of(self.teacher, self.model).config)
-        self.add_callback(FlushTeacher(self.teacher))
+        self.add_callback(TellTeacher(self.teacher))
         if self.teacher.reader is not None and self.objective.uses_teacher:
             self.data_collator = checks.ReadingCollator(self.collate, self.teacher.reader)
 
@@ -213,6 +213,8 @@ class DistillationTrainer(SFTTrainer):
         self._learned_rows = None
         if checkpoint is not None:
             self.policy.load(Path(checkpoint))
+            if self.teacher is not None:
+                self.teacher.load_state(Path(checkpoint))
         with self.run.at_work():
             try:
                 output = super().train(resume_from_checkpoint=checkpoint, **kwargs)
@@ -415,6 +417,8 @@ class DistillationTrainer(SFTTrainer):
                 super()._save_checkpoint(model, trial)
                 if not self.args.save_only_model:
                     self.policy.save(self._checkpoints / name)
+                    if self.teacher is not None and self.args.should_save:
+                        self.teacher.save_state(self._checkpoints / name)
             finally:
                 aside, self._checkpoints = self._checkpoints, None
             if self.state.best_model_checkpoint == str(aside / name):

@@ -5,6 +5,7 @@ from llm_distill.teachers.adapters_off import AdaptersOffTeacher
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.cached import CachedTeacher
 from llm_distill.teachers.choose import make_teacher
+from llm_distill.teachers.ema import EMATeacher
 from llm_distill.teachers.ensemble import EnsembleTeacher
 from llm_distill.teachers.live import LiveTeacher
 from llm_distill.teachers.served import ServedTeacher
@@ -13,6 +14,7 @@ __all__ = [
     "AdaptersOffTeacher",
     "Batch",
     "CachedTeacher",
+    "EMATeacher",
     "EnsembleTeacher",
     "LiveTeacher",
     "ServedTeacher",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, MutableMapping
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -70,6 +71,15 @@ class Teacher(ABC):
         `prepare`, where rows are packed.
         """
 
+    def update(self) -> None:  # noqa: B027
+        """Called after each optimizer step of the student."""
+
+    def save_state(self, folder: Path) -> None:  # noqa: B027
+        """Writes into a checkpoint, on the first rank, what changes of it while the student is trained."""
+
+    def load_state(self, folder: Path) -> None:  # noqa: B027
+        """Goes on from there."""
+
     def flush(self) -> None:  # noqa: B027
         """Writes what it keeps of its answers: called after each epoch, with each checkpoint and when training ends."""
 
@@ -81,11 +91,14 @@ def _in_words(description: dict[str, Any]) -> str:
     return ", ".join(str(part) for part in parts if part)
 
 
-class FlushTeacher(TrainerCallback):
-    """Lets a teacher that keeps its answers write them when the student is saved."""
+class TellTeacher(TrainerCallback):
+    """Tells the teacher of each step, and lets one that keeps its answers write them when the student is saved."""
 
     def __init__(self, teacher: Teacher) -> None:
         self.teacher = teacher
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.teacher.update()
 
     def on_save(self, *args: Any, **kwargs: Any) -> None:
         self.teacher.flush()

@@ -1,4 +1,4 @@
-"""The teacher that a configuration names: live, without adapters, behind a server, or from a cache."""
+"""The teacher that a configuration names: live, without adapters, averaged, behind a server, or from a cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llm_distill.models import describe_checkpoint
 from llm_distill.teachers.adapters_off import AdaptersOffTeacher
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.cached import CachedTeacher, require_same_teacher
+from llm_distill.teachers.ema import EMATeacher
 from llm_distill.teachers.live import LiveTeacher
 from llm_distill.teachers.options import TeacherOptions
 from llm_distill.teachers.served import ServedTeacher
@@ -75,6 +76,10 @@ def _live_teacher(
         if teacher is not None or name is not None:
             raise ValueError("teacher_adapters_off makes the student's base model the teacher: give no other one.")
         return AdaptersOffTeacher()
+    if args.teacher_ema_decay is not None:
+        if teacher is not None or name is not None:
+            raise ValueError("teacher_ema_decay makes the student's own average the teacher: give no other one.")
+        return EMATeacher(args.teacher_ema_decay)
     if args.teacher_server_url is not None:
         return ServedTeacher(args.teacher_server_url, name, args.teacher_server_k, args.teacher_server_timeout)
     if name is not None:
@@ -84,9 +89,8 @@ def _live_teacher(
     if teacher is None and is_needed:
         raise ValueError(
             "there is no teacher: pass teacher=... or teacher_model_name_or_path, teacher_server_url for one behind a "
-            "server, teacher_cache for a stored one, "
-            "teacher_adapters_off for the student's own base model, or kd_weight=0 with ce_weight=1 to train on the "
-            "text alone."
+            "server, teacher_cache for a stored one, teacher_adapters_off or teacher_ema_decay for the student itself, "
+            "or kd_weight=0 with ce_weight=1 to train on the text alone."
         )
     if teacher is not None and not isinstance(teacher, Teacher):
         hint = " Merge its adapters first: merge_and_unload()." if isinstance(teacher, PeftModel) else ""

@@ -53,6 +53,13 @@ class TeacherOptions(TeacherModelOptions):
         "what it was, at no extra memory. Use it with ce_weight.",
         needs="kd_weight",
     )
+    teacher_ema_decay: float | None = option(
+        None,
+        "The teacher is the exponential average of the student's trained weights over its steps, with this decay: "
+        "0.999 remembers some thousand steps. Where it reads what the student reads, use it with ce_weight.",
+        needs="kd_weight",
+        at_least=0,
+    )
     teacher_server_url: str | None = option(
         None,
         "The teacher is behind vLLM's server at http://host:port, or behind several with commas between, which share "
@@ -111,7 +118,11 @@ class TeacherOptions(TeacherModelOptions):
     def conflicts(self) -> dict[str, Any]:
         is_served = self.teacher_server_url is not None
         unused = [name for name in LOADING if is_served and is_chosen(self, name)]
+        others = ("teacher_adapters_off", "teacher_server_url", "teacher_cache")
+        has_other = [name for name in others if is_chosen(self, name)]
         return super().conflicts() | {
+            f"teacher_ema_decay ({', '.join(has_other)} names another teacher)": self.teacher_ema_decay is not None
+            and has_other,
             "teacher_adapters_off (teacher_server_url is the teacher)": self.teacher_adapters_off and is_served,
             "teacher_adapters_off (teacher_cache has the answers)": self.teacher_adapters_off
             and self.teacher_cache is not None

@@ -27,6 +27,7 @@ LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "
         pytest.param({"masked": MASKED, "lora": True}, id="lora"),
         pytest.param({"config": ON_POLICY}, id="on-policy"),
         pytest.param({"masked": MASKED, "reads_more": True}, id="teacher reads more"),
+        pytest.param({"config": {"teacher_ema_decay": 0.5, "ce_weight": 1.0, "learning_rate": 0.1}}, id="average"),
     ],
 )
 def test_two_ranks_and_one_rank_take_the_same_steps(run_worker: Callable[..., Run], options: dict[str, Any]) -> None:

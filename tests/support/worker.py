@@ -77,7 +77,9 @@ def train(folder: Path, options: dict[str, Any], tokenizer: Any) -> Distillation
     rows = make_rows(options.get("masked", []), 2 if options.get("config", {}).get("on_policy_share") else 0)
     trainer = DistillationTrainer(
         model=student.to(dtype),
-        teacher=LiveTeacher(tiny_llama(2).to(dtype), tokenizer),
+        teacher=None
+        if "teacher_ema_decay" in options.get("config", {})
+        else LiveTeacher(tiny_llama(2).to(dtype), tokenizer),
         args=make_config(folder / "out", **(config | options.get("config", {}))),
         train_dataset=with_teacher_text(rows) if options.get("reads_more") else rows,
         eval_dataset=make_rows([]).select(range(7)),  # does not divide into batches over two ranks
