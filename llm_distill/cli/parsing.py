@@ -46,8 +46,8 @@ COMMANDS = {
     ),
     "prune": Command(
         ("llm_distill.students.options:PruneConfig",),
-        """Makes a student from its teacher: an ordinary model of the same class, of some of its layers, in a folder
-with the tokenizer and a record of what was taken. It says much less than the teacher until it is taught, and
+        """Makes a student from its teacher: an ordinary model of the same class, with fewer or narrower layers, in a
+folder with the tokenizer and a record of what was taken. It says much less than the teacher until it is taught, and
 `llm-distill train` begins from it as from any model.""",
         "llm-distill prune --model HuggingFaceTB/SmolLM2-135M-Instruct --layers 20 --output_dir runs/cut",
     ),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Int
@@ -20,17 +20,8 @@ Blocks = Sequence[Int[Tensor, "batch time"]]
 """Calibration texts as batches of tokens without padding."""
 
 
-class Choice(NamedTuple):
-    """The layers that are kept, and why."""
-
-    keep: list[int]
-    """By their numbers from 1."""
-    figures: dict[str, Any]
-    """As JSON: of `influence` that of each layer, of `greedy` each layer that was left out with the loss without it."""
-
-
-def choose_layers(model: PreTrainedModel, count: int, method: str, blocks: Blocks) -> Choice:
-    """Which `count` layers to keep.
+def choose_layers(model: PreTrainedModel, count: int, method: str, blocks: Blocks) -> list[int]:
+    """Which `count` layers to keep, by their numbers from 1.
 
     Args:
         model: a causal LM.
@@ -45,16 +36,30 @@ def choose_layers(model: PreTrainedModel, count: int, method: str, blocks: Block
     """
     total = len(decoder_layers(model))
     require_count(count, total)
+    return layers_kept(measure_layers(model, count, method, blocks), total, count)
+
+
+def measure_layers(model: PreTrainedModel, fewest: int, method: str, blocks: Blocks) -> dict[str, Any]:
+    """What a choice of `fewest` layers, or of more, goes by, as JSON: of `influence` that of each layer, of `greedy`
+    each layer that goes with the loss without it.
+    """
     if method == "even":
-        return Choice(even_layers(total, count), {})
+        return {"method": method}
     if method == "influence":
-        influence = block_influence(model, blocks)
-        kept = sorted(range(1, total + 1), key=lambda number: -influence[number - 1])[:count]
-        return Choice(sorted(kept), {"influence": influence})
-    left_out = least_missed_layers(model, total - count, blocks[:1])
-    gone = {number for number, _ in left_out}
-    kept = [number for number in range(1, total + 1) if number not in gone]
-    return Choice(kept, {"left_out": [{"layer": number, "loss": loss} for number, loss in left_out]})
+        return {"method": method, "influence": block_influence(model, blocks)}
+    left_out = least_missed_layers(model, len(decoder_layers(model)) - fewest, blocks[:1])
+    return {"method": method, "left_out": [{"layer": number, "loss": loss} for number, loss in left_out]}
+
+
+def layers_kept(measured: Mapping[str, Any], total: int, count: int) -> list[int]:
+    """Which `count` of `total` layers to keep, by their numbers from 1, given what was measured."""
+    if measured["method"] == "even":
+        return even_layers(total, count)
+    if measured["method"] == "influence":
+        by_influence = sorted(range(1, total + 1), key=lambda number: -measured["influence"][number - 1])
+        return sorted(by_influence[:count])
+    gone = {step["layer"] for step in measured["left_out"][: total - count]}
+    return [number for number in range(1, total + 1) if number not in gone]
 
 
 def require_count(count: int, total: int) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from llm_distill.options import Options, is_chosen, option
 
 METHODS = ("influence", "greedy", "even")
+WIDTHS = ("intermediate_size", "hidden_size", "num_attention_heads", "num_experts")
+"""What can be made narrower, in the order in which it is: neurons first, heads last (Minitron, arXiv:2407.14679)."""
 
 
 @dataclass
@@ -22,15 +24,26 @@ class PruneConfig(Options):
 
     model: str | None = option(None, "The student is made from this model: a Hub id or a folder.")
     output_dir: str | None = option(None, "The student goes to this folder, with its tokenizer and pruning.json.")
-    layers: list[int] = option(
-        [], "One number: so many layers are kept. Several: these are, counted from 1.", at_least=1
-    )
+    layers: list[int] = option([], "One number: so many layers are kept. Several: these are, counted from 1.")
     method: str = option(
         "influence",
         "Layers are chosen by what they change in the hidden states (influence), by the loss without them, one after "
         "the other (greedy), or at equal steps (even).",
         choices=METHODS,
     )
+    intermediate_size: int | None = option(None, "The feed-forward layers have this many neurons.", at_least=1)
+    hidden_size: int | None = option(None, "Hidden states have this many channels.", at_least=1)
+    num_attention_heads: int | None = option(
+        None, "Attention has this many heads. Those that share a key stay or go together.", at_least=1
+    )
+    num_experts: int | None = option(None, "A mixture of experts has this many.", at_least=1)
+    target: str | None = option(
+        None,
+        "The student has at most this share of the parameters, such as 0.5x. A few shapes are tried, and that with the "
+        "lowest loss before training is kept.",
+    )
+    params: str | None = option(None, "The same, as a number of parameters, such as 80M.")
+    bytes: str | None = option(None, "The same, as the size of the weights, such as 150MB.")
     calibration: str = option(
         "stdlib",
         "Layers are measured on these texts: a Hub id, a folder, a file, or `stdlib`. SOURCE:SPLIT names the split.",
@@ -45,9 +58,29 @@ class PruneConfig(Options):
         for name, what in (("model", "a Hub id or a folder"), ("output_dir", "the folder of the student")):
             if not getattr(self, name):
                 raise ValueError(f"--{name} is missing: {what}.")
-        if not self.layers:
-            raise ValueError("--layers is missing: how many layers are kept, such as `--layers 20`, or which.")
+        if not (self.layers or self.sizes or self.goals):
+            raise ValueError(
+                "--layers is missing: how many layers are kept, such as `--layers 20`, or which; or a width, such as "
+                "`--intermediate_size 1024`; or a size to reach, such as `--target 0.5x`."
+            )
         super().__post_init__()
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The widths that were chosen."""
+        return {name: size for name in WIDTHS if (size := getattr(self, name)) is not None}
+
+    @property
+    def goals(self) -> dict[str, str]:
+        """The size to reach, of which there is one at most."""
+        return {name: goal for name in ("target", "params", "bytes") if (goal := getattr(self, name)) is not None}
+
     def conflicts(self) -> dict[str, Any]:
-        return {"method (layers says which)": len(self.layers) > 1 and is_chosen(self, "method")}
+        shape = [*(["layers"] if self.layers else []), *self.sizes]
+        goals = list(self.goals)
+        return {
+            "method (layers says which)": len(self.layers) > 1 and is_chosen(self, "method"),
+            "method (no layer goes)": not (self.layers or goals) and is_chosen(self, "method"),
+            f"{', '.join(shape)} ({', '.join(goals)} chooses the shape)": shape and goals,
+            f"{', '.join(goals[1:])} ({goals[0] if goals else ''} says how large)": len(goals) > 1,
+        }

@@ -68,13 +68,47 @@ def test_named_layers_are_kept(tmp_path: Path, options: dict[str, str]) -> None:
     assert kept_layers(tmp_path / "cut") == [1, 3, 4]
 
 
+def test_widths_are_pruned_beside_layers(tmp_path: Path, options: dict[str, str]) -> None:
+    sizes = {"intermediate_size": 40, "hidden_size": 24, "num_attention_heads": 2}
+    prune(as_flags(options | sizes))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert [getattr(student.config, name) for name in sizes] == list(sizes.values())
+    record = json.loads((tmp_path / "cut" / "pruning.json").read_text())
+    assert record["widths"] == sizes
+    assert len(record["activity"]["intermediate_size"]) == len(record["layers"]) == 2
+
+
+@pytest.mark.parametrize("goal", [{"target": "0.7x"}, {"params": "40K"}, {"bytes": "160KB"}])
+def test_a_shape_is_chosen_for_a_size(
+    tmp_path: Path, options: dict[str, str], goal: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    del options["layers"]
+    prune(as_flags(options | goal))
+    shown = capsys.readouterr().out
+    assert all(f"| {name} |" in shown for name in ("fewer layers", "narrower", "both"))
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    assert student.num_parameters() <= 0.7 * AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").num_parameters()
+    record = json.loads((tmp_path / "cut" / "pruning.json").read_text())
+    losses = [float(line.split("|")[-2]) for line in shown.splitlines() if line.startswith("|") and "MB" in line]
+    assert round(record["loss"]["student"], 3) == min(losses[1:])
+
+
 @pytest.mark.parametrize(
     ("changed", "parts"),
     [
         ({"layers": "5"}, ["5 layers", "has 4"]),
         ({"layers": "1 2 2"}, ["layer 2", "twice"]),
         ({"layers": "1 9"}, ["no layer 9", "1 to 4"]),
-        ({"layers": "0"}, ["layers", "at least 1"]),
+        ({"layers": "0"}, ["0 layers cannot be kept"]),
+        ({"layers": None, "intermediate_size": "64"}, ["intermediate_size=64 is no smaller", "64"]),
+        ({"layers": None, "num_attention_heads": "3"}, ["num_attention_heads=3", "multiple of 2"]),
+        ({"layers": None, "num_experts": "2"}, ["LlamaForCausalLM", "num_experts"]),
+        ({"layers": None, "target": "half"}, ["target", "0.5x", "'half'"]),
+        ({"layers": None, "target": "1.5x"}, ["no smaller"]),
+        ({"layers": None, "params": "10K"}, ["below the floor", "embeddings alone", "0.01 M"]),
+        ({"layers": None, "params": "10K", "bytes": "1MB"}, ["without effect", "bytes"]),
+        ({"layers": "2", "target": "0.5x"}, ["without effect", "layers", "target"]),
+        ({"layers": None, "hidden_size": "24", "method": "even"}, ["without effect", "no layer goes"]),
         ({"layers": "1 2", "method": "even"}, ["without effect", "method"]),
         ({"layers": None}, ["--layers is missing"]),
         ({"model": None}, ["--model is missing"]),
