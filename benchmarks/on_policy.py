@@ -33,7 +33,7 @@ from sequence_kd import STUDENT_STEPS, TEACHER_STEPS, accuracy, is_right, make_m
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
-from llm_distill.data.on_policy import rows_of
+from llm_distill.data.on_policy_rows import rows_of
 from llm_distill.data.policy import Policy
 from llm_distill.generation import Sampling, TransformersEngine, generate, load_generated, make_filters, prompts_of
 from llm_distill.models import decoder_layers

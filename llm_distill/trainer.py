@@ -28,7 +28,8 @@ from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
 from llm_distill.data.counts import count_rows_left
-from llm_distill.data.on_policy import OnPolicy, add_empty_completions, require_sampled_text
+from llm_distill.data.on_policy import OnPolicy, require_sampled_text
+from llm_distill.data.on_policy_rows import add_empty_completions
 from llm_distill.data.policy import Policy
 from llm_distill.data.prepare import PreparedData, add_teacher_texts, named_evaluation
 from llm_distill.data.teacher_view import MADE, TwoViews, has_teacher_text, refuse_unread

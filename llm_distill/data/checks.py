@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llm_distill.data.on_policy_rows import require_prompts
 from llm_distill.data.prepare import PreparedData, iterate_windows, spread_rows
 from llm_distill.data.teacher_view import IDS, TwoViews, require_teachers_rows
 from llm_distill.models import (
@@ -55,6 +56,8 @@ def require_usable(
     contexts = {"student": context_length(student), "teacher": None if teacher is None else teacher.max_length}
     for name, dataset in data.datasets.items():
         require_rows(dataset, name)
+        if data.args.on_policy_share and name == "train":
+            require_prompts(dataset, data.args.max_completion_length, contexts)
         longest = longest_sequence(dataset) or 0
         for role, max_length in contexts.items():
             refuse_past_context(longest, max_length, f"the {name} dataset", role)

@@ -11,26 +11,25 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.config import DistillationConfig
+from llm_distill.data.on_policy_rows import prompt_of, replace_completion, rows_of
 from llm_distill.data.policy import Collate, Policy, Row
-from llm_distill.data.teacher_view import IDS, LABELS
 from llm_distill.generation.engines.base import Completion, Sampling
 from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.options import OnPolicyOptions
 from llm_distill.heads import base_of
 from llm_distill.models import LanguageModel
 from llm_distill.options import is_chosen
-from llm_distill.rows import IGNORED, TEACHER, WRITTEN
+from llm_distill.rows import IGNORED, WRITTEN
 from llm_distill.students.gathered import gathered, require_gatherable
 from llm_distill.teachers import Teacher
 
@@ -242,58 +241,3 @@ def require_sampled_text(teacher: Teacher, args: DistillationConfig) -> None:
             f"{who} gives the reverse KL's gradient where the student of this very step samples from its own "
             f"distribution: leave out {', '.join(changed)}, or have it tell its top k."
         )
-
-
-def rows_of(batch: dict[str, Any]) -> Iterator[Row]:
-    """The rows of a padded batch, each with what the teacher reads in its place if that is something else."""
-    mask = batch["attention_mask"].bool()
-    of_teacher = rows_of(batch[TEACHER]) if TEACHER in batch else itertools.repeat(None)
-    for number, (counts, read) in enumerate(zip(mask, of_teacher, strict=False)):
-        row = {name: batch[name][number][counts].tolist() for name in ("input_ids", "labels")}
-        yield row if read is None else row | {IDS: read["input_ids"], LABELS: read["labels"]}
-
-
-def prompt_of(row: Row) -> list[int]:
-    """The tokens before the first that is learned.
-
-    Raises:
-        ValueError: there are none.
-    """
-    first = next((place for place, label in enumerate(row["labels"]) if label != IGNORED), len(row["labels"]))
-    if not first:
-        raise ValueError(
-            "on_policy_share needs prompts, and a text begins with what is to be learned: give rows of prompt and "
-            "completion (or of prompt alone), or conversations with assistant_only_loss."
-        )
-    return row["input_ids"][:first]
-
-
-def replace_completion(row: Row, ids: list[int], labels: list[int]) -> Row:
-    """The prompt of a row with another completion, for the student and for the teacher."""
-    prompt = prompt_of(row)
-    replaced = {"input_ids": prompt + ids, "labels": [IGNORED] * len(prompt) + labels}
-    if IDS not in row:
-        return replaced
-    read = replace_completion({"input_ids": row[IDS], "labels": row[LABELS]}, ids, labels)
-    return replaced | {IDS: read["input_ids"], LABELS: read["labels"]}
-
-
-def add_empty_completions(dataset: Any, share: float) -> Any:
-    """A dataset of prompts alone as TRL prepares one with completions, which are empty: the student writes them.
-
-    Raises:
-        ValueError: some of the texts are to be the dataset's own, and it has none.
-    """
-    columns: Iterable[str] = getattr(dataset, "column_names", None) or ()
-    if "prompt" not in columns or {"completion", "messages", "text"} & {*columns}:
-        return dataset
-    if share < 1:
-        raise ValueError(
-            f"on_policy_share={share} learns from the dataset's own completions too, and it has none: add a column "
-            "completion, or set on_policy_share=1."
-        )
-
-    def add(row: dict[str, Any]) -> dict[str, Any]:
-        return {"completion": "" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}]}
-
-    return dataset.map(add, desc="Prompts") if isinstance(dataset, Dataset) else dataset.map(add)

@@ -15,7 +15,8 @@ from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill import DistillationTrainer, LiveTeacher
-from llm_distill.data.on_policy import OnPolicy, prompt_of, rows_of
+from llm_distill.data.on_policy import OnPolicy
+from llm_distill.data.on_policy_rows import prompt_of, rows_of
 from llm_distill.data.policy import Policy
 from llm_distill.rows import IGNORED, WRITTEN
 
@@ -316,8 +317,11 @@ def test_sampling_disturbs_nothing_else_that_is_random(build: Callable[..., Dist
         ({"num_generations": 4, "sampling_temperature": 1.0}, "must divide per_device_train_batch_size=2"),
         ({"repetition_penalty": 0}, "repetition_penalty must be positive"),
         ({"steps_per_generation": 2, "on_policy_share": 0.0} | NOT_WRITTEN, "steps_per_generation .on_policy_share is"),
-        ({"max_completion_length": 128}, "more than the student's context of 128"),
-        ({"data": DATA["text"]}, "begins with what is to be learned"),
+        (
+            {"max_completion_length": 120},
+            "row 1: a prompt of 9 tokens .* student's context of 128.* of 2 of its 8 rows",
+        ),
+        ({"data": DATA["text"]}, "row 0: on_policy_share needs prompts, .* begins with what is to be learned"),
         ({"data": DATA["prompt and completion"].remove_columns("completion"), "on_policy_share": 0.5}, "it has none"),
     ],
 )

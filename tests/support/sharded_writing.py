@@ -25,7 +25,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from llm_distill.data.on_policy import OnPolicy, rows_of
+from llm_distill.data.on_policy import OnPolicy
+from llm_distill.data.on_policy_rows import rows_of
 from llm_distill.heads import base_of
 from llm_distill.rows import IGNORED, count_rows
 from llm_distill.teachers import LiveTeacher
