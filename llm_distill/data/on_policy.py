@@ -25,6 +25,7 @@ from llm_distill.data.on_policy_rows import prompt_of, replace_completion, rows_
 from llm_distill.data.policy import Collate, Policy, Row
 from llm_distill.generation.engines.base import Completion, Sampling
 from llm_distill.generation.engines.transformers import TransformersEngine
+from llm_distill.generation.filters import repeated_share
 from llm_distill.generation.options import OnPolicyOptions
 from llm_distill.heads import base_of
 from llm_distill.models import LanguageModel
@@ -134,11 +135,12 @@ class OnPolicy(Policy):
 
     def log(self) -> dict[str, float]:
         """Of what was written since the last log, over all ranks: mean and largest length in tokens, the share that the
-        limit cut, and the seconds that writing took on this rank.
+        limit cut, the mean share of runs of four words that a text has had before, and the seconds that writing took on
+        this rank.
         """
         lengths, device = self._lengths, self.accelerator.device
-        sums = torch.tensor([len(lengths), sum(lengths), self._cut], dtype=torch.float32, device=device)
-        texts, tokens, cut = self.accelerator.reduce(sums, "sum").tolist()
+        sums = torch.tensor([len(lengths), sum(lengths), self._cut, self._repeated], dtype=torch.float32, device=device)
+        texts, tokens, cut, repeated = self.accelerator.reduce(sums, "sum").tolist()
         longest = self.accelerator.gather(torch.tensor([max(lengths, default=0)], device=device)).max().item()
         seconds = self._seconds
         self._reset()
@@ -148,12 +150,13 @@ class OnPolicy(Policy):
             "completion_length": tokens / texts,
             "completion_max_length": longest,
             "completion_cut_share": cut / texts,
+            "completion_repeated_share": repeated / texts,
             "writing_seconds": seconds,
         }
 
     def _reset(self) -> None:
         self._lengths: list[int] = []
-        self._cut, self._seconds = 0, 0.0
+        self._cut, self._repeated, self._seconds = 0, 0.0, 0.0
 
     def _complete(self, steps: dict[int, list[dict[str, Any]]]) -> dict[int, list[list[MadeRow]]]:
         """The rows of each micro-batch of these steps, written or as they came."""
@@ -217,6 +220,7 @@ class OnPolicy(Policy):
         completions = [only for _, (only,) in sorted(written.items())]
         self._lengths += [completion.tokens for completion in completions]
         self._cut += sum(not completion.finished for completion in completions)
+        self._repeated += sum(repeated_share(completion.text) for completion in completions)
         self._seconds += time.perf_counter() - began
         return completions
 

@@ -15,6 +15,9 @@ METRICS = {
     "kd": "kd",
     "ce": "ce",
     "kl": "kl",
+    "reverse_kl": "reverse_kl",
+    "top_k_mass": "top_k_mass",
+    "top_k_overlap": "top_k_overlap",
     "entropy": "entropy",
     "top1_agreement": "top1_agreement",
     "acceptance": "acceptance",
@@ -25,9 +28,9 @@ METRICS = {
     "aux_loss": "aux_loss",
     "skipped_share": "skipped_share",
 }
-"""What a log calls each metric, and the value per row (see `fused_head_loss`) whose mean it is. The router's auxiliary
-loss is a value per micro-batch, and the share of rows that are left out, because a stored teacher lacks their text, one
-per sequence."""
+"""What a log calls each metric, and the value per row (see `fused_head_loss` and `measure_likeness`) whose mean it is.
+The router's auxiliary loss is a value per micro-batch, and the share of rows that are left out, because a stored
+teacher lacks their text, one per sequence."""
 LABELS = {
     "loss": "loss, nats a token",
     "ce": "cross-entropy, nats a token",
@@ -36,6 +39,8 @@ LABELS = {
     "teacher_ce": "the teacher's cross-entropy",
     "kl": "KL(teacher‖student), nats",
     "reverse_kl": "KL(student‖teacher), nats",
+    "top_k_mass": "the student's mass on the teacher's top tokens",
+    "top_k_overlap": "the teacher's top tokens among the student's",
     "top1_agreement": "same likeliest token",
     "acceptance": "Σ min(p, q)",
 }

@@ -17,6 +17,7 @@ from llm_distill.losses.attention import AttentionMaps
 from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.fused import fused_head_loss
 from llm_distill.losses.layers import options_of
+from llm_distill.losses.likeness import measure_likeness
 from llm_distill.losses.metrics import METRICS
 from llm_distill.losses.options import ObjectiveOptions
 from llm_distill.losses.relations import Relations
@@ -255,6 +256,8 @@ class Objective:
         loss, values = self.head(student, signal, positions, num_rows, written)
         if signal is None:
             return loss, values
+        if written is not None:
+            values |= measure_likeness(student, signal, written)
         num_rows = max(len(positions.targets), 1) if num_rows is None else num_rows
         of_terms = self.values_of_terms(student, signal, positions, modules)
         for term in self.terms:

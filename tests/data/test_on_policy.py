@@ -18,6 +18,7 @@ from llm_distill import DistillationTrainer, LiveTeacher
 from llm_distill.data.on_policy import OnPolicy
 from llm_distill.data.on_policy_rows import prompt_of, rows_of
 from llm_distill.data.policy import Policy
+from llm_distill.generation.filters import repeated_share
 from llm_distill.rows import IGNORED, WRITTEN
 
 GREEDY = {"on_policy_share": 1.0, "max_completion_length": 5, "sampling_temperature": 0.0}
@@ -89,6 +90,11 @@ def test_the_step_is_that_on_what_the_student_writes_alone(
     seen = completions[: size * accumulation]
     assert log["completion_length"] == pytest.approx(sum(map(len, seen)) / len(seen))
     assert log["completion_cut_share"] == pytest.approx(sum(ids[-1] not in ENDS for ids in seen) / len(seen))
+    texts = [on_policy.processing_class.decode(ids, skip_special_tokens=True) for ids in seen]
+    assert log["completion_repeated_share"] == pytest.approx(sum(map(repeated_share, texts)) / len(seen))
+    assert log["reverse_kl"] > 0
+    assert 0 < log["top_k_mass"] < 1
+    assert 0 <= log["top_k_overlap"] < 1
     assert log["writing_seconds"] > 0
 
 
