@@ -55,8 +55,10 @@ Needs = Mapping[str, Sequence[int]]
 (layer k is the k-th of the model, from 1)."""
 ATTENTION = ("query", "key", "value")
 """The kinds that are kept of a layer's attention."""
-LAYERS = frozenset({"hidden", *ATTENTION})
-"""The kinds that are kept of layers: what a model in memory can give."""
+LAST = "last"
+"""The kind that is only what goes into the head: whoever tells that tells hidden states, and no distribution alone."""
+LAYERS = frozenset({LAST, "hidden", *ATTENTION})
+"""The kinds that a model in memory can give beside the head."""
 HEAD: Needs = {"head": ()}
 """What goes into the head, which is all of a next-token distribution."""
 

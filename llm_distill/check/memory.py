@@ -31,7 +31,7 @@ from llm_distill.loading import errors_of_loading
 from llm_distill.losses.fused.head_loss import chunk_rows
 from llm_distill.losses.layers import CHUNK_NUMBERS
 from llm_distill.losses.objective import Objective
-from llm_distill.models import ATTENTION
+from llm_distill.models import ATTENTION, LAST
 
 STATES = {"sgd": 0, "adafactor": 0, "lion": 1, "rmsprop": 1, "adagrad": 1}
 """Numbers that an optimizer keeps for each weight; Adam and its kin keep two."""
@@ -406,7 +406,7 @@ def _bytes_of_terms(
         return 0
     objective = objective.fit(student, teacher)
     ours, theirs = (
-        sum(_width(config, kind) * len(layers) for kind, layers in needs.items())
+        sum(_width(config, kind) * (kind == LAST or len(layers)) for kind, layers in needs.items())
         for config, needs in ((student, objective.student_needs), (teacher, objective.teacher_needs))
     )
     rows, heads = batch[0] * batch[1], max(c.get_text_config().num_attention_heads for c in (student, teacher))

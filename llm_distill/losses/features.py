@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_distill.losses.layers import LayerTerm, widen
+from llm_distill.losses.layers import LayerTerm, hidden_of, widen
 from llm_distill.models import Kept
 from llm_distill.rows import Positions
 from llm_distill.signals import HiddenSignal
@@ -36,16 +36,16 @@ class HiddenStates(LayerTerm):
         super().__post_init__()
         self._require_one_of("distance", "mse", "cosine")
 
-    def make_module(self, student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Module | None:
+    def make_module(self, student: PreTrainedModel, width: int) -> nn.Module | None:
         """A projection for each pair of layers, where the widths differ."""
-        width, wanted = (model.config.get_text_config().hidden_size for model in (student, teacher))
-        if width == wanted:
+        own_width = student.config.get_text_config().hidden_size
+        if own_width == width:
             return None
         random = torch.Generator().manual_seed(0)  # the same on every rank
         projections = nn.ModuleDict()
-        for layer in self.layers:
-            projection = nn.Linear(width, wanted, bias=False)
-            nn.init.normal_(projection.weight, std=width**-0.5, generator=random)
+        for layer in [0] if self.layers == "head" else self.layers:
+            projection = nn.Linear(own_width, width, bias=False)
+            nn.init.normal_(projection.weight, std=own_width**-0.5, generator=random)
             projections[str(layer)] = projection
         return projections
 
@@ -53,7 +53,7 @@ class HiddenStates(LayerTerm):
         self, student: Kept, signal: HiddenSignal, positions: Positions, module: Any
     ) -> Float[Tensor, " rows"]:
         def distance(layer: int, target: int) -> Float[Tensor, " rows"]:
-            ours, theirs = student.layers["hidden"][layer], widen(signal.layers["hidden"][target])
+            ours, theirs = hidden_of(student, layer), widen(hidden_of(signal, target))
             if module is not None:
                 projection = module[str(layer)]
                 ours = projection(ours.to(projection.weight.dtype))

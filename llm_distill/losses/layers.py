@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_distill.models import Kept, Needs
+from llm_distill.models import LAST, Kept, Needs
 from llm_distill.rows import Text
+from llm_distill.signals import HiddenSignal
 
-RULES = ("even", "last", "cut")
+RULES = ("even", "last", "cut", "head")
 RECORD = "pruning.json"
 """What `llm-distill prune` writes beside a student; its `layers` are the teacher's that were kept, from 1."""
 CHUNK_NUMBERS = 2**22
@@ -33,7 +34,8 @@ class LayerTerm:
     Args:
         layers: {student's layer: teacher's layer}, counted from 1, or pairs [[student's, teacher's], …], or a rule:
             `even` (each of the student's layers, with the teacher's at the same share of its depth), `last` (the last
-            of both), `cut` (each of the student's layers, with the one that it was cut from).
+            of both), `cut` (each of the student's layers, with the one that it was cut from), `head` (what goes into
+            the head: the only one for which stored hidden states are enough).
         weight: what the term is multiplied by.
     """
 
@@ -82,6 +84,10 @@ class LayerTerm:
             pairs = {ours: theirs}
         elif self.layers == "cut":
             pairs = dict(enumerate(self._layers_cut(student._name_or_path, ours), 1))
+        elif self.layers == "head":
+            if self.kinds != ("hidden",):
+                raise ValueError(f"{self.name}: layers=head has hidden states alone, no {' and '.join(self.kinds)}.")
+            return self
         else:
             pairs = self.layers
         for whose, layers, count in (("student", pairs, ours), ("teacher", pairs.values(), theirs)):
@@ -101,19 +107,32 @@ class LayerTerm:
 
     @property
     def student_needs(self) -> Needs:
-        return dict.fromkeys(self.kinds, tuple(self.layers) if self.layers not in RULES else ())
+        return self._needs(0)
 
     @property
     def teacher_needs(self) -> Needs:
-        return dict.fromkeys(self.kinds, tuple(self.layers.values()) if self.layers not in RULES else ())
+        return self._needs(1)
 
-    def make_module(self, student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Module | None:
-        """What it trains beside the student, if anything."""
+    def _needs(self, side: int) -> Needs:
+        """Before it is fitted, the kinds alone."""
+        if self.layers == "head":
+            return {LAST: ()}
+        pairs = self.layers.items() if self.layers not in RULES else ()
+        return dict.fromkeys(self.kinds, tuple(pair[side] for pair in pairs))
+
+    def make_module(self, student: PreTrainedModel, width: int) -> nn.Module | None:
+        """What it trains beside the student, if anything; `width` is that of the teacher's hidden states."""
         return None
 
     def mean_over_layers(self, value: Callable[[int, int], Tensor]) -> Float[Tensor, " rows"]:
-        """The mean of `value(student's layer, teacher's layer)` over all pairs."""
-        return torch.stack([value(*pair) for pair in self.layers.items()]).mean(0)
+        """The mean of `value(student's layer, teacher's layer)` over all pairs; what goes into the head is layer 0."""
+        pairs = [(0, 0)] if self.layers == "head" else self.layers.items()
+        return torch.stack([value(*pair) for pair in pairs]).mean(0)
+
+
+def hidden_of(kept: Kept | HiddenSignal, layer: int) -> Float[Tensor, "rows width"]:
+    """What came out of a layer; of layer 0, what goes into the head."""
+    return kept.hidden if layer == 0 else kept.layers["hidden"][layer]
 
 
 def _whole_number(value: Any) -> int:

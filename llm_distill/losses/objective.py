@@ -53,8 +53,10 @@ class Term(Protocol):
     def teacher_needs(self) -> Needs:
         """What the teacher must tell for it."""
 
-    def make_module(self, student: PreTrainedModel, teacher: PreTrainedModel) -> nn.Module | None:
-        """What it trains beside the student, if anything. It is saved with checkpoints and no part of the student."""
+    def make_module(self, student: PreTrainedModel, width: int) -> nn.Module | None:
+        """What it trains beside the student, if anything; `width` is that of the teacher's hidden states. It is saved
+        with checkpoints and no part of the student.
+        """
 
     def __call__(
         self, student: Kept, signal: Any, positions: Positions, module: nn.Module | None
@@ -204,12 +206,13 @@ class Objective:
             if missing := set(term.teacher_needs) - can:
                 raise ValueError(
                     f"losses has {term.name!r}, which needs the teacher's {' and '.join(sorted(missing))} states, and "
-                    f"a {teacher} gives none: use one teacher in memory, or leave that term out."
+                    f"a {teacher} gives none: use one teacher in memory, or leave that term out. (What a cache "
+                    "of cache_method=hidden tells serves layers=head.)"
                 )
 
-    def make_modules(self, student: PreTrainedModel, teacher: PreTrainedModel) -> nn.ModuleDict:
-        """What its terms train beside the student, by their names."""
-        modules = {term.name: term.make_module(student, teacher) for term in self.terms}
+    def make_modules(self, student: PreTrainedModel, width: int) -> nn.ModuleDict:
+        """What its terms train beside the student, by their names; `width` is that of the teacher's hidden states."""
+        modules = {term.name: term.make_module(student, width) for term in self.terms}
         return nn.ModuleDict({name: module for name, module in modules.items() if module is not None})
 
     def values_of_terms(

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_distill.losses.layers import LayerTerm, over_texts, widen
+from llm_distill.losses.layers import LayerTerm, hidden_of, over_texts, widen
 from llm_distill.models import Kept
 from llm_distill.rows import Positions, texts_of
 from llm_distill.signals import HiddenSignal
@@ -49,7 +49,7 @@ class RelationalKD(LayerTerm):
         texts = texts_of(positions)
 
         def of_layers(layer: int, target: int) -> Float[Tensor, " rows"]:
-            ours, theirs = student.layers["hidden"][layer], signal.layers["hidden"][target]
+            ours, theirs = hidden_of(student, layer), hidden_of(signal, target)
             return over_texts(lambda text: self._of_text(ours[text.rows], theirs[text.rows]), texts, student)
 
         return self.mean_over_layers(of_layers)

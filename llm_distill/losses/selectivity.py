@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from llm_distill.losses.layers import LayerTerm, in_chunks, over_texts, widen
+from llm_distill.losses.layers import LayerTerm, hidden_of, in_chunks, over_texts, widen
 from llm_distill.models import Kept
 from llm_distill.rows import Positions, Text, texts_of
 from llm_distill.signals import HiddenSignal
@@ -32,7 +32,7 @@ class Selectivity(LayerTerm):
         texts = texts_of(positions)
 
         def of_layers(layer: int, target: int) -> Float[Tensor, " rows"]:
-            states = (student.layers["hidden"][layer], signal.layers["hidden"][target])
+            states = (hidden_of(student, layer), hidden_of(signal, target))
 
             def of_text(text: Text) -> Float[Tensor, " rows"]:
                 both = [nn.functional.normalize(widen(activations[text.rows]), dim=0) for activations in states]

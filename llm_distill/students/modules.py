@@ -36,10 +36,12 @@ def add_modules(model: nn.Module, objective: Objective, teacher: Teacher, accele
     if not objective.terms:
         return
     base = base_of(model)
-    modules = objective.make_modules(base, model_of(teacher, model))
+    width = teacher.width or model_of(teacher, model).config.get_text_config().hidden_size
+    modules = objective.make_modules(base, width)
     if len(modules):
         base.add_module(MODULES, modules.to(base.device, torch.promote_types(base.dtype, torch.float32)))
-    if accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    is_whole = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    if is_whole and "hidden" in teacher.can:  # what is stored knows other tokens alone
         _try_terms(model, objective, teacher, modules, accelerator)
 
 

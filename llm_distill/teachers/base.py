@@ -25,6 +25,8 @@ class Teacher(ABC):
     """The kinds of needs that it can serve: {"head"} at least, and those in LAYERS too for a model in memory."""
     k: int | None = None
     """How many tokens of each row it tells of: None for all, 0 for the text's own alone."""
+    width: int | None = None
+    """Of its hidden states, where they are stored; None where a model in memory tells it."""
     reader: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None
     """Called with every batch where batches are made, in the loader's workers: what it puts into one, under SIGNAL,
     travels with it and is its view's `fetched`. It may mask the labels of what shall not count.

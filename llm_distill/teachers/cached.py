@@ -24,7 +24,7 @@ from llm_distill.cache.store import AT_WORK, ShardWriter, TeacherCache
 from llm_distill.divergences import Divergence
 from llm_distill.files import differences, locked
 from llm_distill.heads import LMHead
-from llm_distill.models import HEAD, LanguageModel, Needs, describe_tokenizer, vocabulary_size, without_places
+from llm_distill.models import HEAD, LAST, LanguageModel, Needs, describe_tokenizer, vocabulary_size, without_places
 from llm_distill.probes import Collator
 from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, TEACHER, Example, View, examples_of
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
@@ -125,6 +125,8 @@ class CachedTeacher(Teacher):
         self.live, self.is_stored = live, live is None
         self.reader: CacheReader = CacheReader(self.cache, on_miss, None if live is None else live.reader)
         self._head = _stored_head(self.cache) if isinstance(self.cache.method, Hidden) else None
+        if self._head is not None:
+            self.can, self.width = self.can | {LAST}, self.cache.manifest["width"]
         self._writer: ShardWriter | None = None
         self._written: set[bytes] = set()
         self._locks = False

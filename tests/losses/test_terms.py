@@ -11,13 +11,14 @@ import pytest
 import torch
 from families import tiny_model
 from peft import LoraConfig
-from runs import logged, make_trainer
+from runs import fill_cache, logged, make_trainer
 from tiny import tiny_llama
 from torch import Tensor
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill import EnsembleTeacher, LiveTeacher
+from llm_distill import CachedTeacher, DistillationTrainer, EnsembleTeacher, LiveTeacher
+from llm_distill.cache.methods import Hidden
 from llm_distill.heads import LMHead
 from llm_distill.losses import layers
 from llm_distill.losses.attention import attention_maps
@@ -253,6 +254,29 @@ def test_an_ensemble_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBa
     two = EnsembleTeacher([LiveTeacher(teacher, tokenizer), LiveTeacher(tiny_llama(3).double(), tokenizer)])
     with pytest.raises(ValueError, match=r"'relations', which needs the teacher's key and query and value states"):
         make_trainer(tmp_path, tokenizer, student, two, losses={"relations": 1.0})
+
+
+def test_stored_hidden_states_serve_what_is_compared_before_the_head(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    losses = [{"name": name, "layers": "head"} for name in ("hidden", "selectivity", "rkd")]
+
+    def trainer(folder: str, teacher: Any) -> DistillationTrainer:
+        return make_trainer(tmp_path / folder, tokenizer, student_and_teacher()[0], teacher, losses=losses)
+
+    live = trainer("live", LiveTeacher(student_and_teacher()[1], tokenizer))
+    fill_cache(live, tmp_path / "cache", Hidden("float32"))
+    cached = trainer("cached", CachedTeacher(tmp_path / "cache"))
+    for run in (live, cached):
+        run.train()
+    for name in ("hidden", "selectivity", "rkd", "loss"):
+        assert logged(cached, name) == pytest.approx(logged(live, name), rel=1e-4), name
+    with pytest.raises(ValueError, match=r"needs the teacher's hidden states, .* serves layers=head"):
+        make_trainer(
+            tmp_path, tokenizer, student_and_teacher()[0], CachedTeacher(tmp_path / "cache"), losses={"hidden": 1}
+        )
+    with pytest.raises(ValueError, match="layers=head has hidden states alone, no query and key"):
+        make_term("attention", layers="head").fit(*(model.config for model in student_and_teacher()))
 
 
 def test_matched_heads_need_as_many_on_both_sides(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
