@@ -5,6 +5,7 @@ Nothing is sent between ranks while it is whole, so each may write as many texts
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,8 +22,6 @@ def require_gatherable(accelerator: Accelerator) -> None:
     """Raises ValueError for a way to shard of which the whole cannot be had."""
     if accelerator.distributed_type == DistributedType.FSDP and not accelerator.is_fsdp2:
         raise ValueError("FSDP 1 is not supported: set fsdp_version: 2 in the accelerate configuration.")
-    if accelerator.distributed_type == DistributedType.DEEPSPEED and accelerator.deepspeed_plugin.zero_stage == 3:
-        raise ValueError("a student that ZeRO-3 shards cannot write: set on_policy_share=0, or shard it by FSDP2.")
 
 
 @contextmanager
@@ -31,8 +30,13 @@ def gathered(student: nn.Module, accelerator: Accelerator) -> Iterator[None]:
     other as it is.
     """
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        with unwrap_model_for_generation(accelerator.deepspeed_engine_wrapped.engine, accelerator):
-            yield
+        with unwrap_model_for_generation(accelerator.deepspeed_engine_wrapped.engine, accelerator) as whole:
+            # A hook of ZeRO-3 stays before the whole model's forward, in which ranks wait for each other.
+            hooks, whole._forward_pre_hooks = whole._forward_pre_hooks, OrderedDict()
+            try:
+                yield
+            finally:
+                whole._forward_pre_hooks = hooks
     elif accelerator.distributed_type == DistributedType.FSDP:
         with _gathered_by_fsdp2(student, accelerator.device):
             yield

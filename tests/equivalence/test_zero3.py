@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from shutil import which
+from typing import Any
 
 import pytest
 import yaml
@@ -17,9 +18,11 @@ pytestmark = [
     pytest.mark.skipif(not which("c++"), reason="DeepSpeed compiles its communication for CPUs"),
 ]
 RECIPES = Path(__file__).parents[2] / "recipes"
-KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance", "hidden", "relations")
+KEYS = ("loss", "kd", "ce", "kl", "entropy", "acceptance")
 LOSSES = [{"name": "hidden", "layers": {1: 2}, "weight": 0.1}, {"name": "relations"}]
 """With a projection, as the widths differ."""
+WRITING = {"on_policy_share": 0.5, "max_completion_length": 6, "sampling_temperature": 0.0}
+"""Ranks have other numbers of texts to write."""
 
 
 @pytest.fixture
@@ -31,16 +34,23 @@ def on_cpu(tmp_path: Path) -> Path:
     return path
 
 
-def test_zero3_gives_the_losses_of_one_rank(run_worker: Callable[..., Run], on_cpu: Path) -> None:
-    options = {
-        "dtype": "float32",
-        "masked": [2, 3, 9],
-        "config": {"ce_weight": 0.5, "learning_rate": 1.0, "losses": LOSSES},
-    }
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({"masked": [2, 3, 9], "config": {"losses": LOSSES}}, id="full"),
+        pytest.param({"config": WRITING}, id="on-policy"),
+        pytest.param({"lora": True, "config": WRITING}, id="on-policy lora"),
+    ],
+)
+def test_zero3_gives_the_losses_of_one_rank(
+    run_worker: Callable[..., Run], on_cpu: Path, options: dict[str, Any]
+) -> None:
+    options = options | {"dtype": "float32", "config": options["config"] | {"ce_weight": 0.5, "learning_rate": 1.0}}
     sizes = {1: {"per_device_train_batch_size": 4}, 2: {"per_device_train_batch_size": 2}}
     one = run_worker("one", 1, **options | {"config": options["config"] | sizes[1]})
     two = run_worker("two", 2, launcher=on_cpu, **options | {"config": options["config"] | sizes[2]})
-    for key in KEYS:
+    terms = [term["name"] for term in options["config"].get("losses", ())]
+    for key in (*KEYS, *terms):
         assert two.logged(key) == pytest.approx(one.logged(key), rel=1e-4), key
         assert two.log["evaluation"][f"eval_{key}"] == pytest.approx(one.log["evaluation"][f"eval_{key}"], rel=1e-4)
     assert one.logged("kd")[2] < one.logged("kd")[0], "nothing was learned, so nothing was compared"
