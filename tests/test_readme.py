@@ -105,6 +105,12 @@ def test_the_recipe_writes_and_teaches_without_an_argument(after_the_demo: Path)
     assert (after_the_demo / "runs" / "sequence_kd" / "student" / "model.safetensors").is_file()
 
 
+@pytest.mark.slow
+def test_the_recipe_finds_passages_without_an_argument(after_the_demo: Path) -> None:
+    run_python("recipes/privileged_context.py", "--max_steps", "2", folder=after_the_demo)
+    assert (after_the_demo / "runs" / "privileged_context" / "student" / "adapter_model.safetensors").is_file()
+
+
 def test_troubleshooting_quotes_what_the_code_says() -> None:
     """A message that nobody can meet any more is not to be looked up."""
     said = [
