@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import yaml
 from huggingface_hub import get_token
+
+from llm_distill.options import read_yaml
 
 PLUGINS = (
     "AWSKeyDetector",
@@ -178,8 +179,8 @@ def _public_argument(text: str) -> str:
     if text[:1] not in ("{", "["):
         return str(public_value(text))
     try:
-        return json.dumps(public_value(yaml.safe_load(text)), ensure_ascii=False)
-    except (yaml.YAMLError, TypeError):
+        return json.dumps(public_value(read_yaml(text)), ensure_ascii=False)
+    except (ValueError, TypeError):
         return "…"
 
 
@@ -219,8 +220,8 @@ def _parsed(path: Path, text: str) -> Any:
     try:
         if path.suffix == ".json":
             return json.loads(text)
-        return yaml.safe_load(text) if path.suffix in (".yaml", ".yml") else None
-    except (ValueError, yaml.YAMLError):
+        return read_yaml(text) if path.suffix in (".yaml", ".yml") else None
+    except ValueError:
         return None
 
 

@@ -142,7 +142,7 @@ class DistillationTrainer(SFTTrainer):
         self._prepare_teacher()
         before = {"train": train, **named_evaluation(evaluation)}
         after = {"train": self.train_dataset, **named_evaluation(self.eval_dataset)}
-        self.row_counts = count_rows_left(before, after, args.max_length)
+        self.row_counts = count_rows_left(before, after, args)
         self.policy.begin(self.model, self.processing_class, self.teacher, self.data_collator, self.accelerator)
         checks.require_usable(self.data, self.data_collator, self.model, self.teacher)
         self.run.begin(self.model, self.objective, self.teacher, train, self.row_counts.get("train"))
@@ -396,6 +396,8 @@ class DistillationTrainer(SFTTrainer):
         require_finite(self.model)
         folder = Path(output_dir or self.args.output_dir)
         if folder.resolve() != self.run.folder.resolve():
+            if not _internal_call:
+                self.run.require_own_place(folder)
             super().save_model(output_dir, _internal_call=True)
         else:
             self.run.require_folder()

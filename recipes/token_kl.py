@@ -8,6 +8,7 @@ with random weights.
 
 from __future__ import annotations
 
+import functools
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from llm_distill.cli.train import train
 from llm_distill.data.corpus import NAME
 
 
+@functools.cache  # reading the corpus takes half a minute
 def embedded_defaults(folder: Path = Path("runs")) -> list[str]:
     """Options for a small run without downloads: teacher, student and data."""
     recipe = Recipe()

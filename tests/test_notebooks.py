@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import re
 import sys
-import time
 from pathlib import Path
 
 import demo
@@ -17,6 +16,7 @@ sys.path.append(str(ROOT / "notebooks"))
 from execute import execute  # noqa: E402
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+STEPS = re.compile(r"(?<=steps=)\d{2,}")
 LOCAL = re.compile(
     r"/(?:home|root|tmp|Users|work|opt|mnt|var)/|[A-Z]:\\\\|site-packages/\w+/\w+\.py:\d+|<ipython-input"
 )
@@ -61,11 +61,11 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_it_runs(path: Path, checkout: Path) -> None:
-    began = time.perf_counter()
-    notebook = execute(path, checkout / "notebooks")
-    print(f"{path.stem}: {time.perf_counter() - began:.0f} s")
+    """With a few steps where a reader's models take hundreds."""
+    committed, shortened = nbformat.read(path, as_version=4), checkout / "notebooks" / path.name
+    shortened.write_text(STEPS.sub("12", path.read_text()))
+    notebook = execute(shortened, shortened.parent)
     require_fit_to_be_read(notebook)
-    committed = nbformat.read(path, as_version=4)
     kinds = [[output.output_type for output in each] for each in map(outputs_of, (committed, notebook))]
     assert kinds[0] == kinds[1], "make notebooks"
 

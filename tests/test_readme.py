@@ -24,6 +24,15 @@ from warm import run_python, warm_process
 ROOT = Path(demo.__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+SMALL = {"corpus_characters": 1_000_000}
+WITH_OTHER_DEMO = """
+import functools, json, runpy, sys
+sys.path.insert(0, "recipes")
+import demo
+demo.Recipe = functools.partial(demo.Recipe, **json.loads(sys.argv[1]))
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 FENCE = re.compile(r'^( *)```(\w*)(?: title="([^"]+)")?\n(.*?)^\1```$', flags=re.DOTALL | re.MULTILINE)
 
 
@@ -52,14 +61,9 @@ def leave_a_demo(root: Path, recipe: demo.Recipe) -> Path:
 
 
 @pytest.fixture(scope="module")
-def after_the_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return leave_a_demo(tmp_path_factory.mktemp("after_the_demo"), demo.Recipe())
-
-
-@pytest.fixture(scope="module")
 def small_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same models, with a tokenizer that has read less."""
-    return leave_a_demo(tmp_path_factory.mktemp("small_demo"), demo.Recipe(corpus_characters=1_000_000))
+    return leave_a_demo(tmp_path_factory.mktemp("small_demo"), demo.Recipe(**SMALL))
 
 
 def run_page(blocks: Sequence[tuple[str, str, str]], folder: Path) -> None:
@@ -90,19 +94,23 @@ def test_the_installed_command_is_what_the_pages_ran(small_demo: Path) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-@pytest.mark.slow  # it reads the whole corpus
-def test_the_recipe_captures_without_a_student_named(after_the_demo: Path) -> None:
-    (after_the_demo / "few.jsonl").write_text('{"text": "import os"}\n' * 3)
-    arguments = ("--dataset_name", "few.jsonl", "--packing", "false")
-    run_python("recipes/capture.py", *arguments, folder=after_the_demo)
-    assert (after_the_demo / "runs" / "capture" / "cache" / "manifest.json").is_file()
+def run_recipe(folder: Path, recipe: dict[str, int], name: str, *arguments: str) -> None:
+    """As it is, but for the demo, which has read less or in shorter blocks."""
+    run_python("-c", WITH_OTHER_DEMO, json.dumps(recipe), f"recipes/{name}.py", *arguments, folder=folder)
+
+
+def test_the_recipe_captures_without_a_student_named(small_demo: Path) -> None:
+    (small_demo / "few.jsonl").write_text('{"text": "import os"}\n' * 3)
+    run_recipe(small_demo, SMALL, "capture", "--dataset_name", "few.jsonl", "--packing", "false")
+    assert (small_demo / "runs" / "capture" / "cache" / "manifest.json").is_file()
 
 
 @pytest.mark.slow
-def test_the_recipe_writes_and_teaches_without_an_argument(after_the_demo: Path) -> None:
-    run_python("recipes/sequence_kd.py", folder=after_the_demo)
-    assert (after_the_demo / "runs" / "sequence_kd" / "generated" / "train.parquet").is_file()
-    assert (after_the_demo / "runs" / "sequence_kd" / "student" / "model.safetensors").is_file()
+def test_the_recipe_writes_and_teaches_without_an_argument(tmp_path: Path) -> None:
+    recipe = SMALL | {"block": 32}
+    run_recipe(leave_a_demo(tmp_path, demo.Recipe(**recipe)), recipe, "sequence_kd")
+    assert (tmp_path / "runs" / "sequence_kd" / "generated" / "train.parquet").is_file()
+    assert (tmp_path / "runs" / "sequence_kd" / "student" / "model.safetensors").is_file()
 
 
 @pytest.mark.slow

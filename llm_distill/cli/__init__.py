@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -32,6 +33,8 @@ COMMANDS = {
     "export": "write a student as GGUF (llama.cpp, Ollama) or ONNX, and verify it",
 }
 """Each is a function of its name in the module of its name in `llm_distill.cli`, imported when it is asked for."""
+READER_IS_GONE = 141
+"""The exit status, as of a program that SIGPIPE ends."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,5 +50,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help_text in COMMANDS.items():
         commands.add_parser(name, help=help_text, add_help=False)
-    name = parser.parse_args(argv[:1]).command
-    getattr(importlib.import_module(f"llm_distill.cli.{name}"), name)(argv[1:])
+    try:
+        name = parser.parse_args(argv[:1]).command
+        getattr(importlib.import_module(f"llm_distill.cli.{name}"), name)(argv[1:])
+    finally:
+        _flush()
+
+
+def _flush() -> None:
+    """Ends the program without a word where nobody reads its output any more, as behind `| head -1`."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more when it ends
+        sys.exit(READER_IS_GONE)

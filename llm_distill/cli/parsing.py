@@ -96,11 +96,22 @@ def errors_in_one_line(run: Callable[[Sequence[str]], None]) -> Callable[[Sequen
         except (Exception, KeyboardInterrupt) as error:
             if TRACEBACK in argv:
                 raise
+            if isinstance(error, BrokenPipeError) and _reader_is_gone():
+                return
             line, status = _describe_error(error)
             print(f"llm-distill: {printable(' '.join(line.split()))}", file=sys.stderr)
             sys.exit(status)
 
     return command
+
+
+def _reader_is_gone() -> bool:
+    """Whether it is our own output that nobody reads any more: `main` ends the program then."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return True
+    return False
 
 
 def _describe_error(error: BaseException) -> tuple[str, int]:

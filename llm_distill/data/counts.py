@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.compute as pc
 from datasets import Dataset
 
+from llm_distill.config import DistillationConfig
 from llm_distill.data.problems import LENGTHS
 from llm_distill.data.validate import BATCH
 from llm_distill.ranks import ranks
@@ -33,18 +34,21 @@ class RowCounts(NamedTuple):
 
 
 def count_rows_left(
-    before: Mapping[str, Any], after: Mapping[str, Any], max_length: int | None
+    before: Mapping[str, Any], after: Mapping[str, Any], args: DistillationConfig
 ) -> dict[str, RowCounts]:
     """Of each dataset that was prepared, by name; warns of those of which rows are lost. Streams are not counted, nor
-    rows that were packed by something else than their number.
+    rows that were cut into several, which loses none of them.
     """
     counts = {}
     for name, dataset in after.items():
-        if (counted := _count(before.get(name), dataset, max_length)) is None:
+        packs = args.packing if name == "train" or args.eval_packing is None else args.eval_packing
+        if packs and args.packing_strategy == "wrapped":
+            continue
+        if (counted := _count(before.get(name), dataset, args.max_length)) is None:
             continue
         counts[name] = counted
         if counted.lost and ranks().is_main_process:
-            logger.warning("the %s dataset: %s=%s. A larger max_length keeps them.", name, counted, max_length)
+            logger.warning("the %s dataset: %s=%s. A larger max_length keeps them.", name, counted, args.max_length)
     return counts
 
 

@@ -104,7 +104,7 @@ def prepare(
         trainer.processing_class,
         args,
         trainer.accelerator,
-        count_rows_left(before, after, args.max_length),
+        count_rows_left(before, after, args),
     )
 
 

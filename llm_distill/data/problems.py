@@ -44,8 +44,8 @@ def problem_of_tokens(row: Mapping[str, Any], rules: TokenRules, starts: Any = 0
         if column != "labels" and len(ids) and not 0 <= numbers[column].min() <= numbers[column].max() <= 1:
             return f"`{column}` has other numbers than 0 and 1"
     is_seen = numbers.get("attention_mask", np.ones(len(ids))).astype(bool)
-    if not is_seen.any():
-        return None if rules.may_be_none else "it has no tokens"
+    if not is_seen.size or not np.logical_or.reduceat(is_seen, np.atleast_1d(starts)).all():
+        return None if rules.may_be_none and np.ndim(starts) == 0 else "it has no tokens"
     seen = ids[is_seen]
     if seen.min() < 0 or seen.max() >= rules.vocab_size:
         wrong = seen.min() if seen.min() < 0 else seen.max()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -124,14 +125,12 @@ def _run(
 
 def _match_tasks(patterns: Sequence[str], include_path: str | Path | None) -> tuple[list[str], Any]:
     """The tasks that are asked for, with lm_eval's TaskManager."""
-    from lm_eval.tasks import TaskManager
-
     path = None if include_path is None else str(include_path)
     if path is not None:
-        manager = TaskManager(include_path=path, include_defaults=False)
+        manager = _task_manager(path, include_defaults=False)
         if set(patterns) <= set(manager.all_subtasks):
             return list(patterns), manager  # the harness's own tasks are not needed, and reading them takes seconds
-    manager = TaskManager(include_path=path)
+    manager = _task_manager(path)
     names: list[str] = []
     for pattern in patterns:
         matching = manager.match_tasks([pattern])
@@ -141,6 +140,14 @@ def _match_tasks(patterns: Sequence[str], include_path: str | Path | None) -> tu
             raise ValueError(f"lm-evaluation-harness has no task {pattern!r}.{meant} `lm-eval ls tasks` lists all.")
         names += [name for name in matching if name not in names]
     return names, manager
+
+
+@functools.cache
+def _task_manager(include_path: str | None, include_defaults: bool = True) -> Any:
+    """Tasks are looked up when a run begins and when they are run; to read the harness's own takes ten seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path, include_defaults=include_defaults)
 
 
 def _add_result(tasks: dict[str, Any], model: str, result: Mapping[str, Any]) -> None:

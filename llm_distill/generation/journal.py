@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 
 from llm_distill.files import differences, write_atomically
 from llm_distill.generation.engines.base import Answer, Completion
+from llm_distill.models import without_places
 
 SETTINGS_FILE = "generation.json"
 FORMAT, VERSION = "llm_distill generation", 1
@@ -28,7 +29,7 @@ IDENTITY = ("teacher", "sampling", "tokenizer")
 
 
 def open_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Makes `folder` one of these settings, or sees that it is.
+    """Makes `folder` one of these settings, or sees that it is. A teacher is known by its weights, wherever they lie.
 
     Raises:
         ValueError: it is another run's, or has other things in it.
@@ -37,7 +38,10 @@ def open_folder(folder: Path, settings: dict[str, Any]) -> None:
         if strange := [path.name for path in folder.iterdir() if not path.name.startswith(".")]:
             raise ValueError(f"{folder} is not a folder of generated texts and has other things in it: {strange[0]}.")
         save_settings(folder, settings)
-    elif changes := differences(read_settings(folder), {name: settings[name] for name in IDENTITY}, "the folder"):
+        return
+    stored, wanted = read_settings(folder), {name: settings[name] for name in IDENTITY}
+    stored["teacher"], wanted["teacher"] = without_places(stored["teacher"], wanted["teacher"])
+    if changes := differences(stored, wanted, "the folder"):
         raise ValueError(
             f"{folder} holds texts of another configuration. {'; '.join(changes)}. Choose another output_dir, or the "
             "settings that those were written with."

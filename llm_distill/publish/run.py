@@ -34,7 +34,9 @@ from llm_distill.publish.folder import (
 from llm_distill.publish.hub import TAGS, hub_errors
 from llm_distill.publish.record import (
     FILE,
+    IDENTITY,
     RESUMED,
+    changes_of_run,
     circumstances,
     require_same_run,
     run_options,
@@ -137,6 +139,19 @@ class RunRecord:
         if not self._owns_folder:
             require_unused(self.folder)
         self._owns_folder = True
+
+    def require_own_place(self, folder: Path) -> None:
+        """Raises ValueError, on every rank, if a student that is saved there would take the place of something that is
+        not this run's.
+        """
+
+        def look() -> None:
+            require_own(folder)
+            path = folder / FILE
+            if path.is_file() and (changes := changes_of_run(path, self.record, IDENTITY, "the folder")):
+                raise ValueError(f"{folder} has the student of another run ({changes[0]}). Choose another folder.")
+
+        run_on_first_rank(look)
 
     def require_place(self, repo_id: str) -> None:
         """Raises ValueError if another run's student is in that repository, or there is no right to write."""

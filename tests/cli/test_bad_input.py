@@ -363,6 +363,20 @@ def test_a_finished_student_is_not_overwritten(build: Build, refused: Refused, t
         build(model=str(tmp_path / "out"))
 
 
+def test_a_student_that_is_saved_elsewhere_takes_no_others_place(
+    build: Build, refused: Refused, tmp_path: Path
+) -> None:
+    elsewhere, models = str(tmp_path / "elsewhere"), tmp_path / "models"
+    trainer = build()
+    trainer.save_model(elsewhere)
+    trainer.save_model(elsewhere)  # its own
+    with refused("elsewhere has the student of another run", "objective.divergence", "another folder"):
+        build({"divergence": "jsd"}).save_model(elsewhere)
+    tiny_llama(3).save_pretrained(models)
+    with refused("models holds a model, model.safetensors"):
+        trainer.save_model(str(models))
+
+
 def test_a_run_that_goes_on_is_the_one_whose_student_is_there(build: Build, refused: Refused, tmp_path: Path) -> None:
     saving = {"save_strategy": "steps", "save_steps": 1}
     first = build(saving)

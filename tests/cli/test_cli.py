@@ -26,7 +26,7 @@ from trl import SFTConfig
 
 import llm_distill
 from llm_distill import DistillationConfig, DistillationTrainer
-from llm_distill.cli import COMMANDS, main
+from llm_distill.cli import COMMANDS, READER_IS_GONE, main
 from llm_distill.cli.parsing import errors_in_one_line, parse
 from llm_distill.cli.train import train
 from llm_distill.data.load import load_data
@@ -273,6 +273,17 @@ def test_whatever_ends_a_command_is_one_line_and_the_rest_comes_with_traceback(
     assert (caught.value.code, capsys.readouterr().err) == (status, f"{line}\n")
     with pytest.raises(type(error)):
         command(["--traceback", "--fast"])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["push", "--help"]])
+def test_a_reader_that_has_seen_enough_ends_a_command_without_a_word(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    program = [sys.executable, "-m", "llm_distill.cli", *arguments]
+    done = subprocess.run(program, env=environment, stdout=writing, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (READER_IS_GONE, "")
 
 
 @pytest.mark.parametrize("kind", ROWS)

@@ -44,6 +44,15 @@ def test_rows_are_counted_before_and_after(
     assert prepare(tokenizer, args, DATA.to_iterable_dataset()).row_counts == {}
 
 
+def test_short_rows_that_are_wrapped_into_fewer_blocks_are_not_lost(
+    config: Callable[..., DistillationConfig], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    texts = Dataset.from_list([{"text": "import os"}] * 3)
+    args = config(packing=True, packing_strategy="wrapped")
+    assert prepare(tokenizer, args, texts, texts).row_counts == {}
+    assert prepare(tokenizer, config(), texts).row_counts == {"train": RowCounts(3, 0, 0)}
+
+
 def test_rows_that_are_lost_are_in_the_log_the_check_the_record_and_the_card(
     config: Callable[..., DistillationConfig],
     tokenizer: PreTrainedTokenizerBase,

@@ -114,6 +114,13 @@ def test_a_bad_row_is_refused_with_its_number(
         list(prepared(data).train)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_row_whose_mask_hides_all_is_refused_where_nothing_leaves_it_out(prepared: Prepare, is_stream: bool) -> None:
+    data = Dataset.from_list([{"input_ids": IDS, "attention_mask": [seen] * 8} for seen in (1, 0, 1)])
+    with pytest.raises(ValueError, match="train dataset, row 1: it has no tokens"):
+        list(prepared(data.to_iterable_dataset() if is_stream else data, max_length=None).train)
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,21 @@ def test_a_run_leaves_texts_with_where_they_come_from(
     assert settings["teacher"] == teacher.describe()
     assert settings["sampling"]["temperature"] == 1.0
     assert str(tmp_path) not in json.dumps(settings)
+
+
+def test_a_folder_knows_its_teacher_by_its_weights(saved: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    place, moved = tmp_path / "teacher", tmp_path / "moved"
+
+    def write() -> None:
+        generate(TransformersEngine(LanguageModel.load(str(place)), GREEDY), prompts, tmp_path / "run")
+
+    shutil.copytree(saved / "teacher", place)
+    write()
+    place = place.rename(moved)
+    write()
+    tiny_llama(7).save_pretrained(place)
+    with pytest.raises(ValueError, match=r"another configuration.*teacher\.weights"):
+        write()
 
 
 def test_the_students_labels_are_the_teachers_tokens(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from runs import save
 from tiny import tiny_llama
-from transformers import PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 from writing import ENDS, GREEDY, write_alone
 
 from llm_distill.generation import Prompt, Sampling, TransformersEngine, prompts_of
@@ -18,8 +19,10 @@ from llm_distill.models import LanguageModel
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 4}, {"continuous": True}], ids=str)
 def test_batches_write_what_each_prompt_alone_would_get(
-    teacher: LanguageModel, prompts: list[Prompt], options: dict[str, Any]
+    teacher: LanguageModel, prompts: list[Prompt], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    small = partial(ContinuousBatchingConfig, num_blocks=16, max_batch_tokens=256)  # by default most of the memory
+    monkeypatch.setattr("llm_distill.generation.engines.transformers.ContinuousBatchingConfig", small)
     answers = {a.prompt.id: a for a in TransformersEngine(teacher, GREEDY, **options).write(prompts)}
     assert len(answers) == len(prompts)
     for prompt in prompts:
