@@ -15,6 +15,7 @@ from llm_distill.options import headings_of
 SECTIONS: dict[str, dict[str, str]] = {
     "this check": {},
     "the smaller model": {},
+    "step by step": {},
     "what is stored": {},
     "what is written": {},
     "the report": {},

@@ -51,6 +51,14 @@ folder with the tokenizer and a record of what was taken. It says much less than
 `llm-distill train` begins from it as from any model.""",
         "llm-distill prune --model HuggingFaceTB/SmolLM2-135M-Instruct --layers 20 --output_dir runs/cut",
     ),
+    "compress": Command(
+        (*RUN, "llm_distill.students.options:CompressConfig"),
+        """Prunes a model a little, teaches what is left what the model says, measures it on held-out texts, and again
+from there. It takes every option of `llm-distill train` for the teaching, stops at a step that costs more than was
+allowed, and goes on where it was killed.""",
+        """llm-distill compress --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --dataset_name texts \\
+      --target 0.5x --steps 3 --output_dir runs/compressed""",
+    ),
     "check": Command(
         (*RUN, CHECK),
         """Says in seconds what can be known of a training run before its first step: whether student and teacher

@@ -22,7 +22,18 @@ if TYPE_CHECKING:
 def prune(argv: Sequence[str]) -> None:
     """Makes a student from its teacher: `llm-distill prune`, and `recipes/prune.py`."""
     (config,) = parse("prune", argv)
+    make_student(config)
+    print(
+        f"The student is in {config.output_dir}. Have it taught: llm-distill train --model_name_or_path "
+        f"{config.output_dir} --teacher_model_name_or_path {config.model} --dataset_name …"
+    )
+
+
+def make_student(config: PruneConfig) -> None:
+    """Writes the student that the options describe, and shows what else was tried."""
     from llm_distill.publish.folder import require_output_folder, require_unused
+
+    assert config.output_dir is not None, "PruneConfig has seen it"
 
     require_output_folder(config.output_dir, {"the model": config.model, "the calibration": config.calibration})
     require_unused(Path(config.output_dir))
@@ -47,10 +58,6 @@ def prune(argv: Sequence[str]) -> None:
     save_smaller(student, tokenizer, config.output_dir, record)
     rows = [("model", teacher.model, loss), *((shape, model, told["loss"]["student"]) for shape, model, told in made)]
     print(f"\n{_table(rows)}\n\nKept{f' ({name})' if len(made) > 1 else ''}: layers {_spans(record['layers'])}.")
-    print(
-        f"The student is in {config.output_dir}. Have it taught: llm-distill train --model_name_or_path "
-        f"{config.output_dir} --teacher_model_name_or_path {config.model} --dataset_name …"
-    )
 
 
 def _load(config: PruneConfig) -> LanguageModel:

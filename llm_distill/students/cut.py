@@ -20,15 +20,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from llm_distill.heads import intercepted
 from llm_distill.loading import LOADING_ERRORS
 from llm_distill.models import decoder_layers
-from llm_distill.students.smaller import make_smaller, probe_logits, require_whole
+from llm_distill.students.smaller import make_smaller, probe_logits, require_whole, say_the_same
 
 INDICES = {"mlp_only_layers", "moe_layers", "attn_layer_indices", "full_attn_idxs", "cross_attention_layers"}
 """Options of configurations that are lists of layers, from 0."""
 FIRST = {"first_k_dense_replace", "num_dense_layers", "max_window_layers", "num_hash_layers"}
 LAST = {"num_kv_shared_layers"}
 """Options that say for how many layers, the first ones or the last, something is true."""
-TOLERANCE = 1e-3
-"""Of the largest logit. The same weights in the same order mostly give the same bits."""
 
 
 def cut_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
@@ -52,7 +50,7 @@ def cut_layers(model: PreTrainedModel, keep: Sequence[int]) -> PreTrainedModel:
         dropped = {number: None for number in range(1, len(layers) + 1) if number not in keep}
         with passed_by(model, outputs_beside(model), dropped):
             expected = probe_logits(model)
-        if not torch.allclose(probe_logits(student), expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
+        if not say_the_same(probe_logits(student), expected, model.dtype):
             raise ValueError("they say something else than they do in it.")
     except LOADING_ERRORS as error:
         reason = " ".join(str(error).split())

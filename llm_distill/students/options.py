@@ -84,3 +84,20 @@ class PruneConfig(Options):
             f"{', '.join(shape)} ({', '.join(goals)} chooses the shape)": shape and goals,
             f"{', '.join(goals[1:])} ({goals[0] if goals else ''} says how large)": len(goals) > 1,
         }
+
+
+@dataclass
+class CompressConfig(Options):
+    """What `llm-distill compress` does beside training."""
+
+    heading = "step by step"
+
+    target: str = option("0.5x", "The last student has at most this share of the model's parameters.")
+    steps: int = option(3, "It is reached in this many steps, each of which leaves the same share.", at_least=1)
+    max_loss_increase: float = option(
+        0.1,
+        "The held-out loss of a student may be higher than the model's by at most so many nats a token. A step that "
+        "costs more is the last, and what was before it is the result.",
+        positive=True,
+    )
+    method: str = option("influence", "Layers are chosen as `llm-distill prune` does.", choices=METHODS)

@@ -23,9 +23,8 @@ from llm_distill.heads import LMHead
 from llm_distill.loading import LOADING_ERRORS
 from llm_distill.models import decoder_layers
 from llm_distill.students.choose import Blocks, mean_loss
-from llm_distill.students.cut import TOLERANCE
 from llm_distill.students.options import WIDTHS
-from llm_distill.students.smaller import make_smaller, probe_logits, require_whole
+from llm_distill.students.smaller import make_smaller, probe_logits, require_whole, say_the_same
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What families call the number of their experts."""
@@ -136,7 +135,10 @@ def width_of(model: PreTrainedModel, option: str) -> Width:
         groups = getattr(text, "num_key_value_heads", None) or size
         if groups < 2:
             raise ValueError(f"all its {size} heads share one key.")
-    config = config_of_width(model.config, option, groups // 2 * size // groups)
+    smaller_size = groups // 2 * size // groups
+    if option == "hidden_size" and (heads := getattr(text, "num_attention_heads", 1)) < size:
+        smaller_size = max(heads, smaller_size // heads * heads)  # many a family asks for a multiple
+    config = config_of_width(model.config, option, smaller_size)
     with torch.device("meta"):
         smaller = type(model)(type(config).from_dict(config.to_dict()))
     shapes, weights = ({name: weight.shape for name, weight in m.state_dict().items()} for m in (smaller, model))
@@ -147,7 +149,7 @@ def width_of(model: PreTrainedModel, option: str) -> Width:
         for name, shape in weights.items()
         if shape != shapes[name]
     }
-    _require_same_numbers(model, smaller, option, groups // 2, groups)
+    _require_same_numbers(model, smaller, option, smaller_size, size)
     if not changed:
         raise ValueError(f"none of its weights has {option}.")
     readers: dict[str, nn.Linear] = {}
@@ -185,7 +187,7 @@ def keep_units(model: PreTrainedModel, width: Width, keep: Tensor) -> PreTrained
     if width.readers:
         with silenced(model, width, keep):
             expected = probe_logits(model)
-        if not torch.allclose(logits, expected, rtol=0, atol=TOLERANCE * float(expected.abs().max())):
+        if not say_the_same(logits, expected, model.dtype):
             raise ValueError(f"what is left of {width.option} says something else than it does in the model.")
     return student
 

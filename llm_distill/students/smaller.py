@@ -75,6 +75,11 @@ def make_smaller(
     return student.to(model.device).eval()
 
 
+def say_the_same(logits: Tensor, expected: Tensor, dtype: torch.dtype) -> bool:
+    """Whether two computations in `dtype` differ by no more than its rounding: by a thousandth in float32."""
+    return bool((logits - expected).norm() <= max(1e-3, 16 * torch.finfo(dtype).eps) * expected.norm())
+
+
 @torch.no_grad()
 def probe_logits(model: PreTrainedModel) -> Tensor:
     """What a model says about a few random tokens, in float32 on the CPU."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import PreTrainedModel
 
+from llm_distill.loading import LOADING_ERRORS
 from llm_distill.models import decoder_layers, millions
 from llm_distill.students.choose import even_layers
 from llm_distill.students.cut import config_of_layers
@@ -67,16 +69,19 @@ def propose_shapes(model: PreTrainedModel, parameters: int) -> list[Shape]:
 
 
 def narrower(model: PreTrainedModel) -> Iterator[dict[str, int]]:
-    """Widths that become smaller step by step, as far as the family has them."""
+    """Widths that become smaller step by step, as far as the family has them and allows them."""
     sizes: dict[str, int] = {}
     yield sizes
+    heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
     for option, share in STEPS:
         try:
             width = width_of(model, option)
-        except (ValueError, AttributeError, TypeError):
+        except LOADING_ERRORS:
             continue
         largest = width.units * width.heads_per_unit
         step = width.heads_per_unit if option == "num_attention_heads" else multiple_of(largest)
+        if option == "hidden_size":  # many a family asks for a multiple of its heads
+            step = min(math.lcm(step, heads), math.lcm(8, heads), key=lambda step: (step > largest / 8, -step))
         for size in range(sizes.get(option, largest) // step * step, 0, -step):
             if largest * share <= size < sizes.get(option, largest):
                 sizes = sizes | {option: size}
