@@ -11,6 +11,9 @@ paragraph about an invented town before each question (`teacher_prompt`). All st
 
 Right is an answer with the fact in it, to questions in words that were not in training. Forgotten is what the loss on
 other text (the embedded corpus) rises by, in nats a token. A seed makes towns and facts of its own.
+
+What the student writes is sampled at a temperature of 0.3, which was chosen on the towns of seed 1: at 1 this small model
+wrote noise (3.9 nats a token) of which it learned no fact in 24 steps. So the seeds that are reported begin with 2.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ from llm_distill.models import LanguageModel
 
 BATCH, LEARNING_RATE, NEW_TOKENS = 8, 1e-4, 20
 HELD_OUT_TEXTS, HELD_OUT_TOKENS = 24, 256
+FIRST_SEED = 2
 FACTS = {
     "mayor": ("Its mayor is {}.", ("Who is the mayor of {}?", "Who governs {} as mayor?", "Who is {}'s mayor?")),
     "river": (
@@ -107,10 +111,11 @@ def held_out_loss(model: Any, tokenizer: Any) -> float:
     return -float(torch.cat(log_p).mean())
 
 
+WRITING = {"on_policy_share": 1.0, "max_completion_length": NEW_TOKENS, "sampling_temperature": 0.3}
 METHODS: dict[str, list[tuple[float, dict[str, Any]]]] = {
     "plain fine-tuning": [(1, {"kd_weight": 0.0, "ce_weight": 1.0})],
     "off-policy": [(1, {})],
-    "off-policy, then on-policy": [(1 / 3, {}), (2 / 3, {"on_policy_share": 1.0, "max_completion_length": NEW_TOKENS})],
+    "off-policy, then on-policy": [(1 / 3, {}), (2 / 3, WRITING)],
 }
 """What a student learns, in order: the share of the steps, and the options."""
 
@@ -140,7 +145,7 @@ def measure(folder: str, seeds: int, towns: int, steps: int) -> dict[str, Any]:
     teacher, loss = LiveTeacher(start, tokenizer), held_out_loss(start, tokenizer)
     names = ("the facts in view", "before", *METHODS)
     rows: dict[str, Any] = {name: {"right": [], "forgotten": [], "seconds": []} for name in names}
-    for seed in range(1, seeds + 1):
+    for seed in range(FIRST_SEED, FIRST_SEED + seeds):
         facts = make_facts(seed, towns)
         for name, in_view in (("the facts in view", True), ("before", False)):
             rows[name]["right"].append(share_right(start, tokenizer, facts, in_view))
@@ -191,8 +196,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="the folder of a causal LM with a chat template")
     parser.add_argument("--seeds", type=int, default=3, help="students of each kind; default: %(default)s")
-    parser.add_argument("--towns", type=int, default=8, help="each has three facts; default: %(default)s")
-    parser.add_argument("--steps", type=int, default=48, help="of each student; default: %(default)s")
+    parser.add_argument("--towns", type=int, default=3, help="each has three facts; default: %(default)s")
+    parser.add_argument("--steps", type=int, default=24, help="of each student; default: %(default)s")
     parser.add_argument("--output", type=Path, default=None, help="writes NAME.json and NAME.md")
     arguments = parser.parse_args()
     torch.set_num_threads(os.cpu_count() or 1)
