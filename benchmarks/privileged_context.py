@@ -12,8 +12,8 @@ paragraph about an invented town before each question (`teacher_prompt`). All st
 Right is an answer with the fact in it, to questions in words that were not in training. Forgotten is what the loss on
 other text (the embedded corpus) rises by, in nats a token. A seed makes towns and facts of its own.
 
-What the student writes is sampled at a temperature of 0.3, which was chosen on the towns of seed 1: at 1 this small model
-wrote noise (3.9 nats a token) of which it learned no fact in 24 steps. So the seeds that are reported begin with 2.
+What the student writes is sampled at a temperature of 0.3, chosen on the towns of seed 1: at 1 this small model wrote
+noise (3.9 nats a token) of which it learned no fact in 24 steps. So the seeds that are reported begin with 2.
 """
 
 from __future__ import annotations
