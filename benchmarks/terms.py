@@ -47,20 +47,22 @@ FIGURES = {"kl": "KL(teacher‖student), nats", "ce": "cross-entropy, nats", "to
 
 
 class Clock(TrainerCallback):
-    """Ends training when its seconds are over, and says how much of them is gone."""
+    """Ends training when its seconds are over, and says how much of them is gone. They begin after the first step, in
+    which kernels are compiled.
+    """
 
     def __init__(self, seconds: float) -> None:
-        self.seconds, self.began = seconds, math.inf
+        self.seconds, self.began, self.taken = seconds, math.inf, 0.0
 
     @property
     def share(self) -> float:
         return min(1.0, max(0.0, (time.perf_counter() - self.began) / self.seconds))
 
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        control.should_training_stop = self.share >= 1
+        now = time.perf_counter()
+        self.began = min(self.began, now)
+        self.taken = now - self.began
+        control.should_training_stop = self.taken >= self.seconds
 
     def learning_rate(self, step: int) -> float:
         """Relative to the highest."""
@@ -72,12 +74,12 @@ def cut_student(folder: str, layers: int, output: str) -> list[int]:
     """Saves the student, and says which layers it has."""
     teacher, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     blocks = token_blocks(load_corpus(max_characters=100_000)["train"], tokenizer, LENGTH).select(range(CALIBRATION))
-    choice = choose_layers(teacher, layers, "influence", [torch.tensor(blocks["input_ids"])])
-    save_smaller(cut_layers(teacher, choice.keep), tokenizer, output, {"layers": choice.keep})
-    return choice.keep
+    keep = choose_layers(teacher, layers, "influence", [torch.tensor(blocks["input_ids"])])
+    save_smaller(cut_layers(teacher, keep), tokenizer, output, {"layers": keep})
+    return keep
 
 
-def make_trainer(task: dict[str, Any], losses: list[dict[str, Any]], output: str) -> DistillationTrainer:
+def make_trainer(task: dict[str, Any], losses: list[dict[str, Any]], output: str, clock: Clock) -> DistillationTrainer:
     tokenizer = AutoTokenizer.from_pretrained(task["student"])
     corpus = load_corpus()
     data = {
@@ -97,7 +99,7 @@ def make_trainer(task: dict[str, Any], losses: list[dict[str, Any]], output: str
         disable_tqdm=True,
         use_cpu=True,
     )
-    student, clock = AutoModelForCausalLM.from_pretrained(task["student"], dtype=torch.float32), Clock(task["seconds"])
+    student = AutoModelForCausalLM.from_pretrained(task["student"], dtype=torch.float32)
     optimizer = AdamW(student.parameters(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
     return DistillationTrainer(
         student,
@@ -113,22 +115,22 @@ def make_trainer(task: dict[str, Any], losses: list[dict[str, Any]], output: str
 
 def measure_case(task: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(os.cpu_count() or 1)
-    losses = [dict(term) for term in CASES[task["case"]]]
+    losses, clock = [dict(term) for term in CASES[task["case"]]], Clock(task["seconds"])
     with tempfile.TemporaryDirectory() as output:
-        before = make_trainer(task, losses, output).evaluate()
+        before = make_trainer(task, losses, output, clock).evaluate()
         for term in losses:
-            term["weight"] = task["share"] * before["eval_kd"] / before[f"eval_{term['name']}"]
-        trainer = make_trainer(task, losses, output)
-        began = time.perf_counter()
+            value = before[f"eval_{term['name']}"]  # 0 where only the last layers were cut
+            term["weight"] = task["share"] * before["eval_kd"] / value if value else 1.0
+        trainer = make_trainer(task, losses, output, clock)
         trainer.train()
-        seconds = time.perf_counter() - began
         after = trainer.evaluate()
     figures = {
         name: {"before": before[f"eval_{name}"], "after": after[f"eval_{name}"]}
         for name in (*FIGURES, *(term["name"] for term in losses))
     }
     steps = trainer.state.global_step
-    return {"figures": figures, "losses": losses, "steps": steps, "seconds": seconds, "tokens": steps * BATCH * LENGTH}
+    tokens_per_second = (steps - 1) * BATCH * LENGTH / clock.taken
+    return {"figures": figures, "losses": losses, "steps": steps, "tokens_per_second": tokens_per_second}
 
 
 def as_markdown(rows: dict[str, Any]) -> str:
@@ -137,7 +139,7 @@ def as_markdown(rows: dict[str, Any]) -> str:
     lines.append(f"| nothing yet | | | {values_at(before, 'before')} |")
     for case, row in rows.items():
         values = values_at(row["figures"], "after")
-        lines.append(f"| {case} | {row['steps']:,} | {row['tokens'] / row['seconds']:,.0f} | {values} |")
+        lines.append(f"| {case} | {row['steps']:,} | {row['tokens_per_second']:,.0f} | {values} |")
     return "\n".join(lines)
 
 

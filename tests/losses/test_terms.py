@@ -15,7 +15,7 @@ from runs import fill_cache, logged, make_trainer
 from tiny import tiny_llama
 from torch import Tensor
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill import CachedTeacher, DistillationTrainer, EnsembleTeacher, LiveTeacher
 from llm_distill.cache.methods import Hidden
@@ -26,6 +26,8 @@ from llm_distill.losses.objective import make_term
 from llm_distill.models import kept_of
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
+from llm_distill.students.cut import cut_layers
+from llm_distill.students.smaller import save_smaller
 
 PAIRS = {1: 2, 2: 3}
 IGNORED = -100
@@ -331,13 +333,14 @@ def test_layers_are_chosen_by_rule_or_by_hand(rule: Any, pairs: dict[int, int]) 
     assert make_term("hidden", layers=rule).fit(student, teacher).layers == pairs
 
 
-def test_layers_that_were_cut_are_those_of_the_record(tmp_path: Path) -> None:
-    student, teacher = (tiny_llama(0, num_hidden_layers=count).config for count in (3, 6))
-    student._name_or_path = str(tmp_path)
+def test_layers_that_were_cut_are_those_of_the_record(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    teacher = tiny_llama(0, num_hidden_layers=6)
+    cut, keep = make_term("hidden", layers="cut"), [1, 3, 6]
     with pytest.raises(ValueError, match=r"layers=cut needs a student from `llm-distill prune`"):
-        make_term("hidden", layers="cut").fit(student, teacher)
-    (tmp_path / layers.RECORD).write_text('{"layers": [1, 3, 6]}')
-    assert make_term("hidden", layers="cut").fit(student, teacher).layers == {1: 1, 2: 3, 3: 6}
+        cut.fit(tiny_llama(0, num_hidden_layers=3).config, teacher.config)
+    save_smaller(cut_layers(teacher, keep), tokenizer, tmp_path, {"layers": keep})
+    student = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert cut.fit(student.config, teacher.config).layers == {1: 1, 2: 3, 3: 6}
 
 
 def test_a_term_twice_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
