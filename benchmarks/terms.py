@@ -42,7 +42,7 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "+ relations": [{"name": "relations"}],
     "+ attention": [{"name": "attention", "layers": "cut"}],
 }
-LENGTH, BATCH, LEARNING_RATE, WARMUP, HELD_OUT, CALIBRATION = 256, 8, 4e-4, 0.05, 64, 4
+LENGTH, BATCH, LEARNING_RATE, WARMUP, HELD_OUT, CALIBRATION = 256, 8, 4e-4, 0.05, 32, 4
 FIGURES = {"kl": "KL(teacher‖student), nats", "ce": "cross-entropy, nats", "top1_agreement": "same likeliest token"}
 
 
@@ -81,10 +81,8 @@ def cut_student(folder: str, layers: int, output: str) -> list[int]:
 
 def make_trainer(task: dict[str, Any], losses: list[dict[str, Any]], output: str, clock: Clock) -> DistillationTrainer:
     tokenizer = AutoTokenizer.from_pretrained(task["student"])
-    corpus = load_corpus()
-    data = {
-        name: token_blocks(corpus[name].shuffle(0).select(range(task["files"])), tokenizer, LENGTH) for name in corpus
-    }
+    files = {name: split.shuffle(0).take(min(task["files"], len(split))) for name, split in load_corpus().items()}
+    data = {name: token_blocks(split, tokenizer, LENGTH) for name, split in files.items()}
     args = DistillationConfig(
         output_dir=output,
         losses=losses,
@@ -151,7 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required="--task" not in sys.argv, help="the folder of a causal LM")
     parser.add_argument("--layers", type=int, default=20, help="of the student; default: %(default)s")
-    parser.add_argument("--seconds", type=float, default=90, help="of training, each case; default: %(default)s")
+    parser.add_argument("--seconds", type=float, default=80, help="of training, each case; default: %(default)s")
     parser.add_argument("--share", type=float, default=0.5, help="of a term; default: %(default)s")
     parser.add_argument("--held_out", type=int, default=HELD_OUT, help="texts; default: %(default)s")
     parser.add_argument("--files", type=int, default=60, help="of each split; default: %(default)s")
