@@ -114,9 +114,18 @@ def test_the_recipe_writes_and_teaches_without_an_argument(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_recipe_finds_passages_without_an_argument(after_the_demo: Path) -> None:
-    run_python("recipes/privileged_context.py", "--max_steps", "2", folder=after_the_demo)
-    assert (after_the_demo / "runs" / "privileged_context" / "student" / "adapter_model.safetensors").is_file()
+def test_the_recipes_teach_on_the_students_text_without_an_argument(tmp_path: Path) -> None:
+    leave_a_demo(tmp_path, demo.Recipe(**SMALL))
+    for name in ("on_policy", "cached_on_policy"):  # the second goes on from the start that the first has left
+        run_recipe(tmp_path, SMALL, name)
+        assert (tmp_path / "runs" / name / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "cached_on_policy" / "cache" / "manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_recipe_finds_passages_without_an_argument(small_demo: Path) -> None:
+    run_recipe(small_demo, SMALL, "privileged_context", "--max_steps", "2")
+    assert (small_demo / "runs" / "privileged_context" / "student" / "adapter_model.safetensors").is_file()
 
 
 def test_troubleshooting_quotes_what_the_code_says() -> None:
