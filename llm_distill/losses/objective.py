@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, Self
 
@@ -113,13 +114,16 @@ class HeadLoss:
             return on_policy._fused(student, signal, positions.targets, num_rows)
         num_rows = len(positions.targets) if num_rows is None else num_rows
         loss, all_values = torch.zeros((), device=written.device), dict[str, Tensor]()
-        for head, rows in ((self._of_dataset, ~written), (on_policy._fused, written)):
-            part = student._replace(hidden=student.hidden[rows]), None if signal is None else signal.select(rows)
-            part_loss, values = head(*part, positions.targets[rows], num_rows)
-            loss = loss + part_loss
-            for name, value in values.items():
-                whole = all_values.setdefault(name, value.new_full(rows.shape, math.nan))
-                whole[rows] = value
+        with ExitStack() as gathered:
+            for member in () if signal is None else signal.members:  # once, as by a rank whose rows are of one origin
+                gathered.enter_context(member.head.weights())
+            for head, rows in ((self._of_dataset, ~written), (on_policy._fused, written)):
+                part = student._replace(hidden=student.hidden[rows]), None if signal is None else signal.select(rows)
+                part_loss, values = head(*part, positions.targets[rows], num_rows)
+                loss = loss + part_loss
+                for name, value in values.items():
+                    whole = all_values.setdefault(name, value.new_full(rows.shape, math.nan))
+                    whole[rows] = value
         return loss, all_values
 
     def _of_dataset(
