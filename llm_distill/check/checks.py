@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
 from datasets import Dataset
@@ -27,11 +28,12 @@ from llm_distill.check.sample import (
 )
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import longest_sequence
+from llm_distill.data.on_policy_rows import prompt_lengths
 from llm_distill.data.teacher_view import IDS
 from llm_distill.heads import base_of, output_projection
 from llm_distill.loading import find_adapters, load_config, load_tokenizer
 from llm_distill.machine import duration, free_memory
-from llm_distill.models import bits_of, millions, require_same_ids, unshared_tokens, vocabulary_size
+from llm_distill.models import bits_of, context_length, millions, require_same_ids, unshared_tokens, vocabulary_size
 from llm_distill.students.saving import disk_needs
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
@@ -40,6 +42,8 @@ FEW = 0.05
 """A share of counted positions below which most of a forward teaches nothing."""
 MANY = 0.1
 """A share of texts that are cut, or in which nothing counts, above which one may want to know."""
+MOST = 0.5
+"""A share of written texts that are cut, above which one may want to know."""
 OUTSIDE = 0.01
 """A share of the student's mass past its vocabulary that one may want to know of."""
 NO_DIVERGENCE = 1e-4
@@ -137,6 +141,10 @@ def _memory(trainer: SFTTrainer) -> Finding:
     teachers = trainer.teacher.models if trainer.teacher is not None else ()
     sharded = accelerator.distributed_type in SHARDED
     longest = None if trainer.args.packing else longest_sequence(trainer.train_dataset)
+    written, prompts = None, prompt_lengths(trainer.train_dataset) if trainer.policy.writes else None
+    if prompts is not None:
+        written = int(max(prompts)) + trainer.args.max_completion_length
+        longest = written if trainer.args.on_policy_share == 1 else max(written, longest or 0)
     try:
         estimate = estimate_run(
             model.config,
@@ -152,6 +160,7 @@ def _memory(trainer: SFTTrainer) -> Finding:
             device=accelerator.device.type,
             length=longest,
             teacher_length=longest_sequence(trainer.train_dataset, IDS),
+            written_length=written,
         )
     except ValueError as error:
         return Finding("amber", "memory", str(error), "watch its first steps")
@@ -212,10 +221,11 @@ def _texts(trainer: SFTTrainer) -> Iterator[Finding]:
     sample, failed, runs = SampledTexts(), None, trainer.accelerator.distributed_type not in SHARDED
     try:
         with restoring_state(trainer):
-            sample, batches = read_texts(trainer, sample_rows(trainer))
+            rows = sample_rows(trainer)
+            sample, batches = read_texts(trainer, rows)
             if runs and sample.counted:
                 measure_losses(trainer, batches, sample)
-                time_steps(trainer, batches, sample)
+                time_steps(trainer, rows, batches, sample)
     except ValueError as error:
         failed = Finding("red", "data", str(error))
     except torch.OutOfMemoryError as error:
@@ -224,8 +234,11 @@ def _texts(trainer: SFTTrainer) -> Iterator[Finding]:
         )
     samples, failures = zip(*gather_object([(sample, failed)]), strict=True)
     sample = SampledTexts.of_ranks(samples)
+    written = trainer.policy.log()
     yield from filter(None, failures)
-    if sample.texts:
+    if sample.prompts:
+        yield from _writing(trainer, sample, written)
+    if sample.texts and trainer.args.on_policy_share < 1:
         yield from _data(trainer, sample)
     if not sample.counted or any(failures):
         return
@@ -290,6 +303,45 @@ def _data(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
         )
 
 
+def _writing(trainer: SFTTrainer, sample: SampledTexts, written: dict[str, float]) -> Iterator[Finding]:
+    """What the student writes after, where it would end, and what it wrote of a few prompts."""
+    args, tokens, policy = trainer.args, trainer.processing_class, trainer.policy
+    known = prompt_lengths(trainer.train_dataset)
+    lengths = sample.prompts if known is None else known
+    text = (
+        f"{len(lengths):,}, of {np.mean(lengths):.0f} tokens and {max(lengths):,} at most, and "
+        f"max_completion_length={args.max_completion_length} after each"
+    )
+    contexts = {"student": context_length(trainer.model), "teacher": trainer.teacher and trainer.teacher.max_length}
+    short = [role for role, n in contexts.items() if n and max(lengths) + args.max_completion_length > n]
+    if short:
+        todo = "a smaller max_completion_length, or leave out the longest prompts"
+        yield Finding("red", "prompts", f"{text}: more than the {' and the '.join(short)} can read", todo)
+    else:
+        yield Finding("green", "prompts", text)
+    ends = {who: {tokens.convert_ids_to_tokens(i) for i in sorted(found)} for who, found in policy.ends.items()}
+    text = "; ".join(f"{', '.join(names) or 'none'} ({who}'s)" for who, names in ends.items())
+    if not any(ends.values()):
+        todo = "an eos_token of the tokenizer (--eos_token)"
+        yield Finding("red", "end tokens", "none: every text is cut by max_completion_length", todo)
+    elif ends.get("teacher") and not ends["teacher"] & ends["student"]:
+        todo = "a few steps on the dataset's text (on_policy_share=0) first, which teach it to end a text so"
+        yield Finding("amber", "end tokens", f"{text}: the student does not end as the teacher does", todo)
+    else:
+        yield Finding("green", "end tokens", text)
+    if written:
+        cut = written["completion_cut_share"]
+        text = (
+            f"{written['completion_length']:.0f} tokens a text, {written['completion_max_length']:.0f} at most, "
+            f"{cut:.0%} of them cut by max_completion_length={args.max_completion_length}"
+        )
+        todo = (
+            "a larger max_completion_length; mask_truncated_completions leaves them out; a student that never ends "
+            "learns to by a few steps on the dataset's text"
+        )
+        yield Finding("amber" if cut > MOST else "green", "written texts", text, todo if cut > MOST else "")
+
+
 def _losses(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
     if sample.self_divergence:
         largest = max(sample.self_divergence)
@@ -306,6 +358,9 @@ def _losses(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
             f"the student gives {mass:.1%} of its mass to rows of its matrix that no token has, and may write them",
             "nothing, if its head is trained: the loss includes them (watch outside_mass); otherwise cut its matrix",
         )
+    if trainer.args.on_policy_share == 1:
+        yield Finding("skipped", "loss", "not compared: every text will be the student's own")
+        return
     alone = f"the student's is {sample.student_loss / tokens:.3f} nats a token" if tokens else "nothing counted"
     if trainer.teacher is not None and trainer.teacher.is_student:
         yield Finding("green", "loss", f"{alone}, and at the start the teacher's too")
@@ -334,10 +389,14 @@ def _losses(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
 
 def _time(trainer: SFTTrainer, sample: SampledTexts) -> Finding:
     args = trainer.args
-    seconds = sorted(sample.seconds)[len(sample.seconds) // 2] * args.gradient_accumulation_steps
+    writing = sample.writing_seconds * args.gradient_accumulation_steps
+    seconds = sorted(sample.seconds)[len(sample.seconds) // 2] * args.gradient_accumulation_steps + writing
     text, steps = f"{seconds:.2g} s a step without the optimizer's", args.max_steps
+    if sample.prompts:
+        text += f", {writing:.2g} s of them writing"
     if steps <= 0 and isinstance(trainer.train_dataset, Dataset):
-        batches = math.ceil(len(trainer.train_dataset) / (args.train_batch_size * trainer.accelerator.num_processes))
+        size = args.train_batch_size // trainer.policy.rows_per_row
+        batches = math.ceil(len(trainer.train_dataset) / (size * trainer.accelerator.num_processes))
         steps = math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
     whole = f", {duration(seconds * steps)} for {steps:,} steps" if steps > 0 else ""
     return Finding("green", "time", text + whole)

@@ -26,6 +26,7 @@ from transformers.quantizers.base import get_keys_to_not_convert
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llm_distill.config import DistillationConfig
+from llm_distill.generation.engines.transformers import PROMPTS_AT_A_TIME
 from llm_distill.heads import intercepted, output_projection
 from llm_distill.loading import errors_of_loading
 from llm_distill.losses.fused.head_loss import chunk_rows
@@ -60,6 +61,8 @@ class MemoryEstimate:
     """Logits of a chunk of rows, what the teacher says of the batch, the gradients of hidden states and head, and what
     terms on layers make of both models' layers.
     """
+    writing: int
+    """Keys and values of the texts that the student writes at a time, and what it gathers of its shards for that."""
     total: int
 
     def __str__(self) -> str:
@@ -88,6 +91,7 @@ def estimate_memory(
     device: str = "cuda",
     length: int | None = None,
     teacher_length: int | None = None,
+    written_length: int | None = None,
 ) -> MemoryEstimate:
     """The peak of a training step on each rank, for the student and the teacher of these configurations.
 
@@ -105,6 +109,7 @@ def estimate_memory(
         device: "cuda" or "cpu", which decides how the loss is computed.
         length: tokens of the longest sequence (default: `args.max_length`, or what the student can read).
         teacher_length: of the longest that the teacher reads, if that is another.
+        written_length: of the longest that the student writes, with its prompt.
 
     Raises:
         ValueError: a family whose forward depends on the values of its tensors: it cannot be known without running it.
@@ -135,7 +140,10 @@ def estimate_memory(
         in_backward += buffers  # kept for the next step
     in_backward += d_head if ours.is_tied else d_head * share  # of a tied one, until the embedding has its own
     always = ours.weights + states * share + (0.0 if theirs is None else theirs.weights)
-    highest = max(before + (0 if theirs is None else theirs.peak), before + ours.kept + loss, in_backward)
+    writing = 0.0
+    if written_length is not None:
+        writing = _writing_bytes(student, args, written_length, weights_dtype, mixed, gathers=sharded)
+    highest = max(before + (0 if theirs is None else theirs.peak), before + ours.kept + loss, in_backward, writing)
     return MemoryEstimate(
         weights=int(ours.weights),
         gradients=int(gradients),
@@ -144,6 +152,7 @@ def estimate_memory(
         teacher_weights=0 if theirs is None else int(theirs.weights),
         teacher_activations=0 if theirs is None else int(theirs.peak),
         loss_buffers=int(loss),
+        writing=int(writing),
         total=int(always + highest),
     )
 
@@ -305,6 +314,32 @@ def _trace(
         trains_head=head.weight.requires_grad,
         is_tied=embedding is not None and embedding.weight is head.weight,
     )
+
+
+def _writing_bytes(
+    config: PreTrainedConfig,
+    args: DistillationConfig,
+    length: int,
+    dtype: torch.dtype,
+    mixed: torch.dtype | None,
+    *,
+    gathers: bool,
+) -> float:
+    """Of what is written at a time, when it is longest."""
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with errors_of_loading("a model of this configuration"), torch.device("meta"), _unpartitioned():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    texts = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.steps_per_generation
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        _to_cpu_without_storage(model)
+        alive, ids = _Alive(model), torch.zeros(min(texts, PROMPTS_AT_A_TIME), length, dtype=torch.long)
+        with torch.no_grad(), alive, torch.autocast("cpu", mixed, enabled=mixed is not None):
+            cache = model(input_ids=ids, use_cache=True, logits_to_keep=1).past_key_values
+        kept = alive.now
+        del cache
+    return kept + (sum(p.numel() for p in model.parameters()) * (mixed or dtype).itemsize if gathers else 0)
 
 
 def checkpoint_activations(model: PreTrainedModel | PeftModel, args: DistillationConfig) -> None:

@@ -19,6 +19,7 @@ from trl import SFTTrainer
 
 from llm_distill import machine
 from llm_distill.check.memory import checkpoint_activations
+from llm_distill.data.on_policy_rows import prompt_of, rows_of
 from llm_distill.data.prepare import spread_rows
 from llm_distill.heads import LMHead
 from llm_distill.models import kept_of, vocabulary_size
@@ -66,6 +67,10 @@ class SampledTexts:
     """The largest of the objective's divergence and the KL, student against student, in nats a token."""
     seconds: list[float] = field(default_factory=list)
     """Of a micro-batch forward and backward, the teacher's with it."""
+    writing_seconds: float = 0.0
+    """Of the texts that the student writes for a micro-batch, of those that are written at once."""
+    prompts: list[int] = field(default_factory=list)
+    """Tokens before the first that counts, of each text after which the student writes."""
 
     @classmethod
     def of_ranks(cls, samples: Sequence[SampledTexts]) -> SampledTexts:
@@ -74,7 +79,8 @@ class SampledTexts:
         for sample in samples[1:]:
             seconds = max(merged.seconds, sample.seconds, key=sum)
             values = {f.name: getattr(merged, f.name) + getattr(sample, f.name) for f in fields(cls)}
-            merged = cls(**(values | {"seconds": seconds}))
+            writing = max(merged.writing_seconds, sample.writing_seconds)
+            merged = cls(**(values | {"seconds": seconds, "writing_seconds": writing}))
         return merged
 
 
@@ -127,6 +133,8 @@ def read_texts(trainer: SFTTrainer, rows: list[Any]) -> tuple[SampledTexts, list
         sample.ends += int((targets == end).sum())
         sample.ends_seen += int((mask & (ids == end))[:, 1:].sum())
         sample.silent += int((labels[:, 1:] == IGNORED).all(1).sum())
+        if trainer.policy.writes:
+            sample.prompts += [len(prompt_of(row)) for row in rows_of(batch)]
         batches.append(trainer.data_collator(rows[start : start + size]))
     sample.lengths = [len(row["input_ids"]) for row in rows if "input_ids" in row]
     return sample, batches
@@ -162,16 +170,26 @@ def measure_losses(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts
             break
 
 
-def time_steps(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts) -> None:
-    """Adds how long micro-batches take. Their gradients are thrown away."""
+def time_steps(trainer: SFTTrainer, rows: list[Any], batches: list[Any], sample: SampledTexts) -> None:
+    """Adds how long micro-batches take, and what is written for them. Their gradients are thrown away."""
     trainer.model.train()
     args, device = trainer.args, trainer.accelerator.device
     if args.gradient_checkpointing and not trainer.model.is_activation_checkpointing:
         checkpoint_activations(trainer.model, args)
     seconds: list[float] = []
+    policy, size, at_once = trainer.policy, args.per_device_train_batch_size, len(batches)
+    if policy.writes:
+        size //= policy.rows_per_row
+        at_once = min(TIMED, args.gradient_accumulation_steps * args.steps_per_generation)
+        batches = [trainer.collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+    batches, read = [], batches[:at_once]
+
+    def write() -> None:
+        batches.extend(policy(iter([read]), trainer.state.global_step))
+
+    sample.writing_seconds = machine.seconds(write, device) / len(read)
 
     def step(batch: Any) -> None:
-        (batch,) = trainer.policy(iter([[batch]]), trainer.state.global_step)
         with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
             loss = trainer.compute_loss(trainer.model, send_to_device(batch, device))
         loss.backward()

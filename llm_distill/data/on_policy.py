@@ -91,9 +91,12 @@ class OnPolicy(Policy):
             raise ValueError("on_policy_share does not go with a learned prompt: train LoRA adapters, or all weights.")
         self.student, author = student, LanguageModel(base_of(student), tokenizer)
         self.engine, self.collate, self.accelerator = TransformersEngine(author, self.sampling), collate, accelerator
+        self.ends = {"student": {*self.engine.ends}, "teacher": set[int]()}
         for model in () if teacher is None else teacher.models:
             ends = model.model.generation_config.eos_token_id
-            self.engine.ends |= set(ends if isinstance(ends, list) else [ends]) - {None}
+            own = model.tokenizer.eos_token_id if model.tokenizer is not None else None
+            self.ends["teacher"] |= {own, *(ends if isinstance(ends, list) else [ends])} - {None}
+        self.engine.ends |= self.ends["teacher"]
 
     def __call__(self, coming: Iterator[list[dict[str, Any]]], step: int) -> list[dict[str, Any]]:
         """The same number of batches of the same sizes, in which written rows stand in place of others. Rows of about

@@ -15,7 +15,7 @@ from launch import run_ranks
 from peft import LoraConfig, get_peft_model
 from runs import copied_state, fill_cache, logged, make_trainer, save
 from tiny import VOCAB, make_config, tiny_llama
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.cache.methods import TopK
@@ -71,6 +71,54 @@ def checked(tmp_path: Path, run: dict[str, Any], status: int = 0) -> dict[str, F
     else:
         check(arguments)
     return {found["what"]: Finding(**found) for found in json.loads(path.read_text())}
+
+
+@pytest.fixture
+def writing(tmp_path: Path, run: dict[str, Any], texts: Dataset) -> dict[str, Any]:
+    """The options of a run on what the student writes after prompts."""
+    prompts = [{"prompt": text[:12]} for text in texts["text"] if len(text) > 12][:40]
+    Dataset.from_list(prompts).to_json(tmp_path / "prompts.jsonl")
+    return run | {"dataset_name": tmp_path / "prompts.jsonl", "on_policy_share": 1.0, "max_completion_length": 4}
+
+
+def test_of_what_the_student_will_write_prompts_ends_time_and_memory_are_known(
+    tmp_path: Path, writing: dict[str, Any]
+) -> None:
+    more = {"num_generations": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    found = checked(tmp_path, writing | more)
+    assert found["prompts"].level == "green"
+    assert "40, of" in found["prompts"].text
+    assert "max_completion_length=4 after each" in found["prompts"].text
+    assert "<|endoftext|>" in found["end tokens"].text
+    assert "tokens a text" in found["written texts"].text
+    assert "s of them writing" in found["time"].text
+    assert found["loss"].level == "skipped"
+    assert not {"what counts", "cut texts", "end of text"} & {*found}
+    assert not any(finding.level == "red" for finding in found.values()), found
+    larger = checked(tmp_path, writing | more | {"max_completion_length": 100})
+    assert larger["memory"].text != found["memory"].text
+
+
+def test_a_check_leaves_nothing_in_the_log_of_what_is_written(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    student, teacher = tiny_llama(1, hidden=16), LiveTeacher(tiny_llama(2), tokenizer)
+    options = {"on_policy_share": 0.5, "max_completion_length": 4}
+    trainer = make_trainer(tmp_path, tokenizer, student, teacher, **options)
+    trainer.check()
+    assert trainer.policy.log() == {}
+
+
+def test_a_teacher_that_ends_texts_otherwise_than_the_student_is_amber(
+    tmp_path: Path, writing: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path / "student", eos_token="x")
+    student = tiny_llama(1, hidden=16, initializer_range=0.5)
+    student.generation_config.eos_token_id = tokenizer.eos_token_id
+    save(student, tmp_path / "student", tokenizer)
+    finding = checked(tmp_path, writing)["end tokens"]
+    assert finding.level == "amber"
+    assert finding.text.startswith("x (student's); ")
 
 
 def test_a_good_run_is_green(tmp_path: Path, run: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

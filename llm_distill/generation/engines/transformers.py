@@ -14,6 +14,8 @@ from llm_distill.generation.engines.base import Completion, LocalEngine, Samplin
 from llm_distill.losses.likelihoods import token_log_likelihoods
 from llm_distill.models import LanguageModel
 
+PROMPTS_AT_A_TIME = 32
+
 
 class TransformersEngine(LocalEngine):
     """`transformers`' generate, on every rank. Prompts of about the same length run together, the longest first, so
@@ -35,7 +37,7 @@ class TransformersEngine(LocalEngine):
         author: LanguageModel,
         sampling: Sampling,
         *,
-        batch_size: int = 32,
+        batch_size: int = PROMPTS_AT_A_TIME,
         score: bool = False,
         continuous: bool = False,
     ) -> None:
