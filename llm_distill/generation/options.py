@@ -40,16 +40,15 @@ class OnPolicyOptions(Options):
     )
     repetition_penalty: float = option(
         1.0,
-        "Where the student writes, the logits of tokens that are in the prompt or were written already are divided by "
-        "this number, or multiplied where they are negative. 1 is no penalty.",
+        "Where the student writes, the logits of tokens that are already there are divided by this number, or "
+        "multiplied where they are negative. 1 is no penalty.",
         needs="on_policy_share",
         positive=True,
     )
     num_generations: int = option(
         1,
-        "The student writes this many texts after each prompt, which stand in one micro-batch: of "
-        "per_device_train_batch_size rows there are so many times fewer prompts, and of an epoch so many times more "
-        "steps.",
+        "The student writes this many texts after each prompt, all in one micro-batch, which so has as many times "
+        "fewer prompts.",
         needs="on_policy_share",
         at_least=1,
     )

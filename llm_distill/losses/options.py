@@ -45,8 +45,8 @@ class ObjectiveOptions(Options):
     )
     on_policy_divergence: str | None = option(
         None,
-        "On what the student wrote itself, how far it is from the teacher is measured by this divergence. By default "
-        "it is that of all other text. DistiLLM-2 has skew_kl there and skew_reverse_kl here.",
+        "On what the student wrote itself, this divergence is taken instead, such as skew_reverse_kl beside skew_kl "
+        "(DistiLLM-2).",
         needs="on_policy_share",
     )
     on_policy_divergence_kwargs: dict[str, Any] | str | None = option(
@@ -76,15 +76,15 @@ class ObjectiveOptions(Options):
     )
     losses: list[dict[str, Any]] | str | None = option(
         None,
-        "More terms stand beside divergence and cross-entropy, as JSON or YAML: a list of {name, weight, layers}, or "
-        "in short `{hidden: 0.1, relations: 1}`, names with their weights. There are hidden (hidden states), attention "
-        "(where the models look), relations (MiniLM), selectivity (neurons) and rkd (distances and angles).",
+        "More terms stand beside these, as JSON or YAML: a list of {name, weight, layers}, or in short `{hidden: 0.1, "
+        "relations: 1}`. There are hidden (hidden states), attention (where the models look), relations (MiniLM), "
+        "selectivity (neurons) and rkd (distances and angles).",
         parse=parse_losses,
     )
     loss_buffer_mib: int | None = option(
         None,
-        "The logits of one chunk of rows take this much memory, in MiB. By default it is 1024 on a GPU and 256 on a "
-        "CPU, and 128 rows at least. Less memory is slower, because the head is read more often.",
+        "The logits of one chunk of rows take this much memory, in MiB: by default 1024 on a GPU and 256 on a CPU. "
+        "Less is slower, because the head is read more often.",
         at_least=1,
     )
 

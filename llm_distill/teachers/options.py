@@ -69,9 +69,9 @@ class TeacherOptions(TeacherModelOptions):
     )
     teacher_server_k: int = option(
         20,
-        "The server tells the probabilities of this many tokens of each row, and all other tokens are one more cell. "
-        "vLLM allows 20 unless it was started with --max-logprobs. At 0 it tells the probability of the text's own "
-        "tokens alone, which is enough for reverse_kl on what the student wrote.",
+        "The server tells the probabilities of this many tokens of each row, and all others are one more cell. vLLM "
+        "allows 20 unless it was started with --max-logprobs. At 0 it tells those of the text's own tokens alone, "
+        "enough for reverse_kl on what the student wrote.",
         needs="teacher_server_url",
         at_least=0,
     )
@@ -98,20 +98,19 @@ class TeacherOptions(TeacherModelOptions):
 
     teacher_system_prompt: str | None = option(
         None,
-        "The teacher reads every conversation with this system turn, in place of its own if it has one, and the "
-        "student reads it as it is. What one row alone shall tell the teacher is in its column teacher_prompt or "
-        "teacher_messages.",
+        "The teacher reads every conversation with this system turn, and the student as it is. What one row alone "
+        "tells it is in the columns teacher_prompt or teacher_messages.",
     )
     teacher_chat_template: str | None = option(
         None,
-        "The teacher reads conversations in this chat template, a Jinja file or its text, and the student in its own. "
-        "The tokens that are learned must be the same in both.",
+        "The teacher reads conversations in this chat template, a Jinja file or its text. The tokens that are learned "
+        "must be the same as in the student's.",
         parse=lambda _, value: None if value is None else read_template(value),
     )
     teacher_max_length: int | None = option(
         None,
-        "The teacher reads at most this many tokens where it reads more than the student. A row that is longer is "
-        "refused and never cut. By default it is what the teacher can read.",
+        "The teacher reads at most this many tokens (by default all that it can) where it reads more than the "
+        "student. A longer row is refused, never cut.",
         at_least=2,
     )
 
