@@ -4,7 +4,7 @@ PIP = .venv/bin/pip --disable-pip-version-check install --quiet --constraint con
 RUN = PATH="$(CURDIR)/.venv/bin:$$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check docs notebooks format test test-slow test-served bench gpu clean
+.PHONY: help setup demo demo-real check docs notebooks format test test-slow test-served bench gpu clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -24,6 +24,10 @@ setup: .venv/ready ## make the .venv with everything for development
 
 demo: .venv/runs ## teacher, two students, one table: about four minutes on two cores
 	$(RUN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no recipes/demo.py
+
+demo-real: .venv/runs ## a real model cut and taught to talk again: about ten minutes on two cores with bfloat16
+	$(PIP) gguf
+	$(RUN)/python recipes/demo_real.py
 
 check: setup docs ## lint, types, import order, the documentation
 	$(RUN)/ruff check .
