@@ -7,8 +7,8 @@
 tokens after each. The parts are the same `generate` by hand (longest prompt first, in the forward's dtype), and a step
 of ours on the same tokens written beforehand, the teacher's forward with it. Rounds of all, in processes of their own.
 
-`sums`: the task of `sequence_kd.py`. All students have the same start, steps and batch. Those that write begin with a
-third of the steps on the teacher's texts, and the time is that of the training alone.
+`sums`: the task of `sequence_kd.py`. All students have the same start, steps and batch, but for the last, which has as
+many steps as the first one's time allows. Those that write begin with a third of the steps on the teacher's texts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.data.on_policy_rows import rows_of
 from llm_distill.data.policy import Policy
 from llm_distill.generation import Sampling, TransformersEngine, generate, load_generated, make_filters, prompts_of
-from llm_distill.models import decoder_layers
+from llm_distill.models import LanguageModel, decoder_layers
+from llm_distill.students.cut import cut_layers
 
 LEFT_OUT_LAYERS = {14, 25, 17, 13, 15, 26}
 PROMPTS, NEW_TOKENS, STEPS = 8, 64, 3
@@ -60,14 +61,7 @@ COMMON = {
 def cut_student(folder: str) -> PreTrainedModel:
     """The model without some of its layers."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    layers = decoder_layers(model)
-    for place in sorted(LEFT_OUT_LAYERS, reverse=True):
-        del layers[place]
-    for place, layer in enumerate(layers):
-        layer.self_attn.layer_idx = place
-    model.config.num_hidden_layers = len(layers)
-    model.config.layer_types = None
-    return model
+    return cut_layers(model, [n + 1 for n in range(len(decoder_layers(model))) if n not in LEFT_OUT_LAYERS])
 
 
 def prompts_for_steps() -> Dataset:
@@ -171,46 +165,68 @@ def measure_steps(folder: str, rounds: int) -> tuple[dict[str, Any], str]:
 
 
 WRITING = {"ce_weight": 0.0, "max_completion_length": 4}
+THEN_ITS_OWN = {"on_policy_share": 1.0, "divergence": "reverse_kl", **WRITING}
 CURRICULA: dict[str, list[tuple[float, str, dict[str, Any]]]] = {
     "the teacher's texts": [(1, "texts", {"kd_weight": 0.0})],
+    "of them those that are right": [(1, "right texts", {"kd_weight": 0.0})],
     "its texts and distributions": [(1, "texts", {})],
     "then the student's texts, forward KL": [
         (1 / 3, "texts", {}),
-        (2 / 3, "prompts", {"on_policy_share": 1.0, **WRITING}),
+        (2 / 3, "prompts", THEN_ITS_OWN | {"divergence": "forward_kl"}),
     ],
-    "then the student's texts, reverse KL": [
+    "then the student's texts, reverse KL": [(1 / 3, "texts", {}), (2 / 3, "prompts", THEN_ITS_OWN)],
+    "then half of each, skewed by origin (DistiLLM-2)": [
         (1 / 3, "texts", {}),
-        (2 / 3, "prompts", {"on_policy_share": 1.0, "divergence": "reverse_kl", **WRITING}),
+        (
+            2 / 3,
+            "texts",
+            {"on_policy_share": 0.5, "divergence": "skew_kl", "on_policy_divergence": "skew_reverse_kl", **WRITING},
+        ),
     ],
-    "then half of each, reverse KL": [
+    "then what the student wrote once (cached on-policy)": [
         (1 / 3, "texts", {}),
-        (2 / 3, "texts", {"on_policy_share": 0.5, "divergence": "reverse_kl", **WRITING}),
+        (2 / 3, "its own", {"ce_weight": 0.0, "divergence": "reverse_kl"}),
     ],
 }
 """What a student learns from, in order: the share of the steps, the data, the options."""
+SHORTENED = "then the student's texts, reverse KL, in the time of the teacher's texts"
 
 
 def measure_sums(seeds: int, folder: Path) -> tuple[dict[str, Any], str]:
     tokenizer, parts = tokenizer_of_digits(), sums()
     model = train(make_model("teacher", 0), parts["taught"], TEACHER_STEPS, 0, tokenizer, folder)
-    teacher = LiveTeacher(model, tokenizer)
-    engine = TransformersEngine(teacher.language_model, Sampling(max_new_tokens=4), batch_size=250)
-    right_ones = make_filters({"finished": {}, "verifier": {"check": is_right}})
-    generate(engine, list(prompts_of(parts["asked"])), folder / "generated", filters=right_ones)
+    teacher, asked = LiveTeacher(model, tokenizer), list(prompts_of(parts["asked"]))
+
+    def written(author: LanguageModel, name: str, **filters: Any) -> Dataset:
+        engine = TransformersEngine(author, Sampling(max_new_tokens=4), batch_size=250)
+        generate(engine, asked, folder / name, filters=make_filters({"finished": {}, **filters}))
+        return load_generated(folder / name, tokenizer)
+
     data = {
-        "texts": load_generated(folder / "generated", tokenizer),
+        "texts": written(teacher.language_model, "teacher"),
+        "right texts": written(teacher.language_model, "teacher, right", verifier={"check": is_right}),
         "prompts": parts["asked"].select_columns("prompt"),
     }
-    rows: dict[str, Any] = {name: {"right": [], "seconds": []} for name in CURRICULA}
+
+    def learn(curriculum: list[tuple[float, str, dict[str, Any]]], seed: int, name: str, steps: int) -> float:
+        """The seconds of its training, and of the writing for it."""
+        student, began = make_model("student", seed), time.perf_counter()
+        for share, texts, options in curriculum:
+            if texts == "its own":
+                data[texts] = written(LanguageModel(student, tokenizer), f"{name}, seed {seed}")
+            train(student, data[texts], round(share * steps), seed, tokenizer, folder, teacher, **options)
+        seconds = time.perf_counter() - began
+        rows[name]["seconds"].append(seconds)
+        rows[name]["right"].append(accuracy(student, tokenizer, parts["held_out"]))
+        print(f"seed {seed}, {name}: {rows[name]['right'][-1]:.1%} in {seconds:.0f} s", flush=True)
+        return seconds
+
+    rows: dict[str, Any] = {name: {"right": [], "seconds": []} for name in (*CURRICULA, SHORTENED)}
     for seed in range(1, seeds + 1):
-        for name, curriculum in CURRICULA.items():
-            student, began = make_model("student", seed), time.perf_counter()
-            for share, texts, options in curriculum:
-                steps = round(share * STUDENT_STEPS)
-                train(student, data[texts], steps, seed, tokenizer, folder, teacher, **options)
-            rows[name]["seconds"].append(time.perf_counter() - began)
-            rows[name]["right"].append(accuracy(student, tokenizer, parts["held_out"]))
-            print(f"seed {seed}, {name}: {rows[name]['right'][-1]:.1%}", flush=True)
+        seconds = {name: learn(curriculum, seed, name, STUDENT_STEPS) for name, curriculum in CURRICULA.items()}
+        whole = "then the student's texts, reverse KL"
+        steps = round(STUDENT_STEPS * seconds["the teacher's texts"] / seconds[whole])
+        learn(CURRICULA[whole], seed, SHORTENED, steps)
     rows["teacher"] = {"right": [accuracy(model, tokenizer, parts["held_out"])], "seconds": [0.0]}
     lines = ["| learned from | right | largest − smallest, by seed | seconds |", "|---|---:|---:|---:|"]
     for name, row in rows.items():
