@@ -80,14 +80,20 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
                 f"{self.per_device_train_batch_size}: the texts after a prompt are rows of one micro-batch."
             )
         divergence = self.on_policy_divergence or self.divergence
-        if self.steps_per_generation > 1 and divergence in MODE_SEEKING:
-            logger.warning(
-                "steps_per_generation=%d: %s is a mean over the student's own text, and most of what is learned from "
-                "was written by the student of up to %d steps before.",
-                self.steps_per_generation,
-                divergence,
-                self.steps_per_generation - 1,
-            )
+        reuse = {
+            f"steps_per_generation={self.steps_per_generation}": self.steps_per_generation > 1
+            and f"most of what is learned from was written up to {self.steps_per_generation - 1} steps before",
+            f"replay_share={self.replay_share:g}": self.replay_share > 0
+            and "some of what is learned from was written in any step before",
+        }
+        for name, what in reuse.items():
+            if what and divergence in MODE_SEEKING:
+                logger.warning(
+                    "%s: %s is a mean over the text of the student as it is, and %s (see completion_age in the log).",
+                    name,
+                    divergence,
+                    what,
+                )
         if self.push_to_hub and self.hub_strategy != HubStrategy.END:
             raise ValueError(
                 f"hub_strategy={self.hub_strategy} uploads training_args.bin, a pickle with local paths and hub_token. "

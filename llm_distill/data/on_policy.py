@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from llm_distill.config import DistillationConfig
 from llm_distill.data.on_policy_rows import prompt_of, replace_completion, rows_of
 from llm_distill.data.policy import Collate, Policy, Row
+from llm_distill.data.replay import Reservoir
 from llm_distill.generation.engines.base import Completion, Sampling
 from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.filters import repeated_share
@@ -36,10 +37,18 @@ from llm_distill.teachers import Teacher
 
 
 class MadeRow(NamedTuple):
-    """A row of a step, and whether the student writes its text."""
+    """A row of a step, and whether the student writes its text, or has written it before."""
 
     row: Row
     is_written: bool
+    written_at: int | None = None
+    """The step of the student that did; None where it has yet to."""
+    is_replayed: bool = False
+    """Whether it was learned from before."""
+
+    @property
+    def is_to_write(self) -> bool:
+        return self.is_written and self.written_at is None
 
 
 class OnPolicy(Policy):
@@ -63,7 +72,9 @@ class OnPolicy(Policy):
             top_k=options.top_k,
             repetition_penalty=options.repetition_penalty,
         )
+        self.replay_share, self.replay_size = options.replay_share, options.replay_size
         self._pending: dict[int, list[list[MadeRow]]] = {}  # the micro-batches of the steps to come
+        self._learned: tuple[int, list[MadeRow]] = (-1, [])  # a step, and what it learns from that is new
         self._steps_read = 0  # of the data that comes, those that a resumed run has in `_pending`
         self._reset()
 
@@ -97,6 +108,7 @@ class OnPolicy(Policy):
             own = model.tokenizer.eos_token_id if model.tokenizer is not None else None
             self.ends["teacher"] |= {own, *(ends if isinstance(ends, list) else [ends])} - {None}
         self.engine.ends |= self.ends["teacher"]
+        self.replay = Reservoir[MadeRow](self.replay_size, self._draw(4, "replay", accelerator.process_index))
 
     def __call__(self, coming: Iterator[list[dict[str, Any]]], step: int) -> list[dict[str, Any]]:
         """The same number of batches of the same sizes, in which written rows stand in place of others. Rows of about
@@ -105,32 +117,45 @@ class OnPolicy(Policy):
         for _ in range(self._steps_read):
             next(coming, None)
         self._steps_read = 0
+        learned_at, learned = self._learned
+        if learned_at < step:  # a step that is called again was only tried
+            self.replay.add(learned)
         if step not in self._pending:
             steps = list(itertools.islice(coming, self.steps_per_generation))
             self._pending = self._complete(dict(enumerate(steps, step)))
+        micro_batches = self._pending.pop(step, [])
+        rows = [made for rows in micro_batches for made in rows]
+        self._ages += [step - made.written_at for made in rows if made.written_at is not None]
+        if self.replay_share:
+            new = [made for made in rows if made.is_written and not made.is_replayed]
+            self._learned = (step, [made for made in new if any(label != IGNORED for label in made.row["labels"])])
         return [
             self.collate([made.row for made in rows]) | {WRITTEN: torch.tensor([made.is_written for made in rows])}
-            for rows in self._pending.pop(step, [])
+            for rows in micro_batches
         ]
 
     def save(self, folder: Path) -> None:
-        """Keeps what was written for the steps to come."""
-        if self.steps_per_generation > 1:
-            self._file(folder).write_text(json.dumps(self._pending))
+        """Keeps what was written for the steps to come, and what is for replay."""
+        if self.steps_per_generation > 1 or self.replay_share:
+            state = {"pending": self._pending, "learned": self._learned, "replay": self.replay.state()}
+            self._file(folder).write_text(json.dumps(state))
 
     def load(self, folder: Path) -> None:
-        """Goes on with what was written for the steps to come, over as many ranks."""
+        """Goes on with what was written for the steps to come and with what is for replay, over as many ranks."""
         path = self._file(folder)
         if path.exists():
-            pending = json.loads(path.read_text())
-            self._pending = {
-                int(step): [[MadeRow(*made) for made in rows] for rows in pending[step]] for step in pending
-            }
+            state = json.loads(path.read_text())
+            pending = state["pending"].items()
+            self._pending = {int(step): [[MadeRow(*made) for made in rows] for rows in part] for step, part in pending}
             self._steps_read = len(self._pending)
+            step, learned = state["learned"]
+            self._learned = (step, [MadeRow(*made) for made in learned])
+            kept = [(place, MadeRow(*made)) for place, made in state["replay"]["kept"]]
+            self.replay.load(state["replay"] | {"kept": kept})
         elif any(folder.glob("written-*.json")):
             raise ValueError(
-                f"{folder} has texts that the student wrote for steps to come, over another number of ranks than "
-                f"{self.accelerator.num_processes}: resume with as many as there were."
+                f"{folder} has texts that the student wrote, for steps to come or for replay, over another number of "
+                f"ranks than {self.accelerator.num_processes}: resume with as many as there were."
             )
 
     def _file(self, folder: Path) -> Path:
@@ -139,17 +164,22 @@ class OnPolicy(Policy):
     def log(self) -> dict[str, float]:
         """Of what was written since the last log, over all ranks: mean and largest length in tokens, the share that the
         limit cut, the mean share of runs of four words that a text has had before, and the seconds that writing took on
-        this rank.
+        this rank. Of its own text that it learned from, how many steps ago it wrote that, if it was not just then.
         """
-        lengths, device = self._lengths, self.accelerator.device
-        sums = torch.tensor([len(lengths), sum(lengths), self._cut, self._repeated], dtype=torch.float32, device=device)
-        texts, tokens, cut, repeated = self.accelerator.reduce(sums, "sum").tolist()
+        lengths, ages, device = self._lengths, self._ages, self.accelerator.device
+        sums = torch.tensor(
+            [len(lengths), sum(lengths), self._cut, self._repeated, len(ages), sum(ages)],
+            dtype=torch.float32,
+            device=device,
+        )
+        texts, tokens, cut, repeated, learned, age = self.accelerator.reduce(sums, "sum").tolist()
         longest = self.accelerator.gather(torch.tensor([max(lengths, default=0)], device=device)).max().item()
         seconds = self._seconds
         self._reset()
+        figures = {"completion_age": age / learned} if age else {}
         if not texts:
-            return {}
-        return {
+            return figures
+        return figures | {
             "completion_length": tokens / texts,
             "completion_max_length": longest,
             "completion_cut_share": cut / texts,
@@ -159,25 +189,20 @@ class OnPolicy(Policy):
 
     def _reset(self) -> None:
         self._lengths: list[int] = []
+        self._ages: list[int] = []
         self._cut, self._repeated, self._seconds = 0, 0.0, 0.0
 
     def _complete(self, steps: dict[int, list[dict[str, Any]]]) -> dict[int, list[list[MadeRow]]]:
         """The rows of each micro-batch of these steps, written or as they came."""
-        drawn = {
-            step: [
-                MadeRow(row, self._is_written(step, copy, prompt_of(row)))
-                for batch in batches
-                for row in rows_of(batch)
-                for copy in range(self.rows_per_row)
-            ]
-            for step, batches in steps.items()
-        }
-        prompts = [prompt_of(made.row) for rows in drawn.values() for made in rows if made.is_written]
-        seed = self._draw(4, min(steps, default=0), self.accelerator.process_index)
+        drawn, now = {step: self._draw_rows(step, batches) for step, batches in steps.items()}, min(steps, default=0)
+        prompts = [prompt_of(made.row) for rows in drawn.values() for made in rows if made.is_to_write]
+        seed = self._draw(4, now, self.accelerator.process_index)
         completions = iter(self._write(prompts, seed))
         micro_batches = {}
         for step, rows in drawn.items():
-            rows = [MadeRow(self._row(made, next(completions)), True) if made.is_written else made for made in rows]
+            rows = [
+                MadeRow(self._row(made, next(completions)), True, now) if made.is_to_write else made for made in rows
+            ]
             remaining = iter(sorted(rows, key=lambda made: len(made.row["input_ids"])))
             sizes = [len(batch["labels"]) * self.rows_per_row for batch in steps[step]]
             micro_batches[step] = [list(itertools.islice(remaining, size)) for size in sizes]
@@ -189,9 +214,18 @@ class OnPolicy(Policy):
         learned = [IGNORED] * len(ids) if self.masks_cut and not completion.finished else ids
         return replace_completion(made.row, ids, learned)
 
-    def _is_written(self, step: int, copy: int, prompt: list[int]) -> bool:
-        """Whether the row of this prompt is written: a draw that is the same on every rank."""
-        return self._draw(8, step, copy, prompt) / 2**64 < self.share
+    def _draw_rows(self, step: int, batches: list[dict[str, Any]]) -> list[MadeRow]:
+        """The rows of a step: the dataset's, those that are to be written, and those from replay in place of some of
+        these. Which, is a draw by prompt that is the same on every rank.
+        """
+        rows = [row for batch in batches for row in rows_of(batch) for _ in range(self.rows_per_row)]
+        before = iter(self.replay.sample(len(rows), step) if self.replay_share else ())
+        drawn = []
+        for number, row in enumerate(rows):
+            chance = self._draw(8, step, number % self.rows_per_row, prompt_of(row)) / 2**64
+            replayed = next(before, None) if chance < self.share * self.replay_share else None
+            drawn.append(replayed._replace(is_replayed=True) if replayed else MadeRow(row, chance < self.share))
+        return drawn
 
     def _draw(self, size: int, *parts: Any) -> int:
         """A number of so many bytes, of the seed and what else there is."""
@@ -242,7 +276,7 @@ def require_sampled_text(teacher: Teacher, args: DistillationConfig) -> None:
             f"{who} teaches nothing of the dataset's text, which on_policy_share={args.on_policy_share} leaves: set "
             "ce_weight for that text, or on_policy_share=1, or have it tell its top k."
         )
-    ways = ("sampling_temperature", "top_p", "top_k", "repetition_penalty", "steps_per_generation")
+    ways = ("sampling_temperature", "top_p", "top_k", "repetition_penalty", "steps_per_generation", "replay_share")
     if changed := [name for name in ways if is_chosen(args, name)]:
         raise ValueError(
             f"{who} gives the reverse KL's gradient where the student of this very step samples from its own "

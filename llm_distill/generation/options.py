@@ -59,6 +59,19 @@ class OnPolicyOptions(Options):
         needs="on_policy_share",
         at_least=1,
     )
+    replay_share: float = option(
+        0.0,
+        "This share of the student's own texts are not new, but drawn from those that it wrote and learned from in "
+        "earlier steps; what student and teacher say of them is of the moment. That saves writing.",
+        needs="on_policy_share",
+        at_least=0,
+    )
+    replay_size: int = option(
+        1024,
+        "So many texts are kept for replay on each rank: of all that were learned from, each with the same chance.",
+        needs="replay_share",
+        at_least=1,
+    )
     mask_truncated_completions: bool = option(
         False, "What the student did not end within max_completion_length is not learned from.", needs="on_policy_share"
     )
@@ -67,6 +80,8 @@ class OnPolicyOptions(Options):
         super().__post_init__()
         if self.on_policy_share > 1:
             raise ValueError(f"on_policy_share is a share, from 0 to 1, got {self.on_policy_share}.")
+        if self.replay_share >= 1:
+            raise ValueError(f"replay_share={self.replay_share} leaves nothing to write: give a share below 1.")
         if self.num_generations > 1 and self.sampling_temperature == 0:
             raise ValueError(
                 f"num_generations={self.num_generations} at sampling_temperature=0 would be the same text each time: "

@@ -221,6 +221,67 @@ def test_texts_for_steps_to_come_are_kept_with_a_checkpoint_of_as_many_ranks(
         resumed.policy.load(tmp_path)
 
 
+def replaying(trainer: DistillationTrainer, steps: range) -> list[list[tuple[tuple[int, ...], tuple[int, ...]]]]:
+    """Prompts and texts of each step of a policy, which is first tried as `check` does."""
+    (batch,) = batches_of(trainer)
+    trainer.policy(iter([[batch]]), steps.start)
+    return [prompts_and_texts(trainer.policy(iter([[batch]]), step)[0]) for step in steps]
+
+
+REPLAY = {"replay_share": 0.5, "sampling_temperature": 1.0, "per_device_train_batch_size": 8}
+
+
+def test_replay_draws_from_what_was_learned_before_and_from_nothing_else(
+    build: Callable[..., DistillationTrainer],
+) -> None:
+    trainer = build(**REPLAY)
+    steps = replaying(trainer, range(30))
+    learned, replayed = {*steps[0]}, 0
+    for rows in steps[1:]:
+        old = [row for row in rows if row in learned]
+        assert len(old) == len({*old}), "none twice in a step"
+        replayed += len(old)
+        learned |= {*rows}
+    assert 0.4 < replayed / (29 * 8) < 0.6
+    log = trainer.policy.log()
+    assert 0 < log["completion_age"] < 15
+    assert "completion_age" not in trainer.policy.log(), "since the last log"
+    assert steps == replaying(build(**REPLAY), range(30)), "the same run"
+    few = build(**REPLAY, replay_size=3)
+    replaying(few, range(10))
+    assert len(few.policy.replay) == 3
+
+
+def test_a_resumed_run_replays_what_it_would_have(build: Callable[..., DistillationTrainer], tmp_path: Path) -> None:
+    whole = replaying(build(**REPLAY), range(12))
+    killed, resumed = build(**REPLAY), build(**REPLAY)
+    replaying(killed, range(6))
+    killed.policy.save(tmp_path)
+    resumed.policy.load(tmp_path)
+    assert replaying(resumed, range(6, 12)) == whole[6:]
+
+
+def test_what_is_replayed_is_scored_by_the_student_of_the_moment(build: Callable[..., DistillationTrainer]) -> None:
+    """Its steps are those on the same texts as if a dataset had them."""
+    plain = {"max_steps": 4, "per_device_train_batch_size": 8}
+    trainer, learned = build(**plain, replay_share=0.9), []
+
+    class Recorded(OnPolicy):
+        def __call__(self, *args: Any) -> list[dict[str, Any]]:
+            batches = super().__call__(*args)
+            learned.extend(row for batch in batches for row in rows_of(batch))
+            return batches
+
+    trainer.policy.__class__ = Recorded
+    trainer.train()
+    assert trainer.state.log_history[-2]["completion_age"] > 1, "most is not new"
+    by_hand = build(Dataset.from_list(learned), on_policy_share=0.0, **plain | NOT_WRITTEN)
+    by_hand.train()
+    expected = copied_state(by_hand.model)
+    for name, weight in copied_state(trainer.model).items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-12)
+
+
 def test_a_penalty_counts_a_text_and_not_what_fills_up_its_batch(build: Callable[..., DistillationTrainer]) -> None:
     trainer = build(repetition_penalty=3.0, per_device_train_batch_size=8)
     (batch,) = trainer.policy(iter([batches_of(trainer)]), 0)
@@ -237,6 +298,11 @@ def test_a_mode_seeking_divergence_of_text_that_was_written_before_warns(
     (record,) = caplog.records
     assert "reverse_kl" in record.getMessage()
     assert "up to 3 steps before" in record.getMessage()
+    caplog.clear()
+    for divergence in ("forward_kl", "jsd"):
+        make_config(tmp_path, divergence=divergence, on_policy_share=1.0, replay_share=0.25)
+    (record,) = caplog.records
+    assert "replay_share=0.25: jsd is a mean over the text of the student as it is" in record.getMessage()
 
 
 def test_what_was_not_ended_can_be_left_out_and_ends_of_the_teacher_end(
@@ -320,6 +386,8 @@ def test_sampling_disturbs_nothing_else_that_is_random(build: Callable[..., Dist
         ({"on_policy_divergence_kwargs": {"beta": 0.1}}, "there is no on_policy_divergence"),
         ({"on_policy_divergence": "jds"}, "Did you mean 'jsd'"),
         ({"num_generations": 2}, "the same text each time"),
+        ({"replay_share": 1.0}, "leaves nothing to write"),
+        ({"replay_size": 9}, "replay_size .replay_share is 0.0"),
         ({"num_generations": 4, "sampling_temperature": 1.0}, "must divide per_device_train_batch_size=2"),
         ({"repetition_penalty": 0}, "repetition_penalty must be positive"),
         ({"steps_per_generation": 2, "on_policy_share": 0.0} | NOT_WRITTEN, "steps_per_generation .on_policy_share is"),

@@ -25,6 +25,7 @@ CONFIG = {
     "max_completion_length": 4,
     "num_generations": 2,
     "steps_per_generation": 4,  # a checkpoint lies between
+    "replay_share": 0.3,
 }
 
 
