@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from llm_distill.heads import LMHead, base_of, output_projection
 from llm_distill.models import kept_of
@@ -32,8 +33,26 @@ Forward = Callable[[View], Float[Tensor, "rows hidden"]]
 Collator = Callable[[list[dict[str, Any]]], Mapping[str, Any]]
 
 
+class MeasureOnceSharded(TrainerCallback):
+    """Measures a student that an engine shards, before its first step: earlier it is not whole, or not there."""
+
+    def __init__(self, measure: Callable[[], None]) -> None:
+        self.measure = measure
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.measure()
+
+
+def require_causal_lm(model: nn.Module, head: LMHead, collate: Collator | None, accelerator: Accelerator) -> None:
+    """Raises ValueError if a student sees later tokens or, with a `collate` that packs rows, other documents."""
+    forward = student_forward(model, head)
+    require_causal(model, forward, accelerator)
+    if collate is not None:
+        require_documents_apart(model, forward, collate, accelerator)
+
+
 def student_forward(model: nn.Module, head: LMHead) -> Forward:
-    """That of a student before an engine has wrapped it, as in evaluation."""
+    """That of a student, as in evaluation."""
 
     def forward(view: View) -> Float[Tensor, "rows hidden"]:
         training = model.training

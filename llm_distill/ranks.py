@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import DistributedType, broadcast_object_list, gather_object, parse_flag_from_env
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+"""Engines that give each rank a part of every weight: until training begins no rank has a model that runs."""
 PATIENCE = timedelta(hours=2)
 """How long a rank waits for the others: one may have longer texts to write, or filter what all have written."""
 

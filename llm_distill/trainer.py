@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from huggingface_hub import CommitInfo
 from peft import PeftModel
 from torch import Tensor, nn
@@ -27,7 +26,7 @@ from llm_distill.check.checks import check_trainer
 from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
-from llm_distill.data.counts import count_rows_left
+from llm_distill.data.counts import StreamCounts, count_rows_left
 from llm_distill.data.on_policy import OnPolicy, require_sampled_text
 from llm_distill.data.on_policy_rows import add_empty_completions
 from llm_distill.data.policy import Policy
@@ -39,10 +38,11 @@ from llm_distill.losses.in_forward import LossRequest, add_loss_forward
 from llm_distill.losses.metrics import Meter
 from llm_distill.losses.objective import Objective
 from llm_distill.models import context_length, refuse_past_context, vocabulary_size
-from llm_distill.probes import require_causal, require_documents_apart, student_forward
+from llm_distill.probes import MeasureOnceSharded, require_causal_lm
 from llm_distill.publish.folder import written_aside
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
+from llm_distill.ranks import SHARDED
 from llm_distill.rows import SKIPPED, WRITTEN, View, count_rows
 from llm_distill.students.build import (
     load_student,
@@ -89,6 +89,7 @@ class DistillationTrainer(SFTTrainer):
 
     # The loss is divided by the rows of the whole step, so `Trainer` has nothing left to scale.
     loss_is_scaled_for_ga = True
+    train_dataset: Any
     _signature_columns: list[str] | None
 
     def __init__(
@@ -133,10 +134,12 @@ class DistillationTrainer(SFTTrainer):
         refuse_unread(args, self.teacher is not None and self.reads_more, self.objective.teacher_needs)
         if isinstance(model, str):
             model = load_student(model, args, sft.pop("quantization_config", None), sft.get("peft_config"))
+        self.stream_counts = StreamCounts(args)
         with self.row_checks.naming_rows(train, evaluation), loading_options_taken(args):
-            sft |= {"train_dataset": train, "eval_dataset": evaluation}
+            sft |= {"train_dataset": self.stream_counts.before(train), "eval_dataset": evaluation}
             super().__init__(model=model, args=args, processing_class=tokenizer, **sft)
 
+        self.train_dataset = self.stream_counts.after(self.train_dataset)
         self.collate: Any = self.data_collator
         self._prepare_student()
         self._prepare_teacher()
@@ -168,11 +171,13 @@ class DistillationTrainer(SFTTrainer):
         add_loss_forward(self.model, head)
         if self.is_world_process_zero():
             require_savable(self.model, self.processing_class)
-        if self.accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            forward = student_forward(self.model, head)  # what an engine will shard is not whole yet
-            require_causal(self.model, forward, self.accelerator)
-            if self.padding_free:
-                require_documents_apart(self.model, forward, self.collate, self.accelerator)
+        collate = self.collate if self.padding_free else None
+        if self.accelerator.distributed_type in SHARDED:
+            self.add_callback(
+                MeasureOnceSharded(lambda: require_causal_lm(self.model_wrapped, head, collate, self.accelerator))
+            )
+        else:
+            require_causal_lm(self.model, head, collate, self.accelerator)
 
     def _prepare_teacher(self) -> None:
         """Lets it read what the student reads, where the student is."""
@@ -203,6 +208,7 @@ class DistillationTrainer(SFTTrainer):
             self.args,
             self.accelerator,
             self.row_counts,
+            self.stream_counts,
         )
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> TrainOutput:
@@ -212,6 +218,7 @@ class DistillationTrainer(SFTTrainer):
         require_disk(self.model, self.args)
         self.meter.reset()
         self._learned_rows = None
+        self.stream_counts.reset()
         if checkpoint is not None:
             self.policy.load(Path(checkpoint))
             if self.teacher is not None:
@@ -222,6 +229,7 @@ class DistillationTrainer(SFTTrainer):
             finally:
                 if self.teacher is not None:
                     self.teacher.flush()
+                self.stream_counts.warn()
         if self._learned_rows is not None and not self._learned_rows:
             raise ValueError(
                 f"nothing was learned in {self.state.global_step} steps: no token of a text counted. Are all labels "
@@ -373,7 +381,7 @@ class DistillationTrainer(SFTTrainer):
 
         if self.teacher is None or self.eval_dataset is None:
             raise ValueError("a report holds the student against a teacher on an eval_dataset: give both.")
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if self.accelerator.distributed_type in SHARDED:
             raise ValueError("the student is sharded: save it, and run `llm-distill evaluate` on what was saved.")
         report = report_on(
             self.model,
@@ -405,6 +413,7 @@ class DistillationTrainer(SFTTrainer):
                 super().save_model(str(aside), _internal_call=True)
                 self.accelerator.wait_for_everyone()
         if self.args.should_save:
+            self.run.note_stream(self.stream_counts.counts())
             self.run.write(folder, self.state, self.accelerator.num_processes)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub()

@@ -9,7 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 
 import torch
-from accelerate.utils import DistributedType
 from tqdm.auto import tqdm
 
 from llm_distill.cache import manifest as manifests
@@ -19,6 +18,7 @@ from llm_distill.capture.fidelity import ALTERNATIVES, Fidelity, Sample, as_tabl
 from llm_distill.capture.run import new_manifest, prepare_teacher, sample_batches, score_view
 from llm_distill.data.prepare import PreparedData
 from llm_distill.models import LanguageModel
+from llm_distill.ranks import SHARDED
 from llm_distill.rows import View, examples_of
 from llm_distill.signals import HiddenSignal, MixtureSignal
 from llm_distill.teachers import Teacher
@@ -75,7 +75,7 @@ def report_fidelity(teacher: Teacher, student: LanguageModel, data: PreparedData
     accelerator, wanted = data.accelerator, new_manifest(teacher, data, cache.method)
     if stale := manifests.changes(cache.manifest, wanted):
         raise ValueError(f"{cache.path} is not of this run's teacher. {'; '.join(stale)}.")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+    if accelerator.distributed_type in SHARDED:
         accelerator.print("Its fidelity: `llm-distill inspect`, in one process.")
         return
     if teacher.k is not None:

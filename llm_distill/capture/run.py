@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.utils import DistributedType
 from datasets import Dataset
 from safetensors.torch import save
 from torch import nn
@@ -37,6 +36,7 @@ from llm_distill.files import LOCK_FILE, locked, write_atomically
 from llm_distill.heads import LMHead
 from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_tokenizer, vocabulary_size
+from llm_distill.ranks import SHARDED
 from llm_distill.rows import Batch, Example, View, count_rows, examples_of
 from llm_distill.signals import Signal
 from llm_distill.teachers import CachedTeacher, Teacher
@@ -67,7 +67,7 @@ class Run(NamedTuple):
 
     @property
     def is_sharded(self) -> bool:
-        return self.data.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+        return self.data.accelerator.distributed_type in SHARDED
 
 
 def capture(
@@ -118,6 +118,7 @@ def capture(
         _estimate(run)
         if accelerator.device.type == "cpu":
             _keep_freed_memory()
+        data.stream_counts.reset()
         try:
             _fill(run, examples_per_shard)
         except ConnectionError:  # of a stream
@@ -127,6 +128,7 @@ def capture(
             raise OSError(
                 f"{folder} could not be written ({reason}). What is complete stays, and the same command goes on."
             ) from error
+        data.stream_counts.warn()
         accelerator.wait_for_everyone()
         cache.refresh()
         if accelerator.is_main_process:

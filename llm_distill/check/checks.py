@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType, gather_object, parse_flag_from_env
+from accelerate.utils import gather_object, parse_flag_from_env
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -34,6 +34,7 @@ from llm_distill.heads import base_of, output_projection
 from llm_distill.loading import find_adapters, load_config, load_tokenizer
 from llm_distill.machine import duration, free_memory
 from llm_distill.models import bits_of, context_length, millions, require_same_ids, unshared_tokens, vocabulary_size
+from llm_distill.ranks import SHARDED
 from llm_distill.students.saving import disk_needs
 
 SLACK = {"cpu": 1.5, "accelerator": 1.15}
@@ -51,7 +52,6 @@ NO_DIVERGENCE = 1e-4
 SIGMAS = 2.0
 SHORTEST = 8
 """Tokens of a text, before the data is known."""
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
 def check_trainer(trainer: SFTTrainer) -> Report:
@@ -266,7 +266,7 @@ def _data(trainer: SFTTrainer, sample: SampledTexts) -> Iterator[Finding]:
         yield Finding("amber", "what counts", text, f"the other tokens cost time and teach nothing: {masked}")
     else:
         yield Finding("green", "what counts", share)
-    if counts := trainer.row_counts.get("train"):
+    if counts := trainer.row_counts.get("train") or trainer.stream_counts.counts():
         todo = "a larger max_length, or shorter prompts: such rows are left out of the run" if counts.lost else ""
         yield Finding("amber" if counts.lost else "green", "rows", str(counts), todo)
     if args.packing:

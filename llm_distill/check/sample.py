@@ -111,6 +111,7 @@ def restoring_state(trainer: SFTTrainer) -> Iterator[None]:
 
 def sample_rows(trainer: SFTTrainer) -> list[Any]:
     """The rank's share of texts from all over the training data; of a stream, of the first ones."""
+    trainer.stream_counts.reset()
     rows, accelerator = spread_rows(trainer.train_dataset, TEXTS), trainer.accelerator
     return rows[accelerator.process_index :: accelerator.num_processes] or rows[:1]
 

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import Dataset
+import torch
+from datasets import Dataset, IterableDataset
 
 from llm_distill.config import DistillationConfig
 from llm_distill.data.problems import LENGTHS
@@ -33,11 +34,55 @@ class RowCounts(NamedTuple):
         return f"nothing is left to learn in {self.lost:,} of {self.rows:,} rows, and {self.cut:,} fill max_length"
 
 
+class StreamCounts:
+    """What has become of a stream's rows, as far as it has come. In shared memory, as loaders in other processes count
+    too. Of rows that are packed nothing is known, as some have come and wait for others.
+    """
+
+    def __init__(self, args: DistillationConfig) -> None:
+        self.max_length, self.is_counted = args.max_length, not args.packing
+        self._numbers = torch.zeros(3, dtype=torch.int64).share_memory_()
+
+    def before(self, dataset: Any) -> Any:
+        """What TRL is to prepare; a stream is counted on the way."""
+        return dataset.filter(self._comes) if self._counts(dataset) else dataset
+
+    def after(self, dataset: Any) -> Any:
+        """The same, prepared."""
+        return dataset.filter(self._is_left) if self._counts(dataset) else dataset
+
+    def reset(self) -> None:
+        """Begins anew, as what looks into a stream has it come again from its start."""
+        self._numbers.zero_()
+
+    def counts(self) -> RowCounts | None:
+        """None if no row of a stream has come."""
+        rows, left, cut = self._numbers.tolist()
+        return RowCounts(rows, rows - left, cut) if rows else None
+
+    def warn(self) -> None:
+        """Tells of rows that are lost."""
+        if (counts := self.counts()) and counts.lost and ranks().is_main_process:
+            logger.warning("of the stream so far: %s=%s. A larger max_length keeps them.", counts, self.max_length)
+
+    def _counts(self, dataset: Any) -> bool:
+        return self.is_counted and isinstance(dataset, IterableDataset)
+
+    def _comes(self, row: Mapping[str, Any]) -> bool:
+        self._numbers[0] += 1
+        return True
+
+    def _is_left(self, row: Mapping[str, Any]) -> bool:
+        self._numbers[1] += any(label != IGNORED for label in row["labels"][1:])
+        self._numbers[2] += len(row["labels"]) == self.max_length
+        return True
+
+
 def count_rows_left(
     before: Mapping[str, Any], after: Mapping[str, Any], args: DistillationConfig
 ) -> dict[str, RowCounts]:
-    """Of each dataset that was prepared, by name; warns of those of which rows are lost. Streams are not counted, nor
-    rows that were cut into several, which loses none of them.
+    """Of each dataset that was prepared, by name; warns of those of which rows are lost. Streams are not counted (see
+    `StreamCounts`), nor rows that were cut into several, which loses none of them.
     """
     counts = {}
     for name, dataset in after.items():

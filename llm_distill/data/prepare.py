@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
 from llm_distill.config import DistillationConfig
-from llm_distill.data.counts import RowCounts, count_rows_left
+from llm_distill.data.counts import RowCounts, StreamCounts, count_rows_left
 from llm_distill.data.teacher_view import (
     IDS,
     LABELS,
@@ -47,6 +48,8 @@ class PreparedData:
     accelerator: Accelerator
     row_counts: dict[str, RowCounts]
     """What became of the rows of each dataset that is no stream."""
+    stream_counts: StreamCounts
+    """What has become of those of the training data, if that is one."""
 
     @property
     def datasets(self) -> dict[str, Any]:
@@ -85,11 +88,12 @@ def prepare(
     train, evaluation = checks.apply(train, evaluation)
     size = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
     train, evaluation = add_teacher_texts(tokenizer, args, train, evaluation)
-    with checks.naming_rows(train, evaluation):
+    stream_counts = StreamCounts(args)
+    with checks.naming_rows(train, evaluation), TemporaryDirectory() as nothing:
         trainer = SFTTrainer(
             model=LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size(tokenizer), **size)),
-            args=args,
-            train_dataset=train,
+            args=_with_output_dir(args, nothing),  # which it makes
+            train_dataset=stream_counts.before(train),
             eval_dataset=evaluation,
             processing_class=tokenizer,
         )
@@ -97,15 +101,23 @@ def prepare(
     before, after = named_evaluation(evaluation), prepared
     if all(train is not dataset for dataset in before.values()):
         before, after = {"train": train, **before}, {"train": trainer.train_dataset, **after}
+    stream_counts.reset()
     return PreparedData(
-        trainer.train_dataset,
+        stream_counts.after(trainer.train_dataset),
         prepared,
         TwoViews(collate, args.teacher_max_length) if has_teacher_text(train, *before.values()) else collate,
         trainer.processing_class,
         args,
         trainer.accelerator,
         count_rows_left(before, after, args),
+        stream_counts,
     )
+
+
+def _with_output_dir(args: DistillationConfig, folder: str) -> DistillationConfig:
+    args = copy.copy(args)
+    args.output_dir = folder
+    return args
 
 
 def add_teacher_texts(

@@ -160,11 +160,14 @@ def _lineage(record: dict[str, Any], base_model: str | None, licences: dict[str,
     if data:
         address = f"https://huggingface.co/datasets/{quote(data)}"
         linked = f"[{escape_markdown(data)}]({address})" if record.get("run.dataset") else as_code(data)
-        count = f", {record['data.texts']:,} texts" if record.get("data.texts") else ""
-        if record.get("data.texts_lost"):
-            count += f" (nothing was left to learn in {record['data.texts_lost']:,} of them)"
-        if record.get("data.texts_cut"):
-            count += f", {record['data.texts_cut']:,} cut at max_length"
+        texts, lost, cut = (
+            record.get(f"data.{n}") or record.get(f"run.{n}") for n in ("texts", "texts_lost", "texts_cut")
+        )
+        count = f", {texts:,} texts" if texts else ""
+        if lost:
+            count += f" (nothing was left to learn in {lost:,} of them)"
+        if cut:
+            count += f", {cut:,} cut at max_length"
         rows.append(("data", linked + count, "see there"))
     return Table(("", "what", "licence"), [(name, *map(Markdown, cells)) for name, *cells in rows]).markdown()
 

@@ -80,6 +80,12 @@ class RunRecord:
             self.record |= {"data.texts_lost": row_counts.lost, "data.texts_cut": row_counts.cut}
         student.add_model_tags(TAGS)
 
+    def note_stream(self, row_counts: RowCounts | None) -> None:
+        """What has become of the rows of a stream so far."""
+        if row_counts is not None:
+            names = {"run.texts": "rows", "run.texts_lost": "lost", "run.texts_cut": "cut"}
+            self.record |= {name: getattr(row_counts, field) for name, field in names.items()}
+
     def name_data(self, name: str | None) -> None:
         """A Hub id, of which the card tells; of a local place the last part."""
         if name is not None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -18,6 +17,7 @@ from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.in_forward import MODULES
 from llm_distill.losses.objective import Objective
 from llm_distill.models import kept_of
+from llm_distill.ranks import SHARDED
 from llm_distill.rows import View
 from llm_distill.teachers import Teacher
 
@@ -40,7 +40,7 @@ def add_modules(model: nn.Module, objective: Objective, teacher: Teacher, accele
     modules = objective.make_modules(base, width)
     if len(modules):
         base.add_module(MODULES, modules.to(base.device, torch.promote_types(base.dtype, torch.float32)))
-    is_whole = accelerator.distributed_type not in (DistributedType.FSDP, DistributedType.DEEPSPEED)
+    is_whole = accelerator.distributed_type not in SHARDED
     if is_whole and "hidden" in teacher.can:  # what is stored knows other tokens alone
         _try_terms(model, objective, teacher, modules, accelerator)
 

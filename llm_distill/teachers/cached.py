@@ -11,7 +11,6 @@ from typing import Any
 import filelock
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import load
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
@@ -26,6 +25,7 @@ from llm_distill.files import differences, locked
 from llm_distill.heads import LMHead
 from llm_distill.models import HEAD, LAST, LanguageModel, Needs, describe_tokenizer, vocabulary_size, without_places
 from llm_distill.probes import Collator
+from llm_distill.ranks import SHARDED
 from llm_distill.rows import IGNORED, SIGNAL, SKIPPED, TEACHER, Example, View, examples_of
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
 from llm_distill.teachers.base import Teacher
@@ -158,7 +158,7 @@ class CachedTeacher(Teacher):
             self._head.module.to(accelerator.device)
         if self.live is None:
             return
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if accelerator.distributed_type in SHARDED:
             raise ValueError(
                 "on_miss=live asks on one rank and not on another, and a sharded teacher needs all of them: capture "
                 "first, or use DDP."

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.heads import LMHead, base_of
 from llm_distill.models import HEAD, LAYERS, Needs, describe_model, kept_of, vocabulary_size
+from llm_distill.ranks import SHARDED
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
@@ -51,7 +51,7 @@ class EMATeacher(Teacher):
         self._vocab_size = vocabulary_size(tokenizer)
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if accelerator.distributed_type in SHARDED:
             raise ValueError("teacher_ema_decay does not go with sharded students (FSDP, DeepSpeed): use DDP.")
         self._student = student
         self._is_moe = hasattr(base_of(student).config.get_text_config(), "output_router_logits")

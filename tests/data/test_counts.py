@@ -76,3 +76,34 @@ def test_rows_that_are_lost_are_in_the_log_the_check_the_record_and_the_card(
     assert (record["data.texts"], record["data.texts_lost"], record["data.texts_cut"]) == (6, 3, 2)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "6 texts (nothing was left to learn in 3 of them), 2 cut at max_length" in card
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_of_a_stream_are_counted_as_they_come(
+    config: Callable[..., DistillationConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    workers: int,
+) -> None:
+    trainer = DistillationTrainer(
+        model=tiny_llama(1),
+        teacher=LiveTeacher(tiny_llama(2), tokenizer),
+        args=config(max_length=32, max_steps=2, dataloader_num_workers=workers),
+        train_dataset=DATA.to_iterable_dataset(num_shards=2),
+        processing_class=tokenizer,
+    )
+    words = "nothing is left to learn in 3 of 6 rows, and 2 fill max_length"
+    (finding,) = (finding for finding in trainer.check().findings if finding.what == "rows")
+    assert (finding.level, finding.text) == ("amber", words)
+    assert words not in caplog.text
+    trainer.train()
+    assert caplog.text.count("of the stream so far: nothing is left to learn in ") == 1
+    trainer.save_model()
+    record = json.loads((tmp_path / "out" / "distillation.json").read_text())
+    assert record["run.texts"] - record["run.texts_lost"] >= 3, "two steps of two rows read at least three"
+    assert record["run.texts_lost"] >= 3
+    trainer.create_model_card(dataset_name="somebody/pairs")
+    assert (
+        f"(nothing was left to learn in {record['run.texts_lost']} of them)" in (tmp_path / "out/README.md").read_text()
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -35,6 +36,7 @@ def test_prepared_data_are_a_trainers(
     data = {"train_dataset": DATA[kind], "eval_dataset": {"a": DATA[kind].select(range(3))}}
     args = config(**({"max_length": 48} | options))
     prepared = prepare(copy.deepcopy(of_chats), args, *data.values())
+    assert not Path(args.output_dir).exists()
     teacher = LiveTeacher(tiny_llama(2), of_chats)
     trainer = DistillationTrainer(tiny_llama(1), teacher, args, processing_class=of_chats, **data)
     assert prepared.datasets.keys() == trainer.data.datasets.keys() == {"train", "a"}

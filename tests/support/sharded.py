@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from llm_distill.divergences import make_divergence
 from llm_distill.heads import LMHead, base_of
@@ -29,6 +30,7 @@ from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.in_forward import LossRequest, add_loss_forward
 from llm_distill.losses.objective import HeadLoss, Objective
 from llm_distill.losses.relations import Relations
+from llm_distill.probes import require_causal_lm
 from llm_distill.rows import View, count_rows
 from llm_distill.students.modules import add_modules
 from llm_distill.teachers import LiveTeacher
@@ -103,6 +105,8 @@ def main() -> None:
     teacher.prepare(fsdp2(), student)
     assert all(isinstance(p, DTensor) for m in (student, teacher.model) for p in m.parameters())
 
+    packs = DataCollatorForLanguageModeling(0, padding_free=True)
+    require_causal_lm(student, LMHead.of(student), packs, fsdp2())  # as before the first step: it changes nothing
     ids, labels = make_batch()
     first = sum(ROWS_OF_RANK[:rank])
     mine = slice(first, first + ROWS_OF_RANK[rank])
