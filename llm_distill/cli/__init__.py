@@ -25,6 +25,7 @@ COMMANDS = {
     "train": "train a student on a teacher's distributions (token-level distillation)",
     "prune": "make a student from its teacher: fewer layers, narrower ones, or a size to reach",
     "compress": "prune a model and teach what is left, step by step, as long as it costs little",
+    "sweep": "try settings of a run, and say which is best and what mattered",
     "check": "say what can be known of a training run before its first step, in seconds",
     "generate": "have the teacher write completions and keep the good ones (sequence-level distillation)",
     "evaluate": "report the gap between a student and its teacher: quality, likeness, bias, speed and memory",

@@ -16,6 +16,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "this check": {},
     "the smaller model": {},
     "step by step": {},
+    "the sweep": {},
     "what is stored": {},
     "what is written": {},
     "the report": {},

@@ -80,6 +80,18 @@ option of `llm-distill train`, and goes on where it was killed.""",
         """llm-distill generate --teacher_model_name_or_path Qwen/Qwen2.5-7B-Instruct --dataset_name prompts.jsonl \\
       --output_dir generated""",
     ),
+    "sweep": Command(
+        (*RUN, "llm_distill.sweep.options:SweepConfig"),
+        """Tries settings of a run and says which is best on held-out texts, and which options matter. It takes every
+option of `llm-distill train`, stops what is hopeless early and goes on where it was killed. Started again beside the
+first, it shares the work.""",
+        """llm-distill sweep --config run.yaml --search search.yaml --trials 30 --output_dir runs/sweep
+
+  search.yaml:
+    loss_temperature: [1, 2, 4]
+    learning_rate: {low: 1e-5, high: 1e-3, log: true}""",
+        in_yaml=(START, CAPTURE),
+    ),
     "evaluate": Command(
         ("llm_distill.evaluation.config:EvaluateConfig",),
         """Holds a student against its teacher on held-out texts: quality, likeness, calibration, the passages in which
@@ -147,15 +159,15 @@ def parse(command: str, argv: Sequence[str]) -> list[Any]:
     spec = COMMANDS[command]
     groups = [resolve_name(name) for name in spec.groups]
     parser = OptionParser(command, spec.description, spec.example, groups, show_all="--help-all" in argv)
-    _refuse_unknown(parser.prog, _flags(argv), parser.names | {"help", "help_all", "config"})
+    refuse_unknown(parser.prog, _flags(argv), parser.names | {"help", "help_all", "config"})
     argv = [part for word in argv for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     if "--config" in argv[:-1]:
         path = Path(argv[argv.index("--config") + 1])
-        content = _read_yaml(path)
+        content = _read_config(path)
         shared = [resolve_name(name) for name in spec.in_yaml if name != CAPTURE or content.get("teacher_cache")]
         of_others = {field.name for group in shared for field in fields(group)}
         given = {key: f"{key!r} in {path}" for key in content}
-        _refuse_unknown(parser.prog, given, parser.names | of_others)
+        refuse_unknown(parser.prog, given, parser.names | of_others)
         parser.set_defaults_with_config(**{key: value for key, value in content.items() if key not in of_others})
     return list(parser.parse_args_into_dataclasses(argv, look_for_args_file=False))[: len(groups)]
 
@@ -196,7 +208,7 @@ class Parser(CommandParser):
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Raises ValueError for an unknown flag, with the nearest known one, and for what is missing."""
         known = {flag.lstrip("-") for action in self._actions for flag in action.option_strings}
-        _refuse_unknown(self.prog, _flags(argv), known)
+        refuse_unknown(self.prog, _flags(argv), known)
         options = self.parse_args(argv)
         del options.traceback  # `errors_in_one_line` has taken it
         prepare_libraries()
@@ -220,7 +232,7 @@ def _flags(argv: Sequence[str]) -> dict[str, str]:
     return {flag[2:]: f"{flag} on the command line" for flag in flags}
 
 
-def _refuse_unknown(program: str, given: dict[str, str], known: set[str]) -> None:
+def refuse_unknown(program: str, given: dict[str, str], known: set[str]) -> None:
     """Raises ValueError for the first name that does not exist, with where it was given and the nearest known one."""
     for name, where in given.items():
         if name.replace("-", "_") not in known:
@@ -229,21 +241,9 @@ def _refuse_unknown(program: str, given: dict[str, str], known: set[str]) -> Non
             raise ValueError(f"unknown option {where}.{hint} `{program} --help` shows what it takes.")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def _read_config(path: Path) -> dict[str, Any]:
     """The options of a file. What it has under `env` becomes part of the environment."""
-    from llm_distill.options import read_yaml, with_numbers
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--config {path}: there is no such file.")
-    try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"--config {path}: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"--config {path}: expected lines like `learning_rate: 1e-4`.")
-    content = {
-        str(name): with_numbers(value) if isinstance(value, dict | list) else value for name, value in content.items()
-    }
+    content = read_mapping(path, "--config")
     environment = content.pop("env", {})
     if not isinstance(environment, dict):
         raise ValueError(f"'env' in {path} must be a mapping of variables, got {environment!r}.")
@@ -254,3 +254,29 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         )
     os.environ.update({name: str(value) for name, value in environment.items()})
     return content
+
+
+def read_mapping(path: Path, flag: str) -> dict[str, Any]:
+    """What a YAML file holds, a value by name.
+
+    Args:
+        path: of the file.
+        flag: with which it was given.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it holds something else.
+    """
+    from llm_distill.options import read_yaml, with_numbers
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{flag} {path}: there is no such file.")
+    try:
+        content = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{flag} {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{flag} {path}: expected lines like `learning_rate: 1e-4`.")
+    return {
+        str(name): with_numbers(value) if isinstance(value, dict | list) else value for name, value in content.items()
+    }

@@ -27,7 +27,7 @@ from transformers.utils import extract_commit_hash
 from llm_distill.config import DistillationConfig
 from llm_distill.files import differences, write_atomically
 from llm_distill.heads import base_of
-from llm_distill.leaks import public_command, public_value
+from llm_distill.leaks import public_command, public_value, without_secrets
 from llm_distill.losses.objective import Objective
 from llm_distill.models import describe_model, without_places
 from llm_distill.options import fields_chosen
@@ -89,11 +89,16 @@ def run_options(*groups: Any, **more: Any) -> dict[str, Any]:
         groups: dataclasses of options, such as a `DistillationConfig`.
         more: further ones.
     """
+    return public_value(options_chosen(*groups) | more)
+
+
+def options_chosen(*groups: Any) -> dict[str, Any]:
+    """The same for whoever chose them: with their places, but without what is secret."""
     chosen: dict[str, Any] = {}
     for group in groups:
         names = (group.chosen if isinstance(group, DistillationConfig) else fields_chosen(group)) - NOT_TOLD
         chosen |= {option.name: _plain(getattr(group, option.name)) for option in fields(group) if option.name in names}
-    return public_value(chosen | more)
+    return without_secrets(chosen)
 
 
 def write_run(folder: str | Path, record: dict[str, Any], options: dict[str, Any]) -> None:
