@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import time
@@ -275,16 +276,18 @@ class DistillationTrainer(SFTTrainer):
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
         """The objective over this micro-batch's share of `num_items_in_batch` rows (default: over its own rows)."""
-        training, view, signal = self.model.training, View.of(inputs), None
+        training, view, signal, exchange = self.model.training, View.of(inputs), None, None
         refuse_past_context(view.length, self._context, "the batch", "student")
-        if self.teacher is not None and (self.objective.uses_teacher or not training):
+        if training and self.teacher is not None and self.teacher.exchange is not None:
+            exchange = functools.partial(self.teacher.exchange, View.of_teacher(inputs))
+        elif self.teacher is not None and (self.objective.uses_teacher or not training):
             with self.meter.in_teacher if training else nullcontext(), self.accelerator.autocast():
                 signal = self.teacher.score(View.of_teacher(inputs), self.objective.teacher_needs)
 
         samples, time = inputs["labels"].shape
         router = {"output_router_logits": True} if self.aux_loss_enabled else {}
         written = inputs[WRITTEN][view.positions.sample] if WRITTEN in inputs else None
-        request = LossRequest(self.objective, view.positions, time, signal, num_items_in_batch, written)
+        request = LossRequest(self.objective, view.positions, time, signal, num_items_in_batch, written, exchange)
         outputs = model(**view.inputs, **router, use_cache=False, loss_request=request)
         loss = request.exact(outputs["loss"])
         if num_items_in_batch is not None and self._averages_over_ranks:
@@ -293,7 +296,9 @@ class DistillationTrainer(SFTTrainer):
             micro_batches = self.current_gradient_accumulation_steps if num_items_in_batch is not None else 1
             loss = loss + self.router_aux_loss_coef * outputs["aux_loss"] / micro_batches
         if not torch.isfinite(loss):
-            checks.refuse_broken_loss(request.metrics, signal, view, self.state.global_step, self.processing_class)
+            checks.refuse_broken_loss(
+                request.metrics, request.signal, view, self.state.global_step, self.processing_class
+            )
 
         skipped = (view.fetched or {}).get(SKIPPED)
         tallies = self.meter.by_sample(request.metrics, view.positions.sample, samples, outputs["aux_loss"], skipped)

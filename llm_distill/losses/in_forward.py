@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -15,7 +16,7 @@ from llm_distill.heads import LMHead, base_of, intercepted, keep_differentiable
 from llm_distill.losses.objective import Objective
 from llm_distill.models import HEAD, keep_rows, tapped
 from llm_distill.rows import Positions
-from llm_distill.signals import Signal
+from llm_distill.signals import HiddenSignal, Signal
 
 MODULES = "distillation_terms"
 """What the student calls the modules that terms of the objective train beside it."""
@@ -33,6 +34,8 @@ class LossRequest:
     num_rows: Tensor | int | None
     written: Bool[Tensor, " rows"] | None = None
     """Whether the student wrote the text of each position."""
+    exchange: Callable[[HiddenSignal], Signal] | None = None
+    """Gives the signal for what the student itself says; see `Teacher.exchange`."""
     value: Tensor | None = None
     """The loss, which the forward leaves here, as it does `metrics`: its output may be cast, by FSDP2 to bfloat16."""
     metrics: dict[str, Float[Tensor, " rows"]] = field(default_factory=dict)
@@ -66,8 +69,11 @@ def add_loss_forward(model: nn.Module, head: LMHead) -> None:
         losses: list[Tensor] = []
 
         def loss_in_place_of_logits(hidden: Float[Tensor, "batch time hidden"]) -> Tensor:
+            kept = keep_rows(hidden, head, taps, request.positions, request.time)
+            if request.exchange is not None:
+                request.signal = request.exchange(HiddenSignal(kept.hidden.detach(), kept.head))
             loss, request.metrics = request.objective(
-                keep_rows(hidden, head, taps, request.positions, request.time),
+                kept,
                 request.signal,
                 request.positions,
                 request.num_rows,

@@ -15,7 +15,7 @@ from llm_distill.divergences import Divergence
 from llm_distill.models import HEAD, LanguageModel, Needs, millions
 from llm_distill.probes import Collator
 from llm_distill.rows import View
-from llm_distill.signals import Signal
+from llm_distill.signals import HiddenSignal, Signal
 
 
 class Teacher(ABC):
@@ -30,6 +30,10 @@ class Teacher(ABC):
     reader: Callable[[MutableMapping[str, Any]], MutableMapping[str, Any]] | None = None
     """Called with every batch where batches are made, in the loader's workers: what it puts into one, under SIGNAL,
     travels with it and is its view's `fetched`. It may mask the labels of what shall not count.
+    """
+    exchange: Callable[[View, HiddenSignal], Signal] | None = None
+    """In place of `score` in a step of training, for one that must know what the student says at the same time: called
+    within the student's forward, with the teacher's view and what the student says where it speaks.
     """
     is_student: bool = False
     """Whether it is the student itself, in another state."""
