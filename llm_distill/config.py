@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any
 
-from transformers.trainer_utils import HubStrategy
+from transformers.trainer_utils import HubStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available
 from trl import SFTConfig
 
@@ -113,6 +113,9 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
             and self.num_generations > 1,
             "losses (with use_reentrant=True nothing is learned from layers)": self.losses
             and (self.activation_checkpointing_kwargs or self.gradient_checkpointing_kwargs or {}).get("use_reentrant"),
+            "teacher_codistilled (with save_strategy=no others never hear of this run)": self.teacher_codistilled
+            is not None
+            and self.save_strategy == SaveStrategy.NO,
             "packing (what the student writes is not packed)": self.packing and self.on_policy_share,
             "on_policy_share (without kd_weight, nothing is learned of what the student writes)": self.on_policy_share
             and not self.kd_weight

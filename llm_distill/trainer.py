@@ -361,6 +361,8 @@ class DistillationTrainer(SFTTrainer):
         if "loss" in logs or ("train_loss" in logs and self.meter.tokens):
             logs.update(self.meter.log(self.accelerator))
             logs.update(self.policy.log())
+            if self.teacher is not None:
+                logs.update(self.teacher.log())
         super().log(logs, start_time)
 
     def check(self) -> Report:

@@ -78,6 +78,8 @@ def build_capture(
     args.teacher_cache, args.on_miss = None, "error"
     if args.teacher_ema_decay is not None:
         raise ValueError("teacher_ema_decay: the student's average changes while it is trained, and is not captured.")
+    if args.teacher_codistilled is not None:
+        raise ValueError("teacher_codistilled: other runs change while this one is trained, and are not captured.")
     if args.teacher_adapters_off:  # the teacher is a part of the student
         trainer = build_trainer(script, args, model)
         assert trainer.teacher is not None, "or its options were refused"

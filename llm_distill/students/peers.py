@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from torch import nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
@@ -26,6 +25,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead, base_of
 from llm_distill.models import HEAD, LanguageModel, Needs, kept_of, require_same_ids, vocabulary_size
+from llm_distill.ranks import SHARDED
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal
 from llm_distill.teachers.base import Teacher
@@ -199,7 +199,7 @@ class PeerTeacher(Teacher):
             raise ValueError(f"peers share a tokenizer, and here another is the first peer's: {error}") from error
 
     def prepare(self, accelerator: Accelerator, student: nn.Module) -> None:
-        if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        if accelerator.distributed_type in SHARDED:
             raise ValueError("peers do not go with sharded students (FSDP, DeepSpeed): use DDP.")
         if self.peers.teacher is not None:
             self.peers.teacher.prepare(accelerator, student)

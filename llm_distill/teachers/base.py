@@ -80,6 +80,10 @@ class Teacher(ABC):
     def update(self) -> None:  # noqa: B027
         """Called after each optimizer step of the student."""
 
+    def log(self) -> dict[str, float]:
+        """Figures of its own, for each log; every rank calls it."""
+        return {}
+
     def save_state(self, folder: Path) -> None:  # noqa: B027
         """Writes into a checkpoint, on the first rank, what changes of it while the student is trained."""
 

@@ -1,4 +1,4 @@
-"""The teacher that a configuration names: live, without adapters, averaged, behind a server, or from a cache."""
+"""The teacher that a configuration names: live, without adapters, averaged, of other runs, served, or from a cache."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from llm_distill.models import describe_checkpoint
 from llm_distill.teachers.adapters_off import AdaptersOffTeacher
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.cached import CachedTeacher, require_same_teacher
+from llm_distill.teachers.codistilled import CodistilledTeacher
 from llm_distill.teachers.ema import EMATeacher
 from llm_distill.teachers.live import LiveTeacher
 from llm_distill.teachers.options import TeacherOptions
@@ -80,6 +81,10 @@ def _live_teacher(
         if teacher is not None or name is not None:
             raise ValueError("teacher_ema_decay makes the student's own average the teacher: give no other one.")
         return EMATeacher(args.teacher_ema_decay)
+    if args.teacher_codistilled is not None:
+        if teacher is not None or name is not None:
+            raise ValueError("teacher_codistilled makes other runs the teacher: give no other one.")
+        return CodistilledTeacher(args.teacher_codistilled, vars(args)["output_dir"])
     if args.teacher_server_url is not None:
         return ServedTeacher(args.teacher_server_url, name, args.teacher_server_k, args.teacher_server_timeout)
     if name is not None:
@@ -90,7 +95,7 @@ def _live_teacher(
         raise ValueError(
             "there is no teacher: pass teacher=... or teacher_model_name_or_path, teacher_server_url for one behind a "
             "server, teacher_cache for a stored one, teacher_adapters_off or teacher_ema_decay for the student itself, "
-            "or kd_weight=0 with ce_weight=1 to train on the text alone."
+            "teacher_codistilled for other runs, or kd_weight=0 with ce_weight=1 to train on the text alone."
         )
     if teacher is not None and not isinstance(teacher, Teacher):
         hint = " Merge its adapters first: merge_and_unload()." if isinstance(teacher, PeftModel) else ""

@@ -60,6 +60,13 @@ class TeacherOptions(TeacherModelOptions):
         needs="kd_weight",
         at_least=0,
     )
+    teacher_codistilled: str | None = option(
+        None,
+        "The teacher is the other runs whose output folders are in this folder, where output_dir is too, as their last "
+        "checkpoints are. They are taken up when they appear, so that runs on several machines teach each other. Use "
+        "it with ce_weight.",
+        needs="kd_weight",
+    )
     teacher_server_url: str | None = option(
         None,
         "The teacher is behind vLLM's server at http://host:port, or behind several with commas between, which share "
@@ -119,7 +126,10 @@ class TeacherOptions(TeacherModelOptions):
         unused = [name for name in LOADING if is_served and is_chosen(self, name)]
         others = ("teacher_adapters_off", "teacher_server_url", "teacher_cache")
         has_other = [name for name in others if is_chosen(self, name)]
+        beside = [name for name in (*others, "teacher_ema_decay") if is_chosen(self, name)]
         return super().conflicts() | {
+            f"teacher_codistilled ({', '.join(beside)} names another teacher)": self.teacher_codistilled is not None
+            and beside,
             f"teacher_ema_decay ({', '.join(has_other)} names another teacher)": self.teacher_ema_decay is not None
             and has_other,
             "teacher_adapters_off (teacher_server_url is the teacher)": self.teacher_adapters_off and is_served,
