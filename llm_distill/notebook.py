@@ -9,6 +9,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils.notebook import NotebookProgressCallback, text_to_html_table
 
+from llm_distill.tables import Table
+
 
 def show_table(trainer: Trainer) -> None:
     """Gives the metrics columns in a trainer's table, unless progress is not to be shown."""
@@ -74,6 +76,11 @@ class NotebookTable(NotebookProgressCallback):
             self.training_tracker.remove_child()
             self._force_next_update = True  # an evaluation takes long
         self.prediction_bar = None
+
+
+def show_completions(step: int, table: Table) -> None:
+    """What the student wrote, with its own line breaks."""
+    display(HTML(f'<div style="white-space: pre-wrap">Step {step}{table.html()}</div>'))
 
 
 def _shown(value: float) -> str:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 IGNORED = -100
@@ -26,8 +26,10 @@ SKIPPED = "skipped"
 """In what lies under SIGNAL, if labels were masked there: of how many rows, [batch]."""
 WRITTEN = "written"
 """Where a batch says which of its sequences the student wrote, [batch]; no model sees it."""
+WEIGHTS = "weights"
+"""Where a batch says what each of its labels weighs in the loss, [batch, time], if it is not 1 each."""
 
-NO_INPUTS = ("labels", SIGNAL, TEACHER, WRITTEN)
+NO_INPUTS = ("labels", SIGNAL, TEACHER, WRITTEN, WEIGHTS)
 """What a batch carries that no model's forward takes."""
 
 Batch = Mapping[str, Any]
@@ -45,6 +47,8 @@ class Positions(NamedTuple):
     """The token at t+1."""
     start: Int[Tensor, " rows"]
     """At which position of that sequence its text begins: later than 0 after padding, or after other documents."""
+    weights: Float[Tensor, " rows"] | None = None
+    """What each weighs in the loss; None for 1 each."""
 
 
 class View(NamedTuple):
@@ -60,7 +64,10 @@ class View(NamedTuple):
     def of(cls, batch: Batch) -> View:
         """The view of a batch in which its labels say what counts. The device waits once, to count the rows."""
         inputs = {name: value for name, value in batch.items() if name not in NO_INPUTS}
-        return cls(inputs, counted_rows(batch["labels"], text_starts(inputs)), batch.get(SIGNAL))
+        positions = counted_rows(batch["labels"], text_starts(inputs))
+        if WEIGHTS in batch:
+            positions = positions._replace(weights=batch[WEIGHTS][positions.sample, positions.position + 1])
+        return cls(inputs, positions, batch.get(SIGNAL))
 
     @classmethod
     def of_teacher(cls, batch: Batch) -> View:
@@ -131,6 +138,13 @@ def texts_of(positions: Positions) -> list[Text]:
 def count_rows(labels: Int[Tensor, "batch time"]) -> Int[Tensor, ""]:
     """How many positions count: what a batch's loss is divided by."""
     return (labels[:, 1:] != IGNORED).sum()
+
+
+def weigh_rows(batch: Batch) -> Tensor:
+    """What the positions that count weigh together: their number, unless the batch has weights."""
+    if WEIGHTS not in batch:
+        return count_rows(batch["labels"])
+    return batch[WEIGHTS][:, 1:][batch["labels"][:, 1:] != IGNORED].sum(dtype=torch.float64)
 
 
 class Example(NamedTuple):

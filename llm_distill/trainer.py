@@ -27,6 +27,7 @@ from llm_distill.check.checks import check_trainer
 from llm_distill.check.report import Report
 from llm_distill.config import DistillationConfig
 from llm_distill.data import checks
+from llm_distill.data.completions import CompletionLog, print_completions
 from llm_distill.data.counts import StreamCounts, count_rows_left
 from llm_distill.data.on_policy import OnPolicy, require_sampled_text
 from llm_distill.data.on_policy_rows import add_empty_completions
@@ -44,7 +45,7 @@ from llm_distill.publish.folder import written_aside
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
 from llm_distill.ranks import SHARDED
-from llm_distill.rows import SKIPPED, WRITTEN, View, count_rows
+from llm_distill.rows import SKIPPED, WRITTEN, View, weigh_rows
 from llm_distill.students.build import (
     load_student,
     loading_options_taken,
@@ -155,15 +156,21 @@ class DistillationTrainer(SFTTrainer):
         if self.teacher is not None:
             add_modules(self.model, self.objective, self.teacher, self.accelerator)
         self.meter = Meter(self.objective.metrics, self.accelerator.device)
+        self.completions: CompletionLog | None = None
+        if args.log_completions and isinstance(self.policy, OnPolicy):
+            ends, most = set().union(*self.policy.ends.values()), args.num_completions_to_print
+            self.completions = CompletionLog(self.processing_class, ends, most, args.report_to)
         self._eval_tally = self.meter.zeros()
         self._context = context_length(self.model)
         self._checkpoints: Path | None = None
         self._train_batch_size: int
         self._learned_rows: Tensor | None = None
+        self._show_completions = print_completions
         if is_in_notebook():
-            from llm_distill.notebook import show_table  # there is an IPython only there
+            from llm_distill.notebook import show_completions, show_table  # there is an IPython only there
 
             show_table(self)
+            self._show_completions = show_completions
 
     def _prepare_student(self) -> None:
         """Gives it the loss, once it is known that it can be trained, saved, and read as it will be."""
@@ -218,6 +225,8 @@ class DistillationTrainer(SFTTrainer):
         require_finite(self.model)
         require_disk(self.model, self.args)
         self.meter.reset()
+        if self.completions is not None:
+            self.completions.clear()
         self._learned_rows = None
         self.stream_counts.reset()
         if checkpoint is not None:
@@ -256,17 +265,20 @@ class DistillationTrainer(SFTTrainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device
     ) -> tuple[list[dict[str, Any]], Tensor | None]:
-        """The micro-batches of a step, and over how many rows their loss is a mean: those of every rank."""
+        """The micro-batches of a step, and over how many rows their loss is a mean, or of which weight: those of every
+        rank.
+        """
         coming = iter(lambda: list(itertools.islice(epoch_iterator, num_batches)), [])
         with self.meter.in_data:
             batches = self.policy(coming, self.state.global_step)
         if not batches:
             return batches, None
-        rows = torch.stack([count_rows(batch["labels"]) for batch in batches]).sum().to(device)
+        rows = torch.stack([weigh_rows(batch) for batch in batches]).sum()
         if self._averages_over_ranks:
-            rows = self.accelerator.reduce(rows, "sum")
+            rows = self.accelerator.reduce(rows.to(device), "sum")
+        rows = (rows.float() if rows.is_floating_point() else rows).to(device)
         self._learned_rows = rows if self._learned_rows is None else self._learned_rows + rows
-        return batches, rows.clamp(min=1)
+        return batches, rows.masked_fill(rows == 0, 1)
 
     def compute_loss(
         self,
@@ -302,6 +314,8 @@ class DistillationTrainer(SFTTrainer):
 
         skipped = (view.fetched or {}).get(SKIPPED)
         tallies = self.meter.by_sample(request.metrics, view.positions.sample, samples, outputs["aux_loss"], skipped)
+        if training and self.completions is not None:
+            self.completions.add(self.state.global_step, inputs, view, request.metrics)
         if training:
             self.meter.tally += tallies.sum(0)
             mask = inputs.get("attention_mask")
@@ -364,6 +378,10 @@ class DistillationTrainer(SFTTrainer):
             if self.teacher is not None:
                 logs.update(self.teacher.log())
         super().log(logs, start_time)
+        if "loss" in logs and self.completions is not None:
+            step = self.state.global_step
+            if table := self.completions.log(step, self.accelerator):
+                self._show_completions(step, table)
 
     def check(self) -> Report:
         """What can be known before the first step, in seconds: whether all fits together and into memory, how long it

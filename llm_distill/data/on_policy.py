@@ -21,6 +21,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.config import DistillationConfig
+from llm_distill.data.early_tokens import weigh_early_tokens
 from llm_distill.data.on_policy_rows import prompt_of, replace_completion, rows_of
 from llm_distill.data.policy import Collate, Policy, Row
 from llm_distill.data.replay import Reservoir
@@ -31,7 +32,7 @@ from llm_distill.generation.options import OnPolicyOptions
 from llm_distill.heads import base_of
 from llm_distill.models import LanguageModel
 from llm_distill.options import is_chosen
-from llm_distill.rows import IGNORED, WRITTEN
+from llm_distill.rows import IGNORED, WEIGHTS, WRITTEN
 from llm_distill.students.gathered import gathered, require_gatherable
 from llm_distill.teachers import Teacher
 
@@ -72,6 +73,7 @@ class OnPolicy(Policy):
             top_k=options.top_k,
             repetition_penalty=options.repetition_penalty,
         )
+        self.early_decay = options.early_token_decay
         self.replay_share, self.replay_size = options.replay_share, options.replay_size
         self._pending: dict[int, list[list[MadeRow]]] = {}  # the micro-batches of the steps to come
         self._learned: tuple[int, list[MadeRow]] = (-1, [])  # a step, and what it learns from that is new
@@ -129,10 +131,14 @@ class OnPolicy(Policy):
         if self.replay_share:
             new = [made for made in rows if made.is_written and not made.is_replayed]
             self._learned = (step, [made for made in new if any(label != IGNORED for label in made.row["labels"])])
-        return [
-            self.collate([made.row for made in rows]) | {WRITTEN: torch.tensor([made.is_written for made in rows])}
-            for rows in micro_batches
-        ]
+        return [self._batch_of(rows) for rows in micro_batches]
+
+    def _batch_of(self, rows: list[MadeRow]) -> dict[str, Any]:
+        written = torch.tensor([made.is_written for made in rows])
+        batch = self.collate([made.row for made in rows]) | {WRITTEN: written}
+        if self.early_decay:
+            batch[WEIGHTS] = weigh_early_tokens(batch["labels"], written, self.early_decay)
+        return batch
 
     def save(self, folder: Path) -> None:
         """Keeps what was written for the steps to come, and what is for replay."""

@@ -72,6 +72,22 @@ class OnPolicyOptions(Options):
         needs="replay_share",
         at_least=1,
     )
+    early_token_decay: float = option(
+        0.0,
+        "Of the student's own texts, early tokens weigh more in the loss: one after i others exp(-i / D) with D this "
+        "many tokens. The loss is divided by the sum of the weights. 0 gives all the same weight.",
+        needs="on_policy_share",
+        at_least=0,
+    )
+    log_completions: bool = option(
+        False,
+        "With each log, texts of that step are shown as a table, on the console or in Jupyter, with what the teacher "
+        "says of them, and sent to wandb and trackio if these are in report_to.",
+        needs="on_policy_share",
+    )
+    num_completions_to_print: int | None = option(
+        None, "So many of them are shown. By default all are.", needs="log_completions", at_least=1
+    )
     mask_truncated_completions: bool = option(
         False, "What the student did not end within max_completion_length is not learned from.", needs="on_policy_share"
     )

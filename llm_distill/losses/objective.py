@@ -105,21 +105,22 @@ class HeadLoss:
         """Over N positions, of which the student `written` the text of some. Where both kinds differ in what is
         minimised, each goes through the fused loss by itself; a value that only one of them has is NaN for the other.
         """
+        targets, weights = positions.targets, positions.weights
         on_policy = replace(self, divergence=self.on_policy_divergence or self.divergence, ce_weight=0.0)
         is_one = not (self.ce_weight or isinstance(signal, TokenSignal)) and self.divergence == on_policy.divergence
         num_written = 0 if written is None or is_one else int(written.sum())
         if written is None or num_written == 0:
-            return self._of_dataset(student, signal, positions.targets, num_rows)
+            return self._of_dataset(student, signal, targets, weights, num_rows)
         if num_written == len(written):
-            return on_policy._fused(student, signal, positions.targets, num_rows)
-        num_rows = len(positions.targets) if num_rows is None else num_rows
+            return on_policy._fused(student, signal, targets, weights, num_rows)
+        num_rows = _weight_of(positions) if num_rows is None else num_rows
         loss, all_values = torch.zeros((), device=written.device), dict[str, Tensor]()
         with ExitStack() as gathered:
             for member in () if signal is None else signal.members:  # once, as by a rank whose rows are of one origin
                 gathered.enter_context(member.head.weights())
             for head, rows in ((self._of_dataset, ~written), (on_policy._fused, written)):
                 part = student._replace(hidden=student.hidden[rows]), None if signal is None else signal.select(rows)
-                part_loss, values = head(*part, positions.targets[rows], num_rows)
+                part_loss, values = head(*part, targets[rows], None if weights is None else weights[rows], num_rows)
                 loss = loss + part_loss
                 for name, value in values.items():
                     whole = all_values.setdefault(name, value.new_full(rows.shape, math.nan))
@@ -127,15 +128,27 @@ class HeadLoss:
         return loss, all_values
 
     def _of_dataset(
-        self, student: Kept, signal: Signal | None, targets: Tensor, num_rows: Tensor | int | None
+        self,
+        student: Kept,
+        signal: Signal | None,
+        targets: Tensor,
+        weights: Tensor | None,
+        num_rows: Tensor | int | None,
     ) -> Losses:
         """On text that the student did not write, of which a teacher of single tokens can teach nothing."""
         if not isinstance(signal, TokenSignal):
-            return self._fused(student, signal, targets, num_rows)
-        loss, values = self._fused(student, None, targets, num_rows)
+            return self._fused(student, signal, targets, weights, num_rows)
+        loss, values = self._fused(student, None, targets, weights, num_rows)
         return loss, values | {"teacher_ce": -signal.log_probs}
 
-    def _fused(self, student: Kept, signal: Signal | None, targets: Tensor, num_rows: Tensor | int | None) -> Losses:
+    def _fused(
+        self,
+        student: Kept,
+        signal: Signal | None,
+        targets: Tensor,
+        weights: Tensor | None,
+        num_rows: Tensor | int | None,
+    ) -> Losses:
         return fused_head_loss(
             student.hidden,
             student.head,
@@ -145,6 +158,7 @@ class HeadLoss:
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
             targets=targets,
+            row_weights=weights,
             num_rows=num_rows,
             squared_temperature=self.squared_temperature,
             buffer_mib=self.buffer_mib,
@@ -255,8 +269,8 @@ class Objective:
         """The loss over N positions, and its parts per row.
 
         Args:
-            num_rows: what the sum over rows is divided by (default: the rows at hand). A trainer passes those of the
-                whole step over micro-batches and ranks.
+            num_rows: what the sum over rows, each times its weight, is divided by (default: the rows at hand, or their
+                weights' sum). A trainer passes those of the whole step over micro-batches and ranks.
             modules: what `make_modules` has made, wherever an engine keeps it.
             written: whether the student wrote the text of each position (None: of none).
         """
@@ -265,12 +279,18 @@ class Objective:
             return loss, values
         if written is not None:
             values |= measure_likeness(student, signal, written)
-        num_rows = max(len(positions.targets), 1) if num_rows is None else num_rows
+        num_rows = _weight_of(positions) if num_rows is None else num_rows
         of_terms = self.values_of_terms(student, signal, positions, modules)
         for term in self.terms:
-            loss = loss + term.weight * of_terms[term.name].sum() / num_rows
+            weighted = of_terms[term.name] if positions.weights is None else of_terms[term.name] * positions.weights
+            loss = loss + term.weight * weighted.sum() / num_rows
             values[term.name] = of_terms[term.name].detach()
         return loss, values
+
+
+def _weight_of(positions: Positions) -> Tensor | int:
+    """What a loss over these rows alone is divided by."""
+    return max(len(positions.targets), 1) if positions.weights is None else positions.weights.sum()
 
 
 def make_term(name: str | None = None, **parameters: Any) -> Term:

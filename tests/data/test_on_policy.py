@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,11 +17,13 @@ from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill.data.completions import print_completions
 from llm_distill.data.on_policy import OnPolicy
 from llm_distill.data.on_policy_rows import prompt_of, rows_of
 from llm_distill.data.policy import Policy
 from llm_distill.generation.filters import repeated_share
 from llm_distill.rows import IGNORED, WRITTEN
+from llm_distill.tables import Table
 
 GREEDY = {"on_policy_share": 1.0, "max_completion_length": 5, "sampling_temperature": 0.0}
 NOT_WRITTEN = {"max_completion_length": 256, "sampling_temperature": 1.0}
@@ -102,11 +106,12 @@ def test_the_students_own_text_has_its_own_divergence_and_is_not_imitated(
     build: Callable[..., DistillationTrainer],
 ) -> None:
     by_origin = {"on_policy_share": 0.5, "divergence": "skew_kl", "on_policy_divergence": "skew_reverse_kl"}
-    states = []
-    for size, accumulation in ((8, 1), (2, 4)):
+    states = {}
+    for size, accumulation, decay in ((8, 1, 3.0), (2, 4, 3.0), (4, 2, 0.0)):
         trainer = build(
             **by_origin,
             ce_weight=0.5,
+            early_token_decay=decay,
             max_steps=1,
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
@@ -114,7 +119,7 @@ def test_the_students_own_text_has_its_own_divergence_and_is_not_imitated(
         batch = next(iter(build(per_device_train_batch_size=8).get_train_dataloader()))
         (mixed,) = trainer.policy(iter([[batch]]), 0)
         trainer.train()
-        states.append(copied_state(trainer.model))
+        states[size] = copied_state(trainer.model)
 
     # The same with losses written out over logits.
     student, teacher = tiny_llama(1, hidden=16).double(), tiny_llama(2).double()
@@ -125,11 +130,18 @@ def test_the_students_own_text_has_its_own_divergence_and_is_not_imitated(
     ce = -q.gather(-1, labels.clamp(min=0)[..., None])[..., 0].log()
     own = mixed[WRITTEN][:, None]
     assert 0 < own.sum() < 8
-    loss = torch.where(own, skew_reverse_kl, skew_kl + 0.5 * ce)[labels != IGNORED].mean()
-    loss.backward()
-    for name, weight in student.named_parameters():
-        for state in states:
-            torch.testing.assert_close(state[name], weight - weight.grad, rtol=1e-8, atol=1e-11)
+    losses, counts = torch.where(own, skew_reverse_kl, skew_kl + 0.5 * ce), labels != IGNORED
+    weights = torch.ones_like(losses)
+    for row in own[:, 0].nonzero()[:, 0]:
+        weights[row, counts[row]] = torch.exp(-torch.arange(int(counts[row].sum())) / 3).double()
+    parameters = dict(student.named_parameters())
+    for sizes, weight in (((8, 2), weights), ((4,), torch.ones_like(losses))):
+        loss = (weight * losses)[counts].sum() / weight[counts].sum()
+        gradients = torch.autograd.grad(loss, [*parameters.values()], retain_graph=True)
+        for size, (name, value), gradient in (
+            (size, *pair) for size in sizes for pair in zip(parameters.items(), gradients, strict=True)
+        ):
+            torch.testing.assert_close(states[size][name], value - gradient, rtol=1e-6, atol=1e-8)
 
 
 def test_without_a_share_the_trainer_is_the_one_without_a_policy(build: Callable[..., DistillationTrainer]) -> None:
@@ -282,6 +294,58 @@ def test_what_is_replayed_is_scored_by_the_student_of_the_moment(build: Callable
         torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-12)
 
 
+def test_texts_of_a_logged_step_are_shown_with_what_the_teacher_says_of_them(
+    build: Callable[..., DistillationTrainer], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = build(
+        log_completions=True,
+        num_completions_to_print=3,
+        max_steps=2,
+        logging_steps=2,
+        gradient_accumulation_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-9,
+    )
+    tables, sent = [], []
+    trackio = types.ModuleType("trackio")
+    trackio.Table, trackio.log = (lambda dataframe: dataframe), sent.append
+    monkeypatch.setitem(sys.modules, "trackio", trackio)
+    trainer.completions.trackers = ["trackio"]
+    monkeypatch.setattr(trainer, "_show_completions", lambda *shown: tables.append(shown) or print_completions(*shown))
+    trainer.train()
+    ((step, table),) = tables
+    assert (step, len(table.rows)) == (2, 2), "every other text of four"
+    decode, teacher, texts = trainer.processing_class.decode, tiny_llama(2).double(), {}
+    for prompt, ids in zip(PROMPTS[4:], completions_of(trainer.model)[4:], strict=True):
+        with torch.no_grad():
+            log_p, log_q = (
+                model(torch.tensor([prompt + ids])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+                for model in (teacher, trainer.model)
+            )
+        kd = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+        own = log_p.gather(-1, torch.tensor(ids)[:, None]).mean()
+        cut = "no" if ids[-1] in ENDS else "yes"
+        texts[decode(prompt)] = [decode(prompt), decode(ids), f"{own:.3f}", f"{kd:.3f}", cut]
+    assert list(table.header) == ["Prompt", "Completion", "Teacher's log p", "kd", "Cut"]
+    for row in table.rows:
+        assert row == texts[row[0]]
+    (logged,) = sent
+    assert {*logged["completions"]["prompt"]} == {*texts}
+    assert "Step 2" in capsys.readouterr().out
+    monkeypatch.setattr("llm_distill.data.completions.is_rich_available", lambda: False)
+    print_completions(2, table)
+    assert table.markdown() in capsys.readouterr().out
+
+
+def test_in_jupyter_texts_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = pytest.importorskip("llm_distill.notebook")
+    shown = []
+    monkeypatch.setattr(notebook, "display", shown.append)
+    notebook.show_completions(4, Table(["Completion"], [["<b>a\nb</b>"]]))
+    assert "<td>&lt;b&gt;a\nb&lt;/b&gt;</td>" in shown[0].data
+    assert "Step 4" in shown[0].data
+
+
 def test_a_penalty_counts_a_text_and_not_what_fills_up_its_batch(build: Callable[..., DistillationTrainer]) -> None:
     trainer = build(repetition_penalty=3.0, per_device_train_batch_size=8)
     (batch,) = trainer.policy(iter([batches_of(trainer)]), 0)
@@ -386,6 +450,8 @@ def test_sampling_disturbs_nothing_else_that_is_random(build: Callable[..., Dist
         ({"on_policy_divergence_kwargs": {"beta": 0.1}}, "there is no on_policy_divergence"),
         ({"on_policy_divergence": "jds"}, "Did you mean 'jsd'"),
         ({"num_generations": 2}, "the same text each time"),
+        ({"num_completions_to_print": 2}, "num_completions_to_print .log_completions is off"),
+        ({"log_completions": True, "on_policy_share": 0.0} | NOT_WRITTEN, "log_completions .on_policy_share is 0.0"),
         ({"replay_share": 1.0}, "leaves nothing to write"),
         ({"replay_size": 9}, "replay_size .replay_share is 0.0"),
         ({"num_generations": 4, "sampling_temperature": 1.0}, "must divide per_device_train_batch_size=2"),

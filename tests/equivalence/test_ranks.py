@@ -14,6 +14,7 @@ MASKED = [2, 3, 9]
 LOSSES = [{"name": "hidden", "layers": {1: 2, 2: 2}, "weight": 0.1}]
 LAYERS = {"attention": 10.0, "relations": 1.0, "selectivity": 1.0, "rkd": 0.1}
 ON_POLICY = {"on_policy_share": 0.5, "max_completion_length": 6, "sampling_temperature": 0.0, "steps_per_generation": 2}
+ON_POLICY |= {"early_token_decay": 3.0, "losses": {"hidden": 0.1}}
 LOGGED = ("loss", "kd", "ce", "kl", "entropy", "top1_agreement", "acceptance", "teacher_ce")
 
 

@@ -44,6 +44,7 @@ def fused_head_loss(
     kd_weight: float = 1.0,
     ce_weight: float = 0.0,
     targets: Int[Tensor, " rows"] | None = None,
+    row_weights: Float[Tensor, " rows"] | None = None,
     num_rows: Tensor | int | None = None,
     squared_temperature: bool = True,
     buffer_mib: int | None = None,
@@ -62,8 +63,10 @@ def fused_head_loss(
         divergence: from `llm_distill.divergences`.
         temperature: T > 0, divides both logits in the divergence, not in the cross-entropy.
         targets: the next tokens; needed for the cross-entropy, whose value is then reported even at weight 0.
-        num_rows: what the sum is divided by (default: the rows at hand). A trainer passes the rows of the whole step
-            over micro-batches and ranks, so that the loss does not depend on how they are arranged.
+        row_weights: what each row's loss and gradient are multiplied by (default: 1).
+        num_rows: what the sum is divided by (default: the rows at hand, or the sum of their weights). A trainer passes
+            those of the whole step over micro-batches and ranks, so that the loss does not depend on how they are
+            arranged.
         squared_temperature: multiply the divergence by T², which keeps its gradient's size (Hinton et al., 2015).
         buffer_mib: the memory for logits, in MiB (default: BUFFER_MIB). Less is slower: the head is read more often.
 
@@ -95,8 +98,10 @@ def fused_head_loss(
             squared=temperature**2 if squared_temperature else 1.0,
             ce_weight=ce_weight,
             targets=targets,
+            row_weights=None if row_weights is None else row_weights.to(student.hidden.device),
         )
-        num_rows = max(len(student_hidden), 1) if num_rows is None else num_rows
+        if num_rows is None:
+            num_rows = max(len(student_hidden), 1) if row_weights is None else row_weights.sum()
         loss = _FusedHeadLoss.apply(student_hidden, weight, bias, task, num_rows, buffer_mib, torch.is_grad_enabled())
     return loss, task.metrics
 
@@ -127,16 +132,22 @@ class _FusedHeadLoss(torch.autograd.Function):
             for rows, d_logits in _chunks(task, backend, buffer_mib, needs_hidden or needs_weight or needs_bias):
                 if d_logits is None:
                     continue
-                if d_bias is not None:
+                hidden_rows, weights = task.student.hidden[rows], task.row_weights
+                if weights is not None:  # on what is as wide as the hidden states, never on the vocabulary
+                    hidden_rows = hidden_rows * weights[rows, None].to(hidden_rows.dtype)
+                if d_bias is not None and weights is None:
                     d_bias += d_logits.sum(0, dtype=d_bias.dtype)
+                elif d_bias is not None and weights is not None:
+                    d_bias += (weights[rows].to(d_logits.dtype) @ d_logits).to(d_bias.dtype)
                 if d_hidden is not None:
-                    d_hidden[rows] = d_logits @ task.student.weight
+                    product = d_logits @ task.student.weight
+                    d_hidden[rows] = product if weights is None else product * weights[rows, None].to(product.dtype)
                 if needs_weight:
                     if d_weight is None:
                         kernels = backend if isinstance(backend, Kernels) else None
                         num_chunks = -(-len(hidden) // len(d_logits))
                         d_weight = WeightGradient(weight, task.student.hidden.dtype, num_chunks, kernels)
-                    d_weight.add(d_logits, task.student.hidden[rows])
+                    d_weight.add(d_logits, hidden_rows)
         no_rows = torch.zeros_like(weight) if needs_weight and d_weight is None else None
         ctx.gradients = (d_hidden, d_weight.total if d_weight else no_rows, d_bias)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)

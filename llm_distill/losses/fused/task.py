@@ -117,6 +117,8 @@ class HeadLossTask:
     ce_weight: float
     targets: Tensor | None
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    row_weights: Tensor | None = None
+    """[rows], what each weighs in the loss; None for 1 each. The back ends know nothing of it."""
 
     def __post_init__(self) -> None:
         sparse = self.sparse_signal
@@ -176,8 +178,10 @@ class HeadLossTask:
         return mass
 
     def loss(self) -> Tensor:
-        """Σ over rows, from the metrics."""
+        """Σ over rows, each times its weight, from the metrics."""
         metrics = self.metrics
+        if self.row_weights is not None:
+            metrics = {name: metrics[name] * self.row_weights for name in metrics}
         total = torch.zeros((), dtype=metrics["entropy"].dtype, device=metrics["entropy"].device)
         if self.signal is not None:
             total += self.kd_weight * metrics["kd"].sum()
