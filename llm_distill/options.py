@@ -64,6 +64,8 @@ class Options:
     def __post_init__(self) -> None:
         options = declared_options(self)
         for name, field in options.items():
+            if isinstance(default_of(field), list) and isinstance(getattr(self, name), str | int | float):
+                setattr(self, name, [getattr(self, name)])  # as a YAML gives one that stands alone
             if parse := field.metadata["help"].parse:
                 setattr(self, name, parse(name, getattr(self, name)))
             _require_valid(field, getattr(self, name))

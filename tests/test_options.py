@@ -14,6 +14,7 @@ from trl import TrlParser
 
 from llm_distill import DistillationConfig
 from llm_distill.options import Options, fields_chosen, headings_of, option, parse_mapping, parse_mappings
+from llm_distill.students.options import PruneConfig
 
 
 @dataclass
@@ -129,3 +130,8 @@ def test_other_parsers_take_our_options_as_any_others(parser: type[HfArgumentPar
     flags = ["--output_dir", str(tmp_path), "--divergence", "jsd", "--divergence_kwargs", '{"beta": 1e-1}']
     (config,) = parser(DistillationConfig).parse_args_into_dataclasses([*flags, "--on_miss", "error"])
     assert (config.divergence, config.divergence_kwargs, config.on_miss) == ("jsd", {"beta": 0.1}, "error")
+
+
+def test_a_value_alone_in_a_yaml_is_a_list_of_one() -> None:
+    config = PruneConfig(model="model", output_dir="cut", layers=20)  # type: ignore[arg-type]
+    assert config.layers == [20]
