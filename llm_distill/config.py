@@ -38,7 +38,8 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
 
     dataloader_num_workers: int = option(
         0,
-        "This many processes make batches. With teacher_server_url they fetch its answers ahead, and 0 becomes 2.",
+        "This many processes make batches. With teacher_server_url, or a server among teachers, they fetch its answers "
+        "ahead, and 0 becomes 2.",
     )
     bf16: bool | None = option(
         None,
@@ -67,7 +68,8 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
             self.activation_checkpointing = False
         SFTConfig.__post_init__(self)
         super().__post_init__()
-        if self.teacher_server_url is not None and self.dataloader_num_workers == 0:
+        servers = [teacher for teacher in self.teachers or () if isinstance(teacher, dict) and teacher.get("server")]
+        if (self.teacher_server_url is not None or servers) and self.dataloader_num_workers == 0:
             self.dataloader_num_workers = SERVER_WORKERS
         if self.max_steps == 0 or self.max_steps < -1 or (self.max_steps == -1 and not self.num_train_epochs > 0):
             raise ValueError(

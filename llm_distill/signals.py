@@ -3,7 +3,7 @@
 | signal | holds | serves |
 |---|---|---|
 | `HiddenSignal` | the teacher's last hidden states and its head | every divergence, every temperature, exactly |
-| `MixtureSignal` | weighted `HiddenSignal`s (an ensemble) | the same, for the mixture Σ wᵢ pᵢ |
+| `MixtureSignal` | weighted `HiddenSignal`s (an ensemble) | the same, for their mean, by row if need be |
 | `SparseSignal` with tail | the top k tokens, the mass outside | every divergence, of k + 1 cells (a lower bound) |
 | `SparseSignal` without | sampled tokens, their weights | forward KL's gradient, without bias |
 | `TokenSignal` | the log-probability of the text's own next token | reverse KL's gradient, of sampled text |
@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
@@ -44,10 +45,11 @@ class HiddenSignal:
         """The signals that a mixture is made of: this one alone."""
         return (self,)
 
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """Of each member in the mixture."""
-        return (1.0,)
+    def mix(
+        self, log_ps: Sequence[Float[Tensor, "some vocab"]], rows: slice | Int[Tensor, " some"]
+    ) -> tuple[Float[Tensor, "some vocab"], Float[Tensor, " some"]]:
+        """As `MixtureSignal.mix`, of nothing to be mixed."""
+        return log_ps[0], log_ps[0].new_zeros(len(log_ps[0]))
 
     def select(self, rows: Bool[Tensor, " rows"]) -> HiddenSignal:
         """What the head needs of some rows: nothing of layers, which are kept for whole texts."""
@@ -63,19 +65,25 @@ class HiddenSignal:
 
 @dataclass(frozen=True)
 class MixtureSignal:
-    """An ensemble: p = Σ wᵢ pᵢ, a mixture of probabilities (not of logits)."""
+    """An ensemble: p = Σ wᵢ pᵢ, a mixture of probabilities (not of logits); or p ∝ Π pᵢ^wᵢ, their geometric mean."""
 
     signals: tuple[HiddenSignal, ...]
-    weights: tuple[float, ...]
+    weights: tuple[float, ...] | Float[Tensor, "rows members"]
+    """Of each member, everywhere or in each row; there some may be 0."""
+    is_geometric: bool = False
 
     def __post_init__(self) -> None:
-        if not self.signals or len(self.signals) != len(self.weights):
-            raise ValueError(f"{len(self.signals)} signals need as many weights, got {len(self.weights)}.")
-        if min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6:
-            raise ValueError(f"the weights of a mixture must be positive and sum to 1, got {self.weights}.")
+        shape = tuple(self.weights.shape) if isinstance(self.weights, Tensor) else (len(self.weights),)
+        if not self.signals or len(self.signals) != shape[-1]:
+            raise ValueError(f"{len(self.signals)} signals need as many weights, got {shape[-1]}.")
         if len({len(signal) for signal in self.signals}) > 1 or len({s.vocab_size for s in self.signals}) > 1:
             shapes = [(len(signal), signal.vocab_size) for signal in self.signals]
             raise ValueError(f"the signals of a mixture must share rows and vocabulary, got (rows, vocab) {shapes}.")
+        if isinstance(self.weights, Tensor):
+            if len(self.weights) != len(self):
+                raise ValueError(f"{len(self)} rows need as many weights of each member, got {len(self.weights)}.")
+        elif min(self.weights) <= 0 or abs(sum(self.weights) - 1) > 1e-6:
+            raise ValueError(f"the weights of a mixture must be positive and sum to 1, got {self.weights}.")
 
     def __len__(self) -> int:
         return len(self.signals[0])
@@ -90,7 +98,30 @@ class MixtureSignal:
 
     def select(self, rows: Bool[Tensor, " rows"]) -> MixtureSignal:
         """The same of some rows."""
-        return replace(self, signals=tuple(signal.select(rows) for signal in self.signals))
+        weights = self.weights[rows] if isinstance(self.weights, Tensor) else self.weights
+        return replace(self, signals=tuple(signal.select(rows) for signal in self.signals), weights=weights)
+
+    def mix(
+        self, log_ps: Sequence[Float[Tensor, "some vocab"]], rows: slice | Int[Tensor, " some"]
+    ) -> tuple[Float[Tensor, "some vocab"], Float[Tensor, " some"]]:
+        """The mixture's log-probabilities in some rows, from those of its members (finite), and how much these differ
+        there, in nats: Σ wᵢ KL(pᵢ‖p), the generalised Jensen-Shannon divergence, or of a geometric mean Σ wᵢ KL(p‖pᵢ).
+        """
+        if isinstance(self.weights, Tensor):
+            weights = self.weights[rows].to(log_ps[0]).T[..., None]
+            log_weights = weights.log()
+        else:
+            weights = log_ps[0].new_tensor(self.weights)[:, None, None]
+            log_weights = log_ps[0].new_tensor([math.log(weight) for weight in self.weights])[:, None, None]
+        if self.is_geometric:
+            log_p = sum(weight * log_p for weight, log_p in zip(weights, log_ps, strict=True))
+            log_total = log_p.logsumexp(-1, keepdim=True)
+            return log_p - log_total, -log_total[:, 0]
+        weighted = torch.stack([log_p + log_w for log_p, log_w in zip(log_ps, log_weights, strict=True)])
+        log_p = weighted.logsumexp(0)
+        shares = zip(weighted, log_ps, strict=True)
+        differences = sum(torch.linalg.vecdot(share.exp(), member - log_p) for share, member in shares)
+        return log_p, differences
 
     def broken_rows(self) -> Bool[Tensor, " rows"]:
         return torch.stack([signal.broken_rows() for signal in self.signals]).any(0)
@@ -114,11 +145,13 @@ class SparseSignal:
     """Log-probabilities of the teacher at `temperature`; log-weights for samples."""
     log_tail: Float[Tensor, " rows"] | None
     vocab_size: int
-    temperature: float = 1.0
+    temperature: float | None = 1.0
+    """None where it is the same at every temperature, as votes are."""
     entropy: Float[Tensor, " rows"] | None = None
     """The teacher's, in nats at `temperature`, if known: then samples tell the KL, and not only its gradient."""
+    disagreement: Float[Tensor, " rows"] | None = None
+    """Of a mixture, how much its members differ: see `MixtureSignal.mix`."""
     members: ClassVar[tuple[HiddenSignal, ...]] = ()
-    weights: ClassVar[tuple[float, ...]] = ()
 
     def __post_init__(self) -> None:
         rows_k = tuple(self.ids.shape)
@@ -140,8 +173,8 @@ class SparseSignal:
 
     def select(self, rows: Bool[Tensor, " rows"]) -> SparseSignal:
         """The same of some rows."""
-        log_tail, entropy = (None if values is None else values[rows] for values in (self.log_tail, self.entropy))
-        return replace(self, ids=self.ids[rows], log_probs=self.log_probs[rows], log_tail=log_tail, entropy=entropy)
+        columns = {name: getattr(self, name) for name in ("ids", "log_probs", "log_tail", "entropy", "disagreement")}
+        return replace(self, **{name: value[rows] for name, value in columns.items() if value is not None})
 
     def broken_rows(self) -> Bool[Tensor, " rows"]:
         return self.log_probs.isnan().any(-1)
@@ -155,7 +188,7 @@ class SparseSignal:
                 f"sampled teacher tokens give an unbiased gradient for forward_kl only, not for {divergence}. "
                 "Use divergence='forward_kl', or a teacher that gives its top k with the tail."
             )
-        if temperature != self.temperature:
+        if self.temperature not in (None, temperature):
             raise ValueError(
                 f"the teacher's sparse probabilities are those at temperature {self.temperature} and cannot serve "
                 f"loss_temperature={temperature}: the tail's mass at another temperature is unknown."
@@ -173,7 +206,6 @@ class TokenSignal:
     log_probs: Float[Tensor, " rows"]
     vocab_size: int
     members: ClassVar[tuple[HiddenSignal, ...]] = ()
-    weights: ClassVar[tuple[float, ...]] = ()
 
     def __len__(self) -> int:
         return self.log_probs.shape[0]

@@ -33,6 +33,7 @@ from llm_distill.data.on_policy import OnPolicy, require_sampled_text
 from llm_distill.data.on_policy_rows import add_empty_completions
 from llm_distill.data.policy import Policy
 from llm_distill.data.prepare import PreparedData, add_teacher_texts, named_evaluation
+from llm_distill.data.teacher_of_row import NamesTeacher, has_teacher_of_row, number_teachers
 from llm_distill.data.teacher_view import MADE, TwoViews, has_teacher_text, refuse_unread
 from llm_distill.data.validate import RowChecks
 from llm_distill.heads import LMHead, base_of
@@ -45,7 +46,7 @@ from llm_distill.publish.folder import written_aside
 from llm_distill.publish.hub import hub_errors
 from llm_distill.publish.run import RunRecord
 from llm_distill.ranks import SHARDED
-from llm_distill.rows import SKIPPED, WRITTEN, View, weigh_rows
+from llm_distill.rows import SKIPPED, TEACHER_OF_ROW, WRITTEN, View, weigh_rows
 from llm_distill.students.build import (
     load_student,
     loading_options_taken,
@@ -132,6 +133,8 @@ class DistillationTrainer(SFTTrainer):
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
                 self.teacher.fit_to(tokenizer)
         train, evaluation = add_teacher_texts(tokenizer, args, train, evaluation)
+        train, evaluation = number_teachers(getattr(self.teacher, "names", ()), args, train, evaluation)
+        self.names_teachers = has_teacher_of_row(train, *named_evaluation(evaluation).values())
         self.reads_more = has_teacher_text(train, *named_evaluation(evaluation).values())
         refuse_unread(args, self.teacher is not None and self.reads_more, self.objective.teacher_needs)
         if isinstance(model, str):
@@ -194,10 +197,13 @@ class DistillationTrainer(SFTTrainer):
         if self.args.chat_template_path is not None:
             self.teacher.fit_to(self.processing_class)  # cloning a template may have added tokens
         self.teacher.prepare(self.accelerator, self.model)
+        if self.names_teachers:
+            self.collate = NamesTeacher(self.collate)
+            self.data_collator: Any = self.collate
         if self.reads_more:
             limits = filter(None, (self.args.teacher_max_length, self.teacher.max_length))
             self.collate = TwoViews(self.collate, min(limits, default=None))
-            self.data_collator: Any = self.collate
+            self.data_collator = self.collate
         if self.padding_free:
             self.teacher.require_documents_apart(self.collate, self.accelerator)
         self.objective = self.objective.fit(base_of(self.model).config, model_of(self.teacher, self.model).config)
@@ -260,7 +266,7 @@ class DistillationTrainer(SFTTrainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
-        self._signature_columns = sorted({*(self._signature_columns or ()), *MADE})
+        self._signature_columns = sorted({*(self._signature_columns or ()), *MADE, TEACHER_OF_ROW})
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[dict[str, Any]], num_batches: int, device: torch.device

@@ -35,6 +35,12 @@ class KeyIndex:
                 return int(self._order[at])
         return None
 
+    def shared_with(self, others: Iterable[KeyIndex]) -> tuple[int, int]:
+        """How many keys are in all of them, and how many in any."""
+        pairs = [np.ascontiguousarray(index._keys).view("<u8,<u8")[:, 0] for index in (self, *others)]
+        _, counts = np.unique(np.concatenate([np.unique(of_one) for of_one in pairs]), return_counts=True)
+        return int((counts == len(pairs)).sum()), len(counts)
+
     def with_keys(self, keys: Iterable[bytes]) -> KeyIndex:
         more = np.frombuffer(b"".join(keys), np.uint8).reshape(-1, KEY_BYTES)
         return KeyIndex(np.concatenate([self._keys, more]))

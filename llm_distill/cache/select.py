@@ -70,7 +70,8 @@ def _select_top(method: Method, signal: SparseSignal, examples: Sequence[Example
     """Of the top k of a teacher. The entropy that is stored is that of its k + 1 cells, a lower bound."""
     if signal.log_tail is None:
         raise ValueError("sampled tokens are not full distributions nor their top k, of which a cache is made.")
-    require_enough(method, signal.ids.shape[1])
+    if signal.ids.shape[1] < signal.vocab_size:
+        require_enough(method, signal.ids.shape[1])
     assert isinstance(method, TopK), "or it was refused"
     _require_finite(signal.log_probs.amax(-1), slice(0, len(signal)), examples)
     cells = torch.cat([signal.log_probs, signal.log_tail[:, None]], -1).double()
@@ -126,11 +127,7 @@ def log_probabilities(
                 hidden = member.hidden[start : start + size].to(weight.dtype)
                 logits = member.head.post_process(torch.nn.functional.linear(hidden, weight, bias).float())
                 log_ps.append((logits / temperature).log_softmax(-1))
-            log_p = log_ps[0]
-            if len(log_ps) > 1:
-                weighted = [part + np.log(weight) for part, weight in zip(log_ps, signal.weights, strict=True)]
-                log_p = torch.stack(weighted).logsumexp(0)
-            yield start, log_p
+            yield start, signal.mix(log_ps, slice(start, start + size))[0]
 
 
 def _uniform(example: Example, seed: int) -> np.ndarray:

@@ -93,7 +93,7 @@ def capture(
         ValueError: no teacher, no data, another cache in the folder, no room on the disk, another capture at work.
         OSError: the disk is full, or cannot be written. What was captured stays.
     """
-    if teacher is None or teacher.is_stored:
+    if teacher is None or (isinstance(teacher, CachedTeacher) and teacher.is_stored):
         raise ValueError("there is no live teacher to capture, only what one has said: name the teacher itself.")
     require_enough(method, teacher.k)
     if isinstance(method, Hidden) and not hasattr(teacher, "head"):

@@ -34,6 +34,9 @@ def require_free_folder(
         "the teacher_cache": args.teacher_cache,
         "the dataset": script.dataset_name,
     }
+    for number, teacher in enumerate(args.teachers or ()):
+        assert isinstance(teacher, dict), "it is parsed"
+        inputs[f"teachers[{number}]"] = teacher.get("cache") or teacher.get("model")
     require_output_folder(args.output_dir, inputs)
     if is_new:
         require_unused(Path(args.output_dir))

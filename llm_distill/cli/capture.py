@@ -17,12 +17,13 @@ def capture(argv: Sequence[str]) -> None:
     from llm_distill.capture.report import report_fidelity
     from llm_distill.capture.run import capture as fill
 
-    is_served = args.teacher_server_url is not None
-    name = options.cache_method or ("hybrid" if args.divergence == "forward_kl" and not is_served else "top_k")
-    told = {"k": args.teacher_server_k} if is_served and name == "top_k" else {}
-    method = make_method(name, **(told | options.cache_kwargs))
+    if options.cache_method is not None:
+        make_method(options.cache_method, **options.cache_kwargs)  # a mistake is found before the teacher is loaded
     folder = args.teacher_cache or str(Path(args.output_dir, "teacher_cache"))
     teacher, data = build_capture(script, args, model)
+    name = options.cache_method or ("hybrid" if args.divergence == "forward_kl" and teacher.k is None else "top_k")
+    told = {"k": teacher.k} if teacher.k and name == "top_k" else {}
+    method = make_method(name, **(told | options.cache_kwargs))
     cache = fill(
         teacher,
         data,

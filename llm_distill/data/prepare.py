@@ -16,6 +16,7 @@ from trl import SFTTrainer
 
 from llm_distill.config import DistillationConfig
 from llm_distill.data.counts import RowCounts, StreamCounts, count_rows_left
+from llm_distill.data.teacher_of_row import NamesTeacher, has_teacher_of_row, number_teachers
 from llm_distill.data.teacher_view import (
     IDS,
     LABELS,
@@ -88,6 +89,8 @@ def prepare(
     train, evaluation = checks.apply(train, evaluation)
     size = {"hidden_size": 2, "intermediate_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1}
     train, evaluation = add_teacher_texts(tokenizer, args, train, evaluation)
+    names = [teacher["name"] for teacher in args.teachers or () if isinstance(teacher, dict)]
+    train, evaluation = number_teachers(names, args, train, evaluation)
     stream_counts = StreamCounts(args)
     with checks.naming_rows(train, evaluation), TemporaryDirectory() as nothing:
         trainer = SFTTrainer(
@@ -102,10 +105,14 @@ def prepare(
     if all(train is not dataset for dataset in before.values()):
         before, after = {"train": train, **before}, {"train": trainer.train_dataset, **after}
     stream_counts.reset()
+    if has_teacher_of_row(train, *before.values()):
+        collate = NamesTeacher(collate)
+    if has_teacher_text(train, *before.values()):
+        collate = TwoViews(collate, args.teacher_max_length)
     return PreparedData(
         stream_counts.after(trainer.train_dataset),
         prepared,
-        TwoViews(collate, args.teacher_max_length) if has_teacher_text(train, *before.values()) else collate,
+        collate,
         trainer.processing_class,
         args,
         trainer.accelerator,

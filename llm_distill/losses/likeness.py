@@ -54,5 +54,4 @@ def measure_likeness(
 def _teachers(signal: HiddenSignal | MixtureSignal, rows: Int[Tensor, " few"]) -> Float[Tensor, "few vocab"]:
     """Its log-probabilities in a few rows."""
     log_ps = [member.head(member.hidden[rows]).float().log_softmax(-1) for member in signal.members]
-    weighted = [log_p + math.log(weight) for log_p, weight in zip(log_ps, signal.weights, strict=True)]
-    return torch.stack(weighted).logsumexp(0).clamp(min=NOTHING) if len(weighted) > 1 else log_ps[0].clamp(min=NOTHING)
+    return signal.mix([log_p.clamp(min=NOTHING) for log_p in log_ps], rows)[0].clamp(min=NOTHING)

@@ -22,6 +22,7 @@ METRICS = {
     "top1_agreement": "top1_agreement",
     "acceptance": "acceptance",
     "teacher_ce": "teacher_ce",
+    "disagreement": "disagreement",
     "mean_token_accuracy": "correct",
     "outside_mass": "outside_mass",
     "outside_loss": "outside_loss",
@@ -43,6 +44,7 @@ LABELS = {
     "top_k_overlap": "the teacher's top tokens among the student's",
     "top1_agreement": "same likeliest token",
     "acceptance": "Σ min(p, q)",
+    "disagreement": "how much the teachers differ, nats",
 }
 """In words, wherever a person reads them: reports, model cards, notebooks."""
 

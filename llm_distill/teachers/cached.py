@@ -69,10 +69,7 @@ class CacheReader:
         if self.on_miss == "skip":
             batch[SIGNAL][SKIPPED] = torch.zeros(len(batch["labels"]), dtype=torch.long)
         for example in missing:
-            if TEACHER in batch:
-                batch["labels"][example.sample] = batch[TEACHER]["labels"][example.sample] = IGNORED
-            else:  # of a packed row, one document
-                batch["labels"][example.sample, example.positions] = IGNORED
+            leave_out(example, batch)
             batch[SIGNAL][SKIPPED][example.sample] += example.rows
         return batch
 
@@ -100,6 +97,14 @@ class CacheReader:
             "settings of this run adds what is missing; "
             "or choose on_miss: live or skip."
         )
+
+
+def leave_out(example: Example, batch: MutableMapping[str, Any]) -> None:
+    """Masks the labels of a text, or of a packed row's document."""
+    if TEACHER in batch:
+        batch["labels"][example.sample] = batch[TEACHER]["labels"][example.sample] = IGNORED
+    else:
+        batch["labels"][example.sample, example.positions] = IGNORED
 
 
 class CachedTeacher(Teacher):
@@ -259,8 +264,16 @@ def no_rows(cache: TeacherCache) -> dict[str, Tensor]:
 
 def require_same_teacher(cache: TeacherCache, description: dict[str, Any]) -> None:
     """Raises ValueError with each field in which the teacher asked for is not the cache's."""
-    stored, wanted = without_places(cache.manifest["teacher"], description)
+    stored, wanted = map(_numbered, without_places(cache.manifest["teacher"], description))
     _refuse(cache, differences({"teacher": stored}, {"teacher": wanted}), "teacher")
+
+
+def _numbered(description: dict[str, Any]) -> dict[str, Any]:
+    """The members of an ensemble by their numbers, so that each is compared in what both know of it."""
+    if "ensemble" not in description:
+        return description
+    members = {str(number): member for number, member in enumerate(description["ensemble"])}
+    return description | {"ensemble": members}
 
 
 def _refuse(cache: TeacherCache, changes: list[str], what: str) -> None:

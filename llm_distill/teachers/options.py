@@ -2,14 +2,62 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
-from llm_distill.options import Options, is_chosen, option, parse_mapping
+from llm_distill.options import Options, is_chosen, option, parse_mapping, parse_mappings, parse_text
 from llm_distill.templates import read_template
 
 LOADING = ("teacher_model_revision", "teacher_model_init_kwargs", "teacher_load_in_4bit", "teacher_load_in_8bit")
 """Options that act where the teacher is loaded here."""
+
+
+KINDS = ("model", "cache", "server")
+"""What a teacher of a mixture is."""
+OF_A_MEMBER = {
+    "model": "teacher_model_name_or_path",
+    "cache": "teacher_cache",
+    "server": "teacher_server_url",
+    "revision": "teacher_model_revision",
+    "init_kwargs": "teacher_model_init_kwargs",
+    "load_in_4bit": "teacher_load_in_4bit",
+    "load_in_8bit": "teacher_load_in_8bit",
+    "k": "teacher_server_k",
+    "timeout": "teacher_server_timeout",
+    "on_miss": "on_miss",
+}
+"""What may be said of one teacher of `teachers`, and the option that it is where there is no other."""
+
+
+def parse_teachers(name: str, value: Any) -> list[dict[str, Any]] | None:
+    """A list of teachers. Models with their weights are short for those that have all else by default.
+
+    Raises:
+        ValueError: it is neither, or one has no kind or more than one, a key that there is not, or a weight that cannot
+            be.
+    """
+    parsed = parse_text(name, value)
+    if isinstance(parsed, dict):
+        parsed = [{"model": model, "weight": weight} for model, weight in parsed.items()]
+    teachers = [dict(teacher) for teacher in parse_mappings(name, parsed)]
+    known = (*OF_A_MEMBER, "weight", "name")
+    for number, teacher in enumerate(teachers):
+        if unknown := [key for key in teacher if key not in known]:
+            raise ValueError(f"{name}[{number}] has no {unknown[0]!r}, only {', '.join(known)}.")
+        if not any(teacher.get(kind) for kind in KINDS):
+            raise ValueError(f"{name}[{number}] must be a model, a cache or a server, got {teacher}.")
+        weight = teacher.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+            raise ValueError(
+                f"{name}[{number}] has weight={weight!r}, and a weight must be positive and finite: leave out a "
+                "teacher that shall not speak."
+            )
+        teacher.setdefault("name", str(next(teacher[kind] for kind in (*KINDS[1:], KINDS[0]) if teacher.get(kind))))
+    names = [teacher["name"] for teacher in teachers]
+    if repeated := [own for own in names if names.count(own) > 1]:
+        raise ValueError(f"{name} has {repeated[0]!r} twice: give one a name of its own.")
+    return teachers or None
 
 
 @dataclass
@@ -103,6 +151,36 @@ class TeacherOptions(TeacherModelOptions):
         needs="teacher_cache",
     )
 
+    teachers: list[dict[str, Any]] | str | None = option(
+        None,
+        "There are several teachers, as JSON or YAML: a list of {model}, {cache} or {server}, each with what it needs "
+        "(weight, name, revision, init_kwargs, load_in_4bit, load_in_8bit, k, timeout, on_miss), or in short `{name: "
+        "weight}` for models. A column `teacher` of the data names the one that speaks about a row.",
+        needs="kd_weight",
+        parse=parse_teachers,
+    )
+    mixture: str = option(
+        "mean",
+        "What several teachers say together is the mean of their probabilities, their geometric mean (of whole "
+        "distributions), a vote (each one's weight on its likeliest token), or what the one says that predicts the "
+        "text at hand best.",
+        choices=("mean", "geometric", "vote", "best"),
+        needs="teachers",
+    )
+    mixture_weights: str = option(
+        "fixed",
+        "A teacher weighs what `teachers` says, or more in a text that it predicts well (likelihood), or where it is "
+        "sure (entropy).",
+        choices=("fixed", "likelihood", "entropy"),
+        needs="teachers",
+    )
+    mixture_temperature: float = option(
+        1.0,
+        "At this temperature, in nats, loss or entropy become weights: the lower, the more the best one has.",
+        needs={"mixture_weights": ("likelihood", "entropy")},
+        positive=True,
+    )
+
     teacher_system_prompt: str | None = option(
         None,
         "The teacher reads every conversation with this system turn, and the student as it is. What one row alone "
@@ -127,11 +205,16 @@ class TeacherOptions(TeacherModelOptions):
         others = ("teacher_adapters_off", "teacher_server_url", "teacher_cache")
         has_other = [name for name in others if is_chosen(self, name)]
         beside = [name for name in (*others, "teacher_ema_decay") if is_chosen(self, name)]
+        of_one = ("teacher_model_name_or_path", "teacher_adapters_off", "teacher_server_url", "teacher_ema_decay")
+        alone = [name for name in (*of_one, "teacher_codistilled", *LOADING) if is_chosen(self, name)]
         return super().conflicts() | {
             f"teacher_codistilled ({', '.join(beside)} names another teacher)": self.teacher_codistilled is not None
             and beside,
             f"teacher_ema_decay ({', '.join(has_other)} names another teacher)": self.teacher_ema_decay is not None
             and has_other,
+            f"{', '.join(alone)} (teachers says who they are)": self.teachers and alone,
+            "mixture_weights (mixture=best gives all weight to one teacher)": self.mixture == "best"
+            and self.mixture_weights != "fixed",
             "teacher_adapters_off (teacher_server_url is the teacher)": self.teacher_adapters_off and is_served,
             "teacher_adapters_off (teacher_cache has the answers)": self.teacher_adapters_off
             and self.teacher_cache is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
-from llm_distill.signals import Signal, SparseSignal, TokenSignal
+from llm_distill.signals import MixtureSignal, Signal, SparseSignal, TokenSignal
 
 NOTHING = -1e30
 """log 0 as a number: exp gives 0, and 0 times it is 0 where 0 times −inf would be NaN. A raw logit of this value takes
@@ -138,6 +138,10 @@ class HeadLossTask:
             names += ["top1_agreement"]
         elif sparse is not None and sparse.entropy is not None and self.temperature == 1:
             names += ["kl"]
+        if isinstance(self.signal, MixtureSignal) and len(self.teachers) > 1:
+            names += ["disagreement"]
+        elif sparse is not None and sparse.disagreement is not None:
+            self.metrics["disagreement"] = sparse.disagreement
         hidden = self.student.hidden
         for name in names:
             self.metrics[name] = hidden.new_empty(len(hidden), dtype=statistics_dtype(hidden.dtype))

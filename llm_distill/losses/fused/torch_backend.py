@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from llm_distill.losses.fused.task import NOTHING, Chunk, HeadLossTask, RowStatistics
+from llm_distill.signals import MixtureSignal
 
 BLOCK_ELEMENTS = {"cpu": 2**19, "accelerator": 2**23}
 """Logits worked on at a time: 2 MiB and 32 MiB a temporary, of which there are about ten."""
@@ -33,14 +34,16 @@ def dense(task: HeadLossTask, chunk: Chunk) -> None:
             for teacher, raw in zip(task.teachers, chunk.teacher_raw, strict=True)
         ]
         log_q, q = _log_softmax(logits)
-        log_p, p = _log_mixture(task, teacher_logits, 1.0)
+        log_p, p, disagreement = _log_mixture(task, rows, teacher_logits, 1.0)
+        if disagreement is not None:
+            task.metrics["disagreement"][rows] = disagreement
         _record(task, rows, targets, log_p, p, log_q, q)
         outside_slope = None
         if chunk.log_outside is not None:
             outside_mass = task.record_outside(rows, chunk.log_outside[block], logits.logsumexp(-1))
             outside_slope = task.outside_weight * outside_mass[:, None]
         log_q_T, q_T = (log_q, q) if T == 1 else _log_softmax(logits / T)
-        log_p_T, p_T = (log_p, p) if T == 1 else _log_mixture(task, teacher_logits, T)
+        log_p_T, p_T = (log_p, p) if T == 1 else _log_mixture(task, rows, teacher_logits, T)[:2]
         phi, psi = task.divergence.terms(p_T, q_T, log_p_T, log_q_T)
         task.metrics["kd"][rows] = task.squared * phi.sum(-1)
         if chunk.gradient is None:
@@ -132,15 +135,17 @@ def _record(
         metrics["teacher_correct"][rows] = (at_p == highest_p)[:, 0].to(q.dtype)
 
 
-def _log_mixture(task: HeadLossTask, logits: list[Tensor], temperature: float) -> tuple[Tensor, Tensor]:
-    """The logarithms and the probabilities p = Σ wᵢ softmax(zᵢ / T)."""
-    assert task.signal is not None
-    if len(logits) == 1:
-        return _log_softmax(logits[0] if temperature == 1 else logits[0] / temperature)
-    pairs = zip(logits, task.signal.weights, strict=True)
-    log_p = torch.stack([(z / temperature).log_softmax(-1) + math.log(w) for z, w in pairs]).logsumexp(0)
+def _log_mixture(
+    task: HeadLossTask, rows: slice, logits: list[Tensor], temperature: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The teacher's logarithms and probabilities at a temperature, and how much its members differ."""
+    log_ps = [_log_softmax(z if temperature == 1 else z / temperature) for z in logits]
+    if len(log_ps) == 1:
+        return *log_ps[0], None
+    assert isinstance(task.signal, MixtureSignal), "no other has several"
+    log_p, disagreement = task.signal.mix([log_p for log_p, _ in log_ps], rows)
     log_p.clamp_(min=NOTHING)
-    return log_p, _exp(log_p)
+    return log_p, _exp(log_p), disagreement
 
 
 def _log_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
