@@ -122,6 +122,8 @@ class DistillationConfig(TeacherOptions, ObjectiveOptions, OnPolicyOptions, SFTC
             "on_policy_share (without kd_weight, nothing is learned of what the student writes)": self.on_policy_share
             and not self.kd_weight
             and not self.losses,
+            "kd_row_weights=correctness (what the student writes is no text to be right about)": self.on_policy_share
+            and self.kd_row_weights == "correctness",
             "ce_weight (at on_policy_share=1 all text is the student's own, which it does not imitate)": self.ce_weight
             and self.on_policy_share == 1,
         }

@@ -59,6 +59,7 @@ from llm_distill.students.modules import add_modules, load_modules, model_of, mo
 from llm_distill.students.saving import require_disk, require_savable
 from llm_distill.teachers import Teacher, make_teacher
 from llm_distill.teachers.base import TellTeacher
+from llm_distill.teachers.ensemble import require_rated
 
 if TYPE_CHECKING:
     from llm_distill.evaluation.report import GapReport
@@ -130,6 +131,8 @@ class DistillationTrainer(SFTTrainer):
             divergences = self.objective.head.divergences
             for divergence in divergences[-1:] if self.teacher.k == 0 else divergences:
                 self.teacher.check(divergence, self.objective.head.temperature)
+            if args.kd_row_weights != "equal":
+                require_rated(self.teacher, args.kd_row_weights)
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
                 self.teacher.fit_to(tokenizer)
         train, evaluation = add_teacher_texts(tokenizer, args, train, evaluation)

@@ -23,6 +23,7 @@ METRICS = {
     "acceptance": "acceptance",
     "teacher_ce": "teacher_ce",
     "disagreement": "disagreement",
+    "kd_row_weight": "kd_row_weight",
     "mean_token_accuracy": "correct",
     "outside_mass": "outside_mass",
     "outside_loss": "outside_loss",

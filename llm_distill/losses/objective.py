@@ -84,6 +84,8 @@ class HeadLoss:
     kd_weight: float = 1.0
     ce_weight: float = 0.0
     squared_temperature: bool = True
+    kd_row_weights: str = "equal"
+    """How much the divergence weighs in a row, by what the teacher thinks there."""
     on_policy_divergence: Divergence | None = None
     """On what the student wrote; None for the same."""
     buffer_mib: int | None = None
@@ -161,6 +163,7 @@ class HeadLoss:
             row_weights=weights,
             num_rows=num_rows,
             squared_temperature=self.squared_temperature,
+            kd_row_weights=self.kd_row_weights,
             buffer_mib=self.buffer_mib,
         )
 
@@ -187,6 +190,7 @@ class Objective:
             kd_weight=config.kd_weight,
             ce_weight=config.ce_weight,
             squared_temperature=config.squared_temperature,
+            kd_row_weights=config.kd_row_weights,
             buffer_mib=config.loss_buffer_mib,
         )
         assert not isinstance(config.losses, str), "likewise"
@@ -251,6 +255,8 @@ class Objective:
         """What it is, as JSON."""
         record = asdict(self.head) | {"divergence": repr(self.head.divergence)}
         del record["buffer_mib"]  # how it is computed, not what
+        if self.head.kd_row_weights == "equal":
+            del record["kd_row_weights"]
         if record.pop("on_policy_divergence") is not None:
             record["on_policy_divergence"] = repr(self.head.on_policy_divergence)
         if self.terms:

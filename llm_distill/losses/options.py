@@ -69,6 +69,13 @@ class ObjectiveOptions(Options):
     kd_weight: float = option(
         1.0, "This is the weight of the divergence. At 0 the teacher is consulted in evaluation alone."
     )
+    kd_row_weights: str = option(
+        "equal",
+        "The divergence weighs the same in every row (equal), less where the teacher is unsure (entropy), or where the "
+        "teacher expects another text (correctness).",
+        choices=("equal", "entropy", "correctness"),
+        needs="kd_weight",
+    )
     ce_weight: float = option(
         0.0,
         "This is the weight of the cross-entropy with the text itself (hard labels). What the student wrote itself is "

@@ -369,6 +369,17 @@ def _member(teacher: Teacher, signal: Signal) -> Member:
     raise TypeError(f"a mixture is of distributions, and a {type(teacher).__name__} gave a {type(signal).__name__}.")
 
 
+def require_rated(teacher: Teacher, row_weights: str) -> None:
+    """Raises ValueError if the divergence shall weigh by what a teacher thinks of a row, and it does not tell it."""
+    members = teacher.teachers if isinstance(teacher, EnsembleTeacher) else (teacher,)
+    kinds = {_kind_of(member) for member in members}
+    if TOKEN in kinds or (DRAWS in kinds and (row_weights == "correctness" or len(members) > 1)):
+        raise ValueError(
+            f"kd_row_weights={row_weights} needs what the teacher thinks of a row, and it tells "
+            f"{TOKEN if TOKEN in kinds else DRAWS}: use a teacher in memory, or cache_method=top_k or hidden."
+        )
+
+
 def _kind_of(teacher: Teacher) -> str:
     """What a teacher tells of each row, as far as is known before it is asked."""
     if isinstance(teacher, CachedTeacher):

@@ -48,7 +48,7 @@ def opinion_of(signal: Member, targets: Int[Tensor, " rows"]) -> Opinion:
         raise ValueError("fair draws do not tell how likely a token is: capture the teacher with cache_method=top_k.")
     is_named = signal.log_probs.isfinite()
     log_p, log_tail = signal.log_probs.clamp(min=NEVER), signal.log_tail.clamp(min=NEVER)
-    others = (signal.vocab_size - is_named.sum(-1)).clamp(min=1).log()
+    others = (signal.vocab_size - is_named.sum(-1)).clamp(min=1).to(log_p).log()
     is_text = is_named & (signal.ids == targets[:, None])
     log_text = torch.where(is_text.any(-1), log_p.where(is_text, NEVER).amax(-1), log_tail - others)
     entropy = -(log_p.exp() * log_p).sum(-1) - log_tail.exp() * (log_tail - others)

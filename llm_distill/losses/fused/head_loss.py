@@ -33,6 +33,9 @@ MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, {"cpu": 2048, "accelerator": 4096}
 """The more rows, the more seldom the head's weight and its gradient are read. Beyond the maximum that saves nothing."""
 
 
+KD_ROW_WEIGHTS = ("equal", "entropy", "correctness")
+
+
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def fused_head_loss(
     student_hidden: Float[Tensor, "rows hidden"],
@@ -47,6 +50,7 @@ def fused_head_loss(
     row_weights: Float[Tensor, " rows"] | None = None,
     num_rows: Tensor | int | None = None,
     squared_temperature: bool = True,
+    kd_row_weights: str = "equal",
     buffer_mib: int | None = None,
 ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]:
     """Σ_rows (kd_weight · T² · D(p‖q at T) + ce_weight · CE at 1) / num_rows, and what it was made of.
@@ -68,12 +72,16 @@ def fused_head_loss(
             those of the whole step over micro-batches and ranks, so that the loss does not depend on how they are
             arranged.
         squared_temperature: multiply the divergence by T², which keeps its gradient's size (Hinton et al., 2015).
+        kd_row_weights: the divergence is multiplied in each row by 1 (`equal`), by 1 − H / log V with the teacher's
+            entropy H (`entropy`), or by its probability of the text's token over that of its likeliest (`correctness`);
+            `num_rows` is what it was.
         buffer_mib: the memory for logits, in MiB (default: BUFFER_MIB). Less is slower: the head is read more often.
 
     Returns:
         The loss, a scalar to call `backward` on, and detached values per row, in nats unless said otherwise:
-        `kd` (the divergence as it enters the loss, before its weight; of a `TokenSignal`, the estimate log q − log p of
-        the reverse KL, beside which stands the policy gradient), `entropy` (the student's); with targets `ce` and
+        `kd` (the divergence as it enters the loss, before its weight but with `kd_row_weight`, that of its row; of a
+        `TokenSignal`, the estimate log q − log p of the reverse KL, beside which stands the policy gradient), `entropy`
+        (the student's); with targets `ce` and
         `correct` (0 or 1, whether the likeliest token came next); with rows past the vocabulary `outside_mass` (m) and
         `outside_loss` (−log (1 − m), which `ce` includes); and where the signal knows them `kl` (forward KL at
         temperature 1), `teacher_ce`, `teacher_correct`, `top1_agreement` (0 or 1), `acceptance` (Σ min(p, q), the share
@@ -84,6 +92,7 @@ def fused_head_loss(
         ValueError: shapes, devices or vocabularies that do not fit; a signal that cannot serve the divergence.
     """
     _check(student_hidden, student_head, signal, divergence, temperature, ce_weight, targets)
+    _check_row_weights(signal, kd_row_weights, targets)
     with ExitStack() as opened:
         weight, bias = opened.enter_context(student_head.weights(past_vocabulary=True))
         weight, bias = weight.to(student_hidden.device), None if bias is None else bias.to(student_hidden.device)
@@ -99,6 +108,7 @@ def fused_head_loss(
             ce_weight=ce_weight,
             targets=targets,
             row_weights=None if row_weights is None else row_weights.to(student.hidden.device),
+            kd_row_weights=kd_row_weights,
         )
         if num_rows is None:
             num_rows = max(len(student_hidden), 1) if row_weights is None else row_weights.sum()
@@ -195,7 +205,7 @@ def _chunks(
                 log_outside=torch_backend.log_outside(task, product[:, vocab_size:]) if student.has_outside else None,
             )
             if task.teachers:
-                backend.dense(task, chunk)
+                (backend if task.kd_row_weights == "equal" else torch_backend).dense(task, chunk)
             else:
                 sparse(backend, task, chunk)
             if student.has_outside and gradient is not None:
@@ -302,3 +312,20 @@ def _check(
     if any(tensor.device != hidden.device for tensor in tensors):
         raise ValueError(f"student_hidden is on {hidden.device}, the signal on {[str(t.device) for t in tensors]}.")
     signal.check(divergence, temperature)
+
+
+def _check_row_weights(signal: Signal | None, kd_row_weights: str, targets: Tensor | None) -> None:
+    if kd_row_weights == "equal" or signal is None:
+        return
+    if kd_row_weights not in KD_ROW_WEIGHTS:
+        raise ValueError(f"kd_row_weights must be one of {', '.join(KD_ROW_WEIGHTS)}, got {kd_row_weights!r}.")
+    if kd_row_weights == "correctness" and targets is None:
+        raise ValueError("kd_row_weights='correctness' needs the targets.")
+    is_told = not isinstance(signal, TokenSignal)
+    if isinstance(signal, SparseSignal) and signal.log_tail is None:
+        is_told = kd_row_weights == "entropy" and signal.entropy is not None
+    if not is_told:
+        raise ValueError(
+            f"kd_row_weights={kd_row_weights!r} needs what the teacher thinks of a row, and it tells draws or single "
+            "tokens: use a teacher that tells its top tokens or everything."
+        )

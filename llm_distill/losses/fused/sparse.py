@@ -8,7 +8,7 @@ exact however little it is.
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from llm_distill.divergences import Divergence
@@ -53,9 +53,14 @@ def _without_tail(backend: Backend, task: HeadLossTask, chunk: Chunk) -> None:
         advantages = (log_p - log_q[:, 0]).clamp(-LARGEST_ADVANTAGE, LARGEST_ADVANTAGE)
         weights[:, 0], metrics["kd"][rows], metrics["teacher_ce"][rows] = advantages, -advantages, -log_p
     elif signal is not None:
-        metrics["kd"][rows] = -task.squared * (weights * log_q_T)[:, :samples].sum(-1)
+        kd = -task.squared * (weights * log_q_T)[:, :samples].sum(-1)
         if "kl" in metrics and signal.entropy is not None:
-            metrics["kl"][rows] = metrics["kd"][rows] - signal.entropy[rows]
+            metrics["kl"][rows] = kd - signal.entropy[rows]
+        if task.kd_row_weights != "equal":
+            assert signal.entropy is not None, "it is checked"
+            row_weights = task.weigh_kd(rows, signal.entropy[rows].to(kd.dtype), None, kd)
+            kd, weights[:, :samples] = row_weights * kd, row_weights[:, None] * weights[:, :samples]
+        metrics["kd"][rows] = kd
     slope = _softmax_slope(task, chunk, whole.maximum + whole.log_total)
     if chunk.gradient is None:
         return
@@ -137,6 +142,9 @@ def _with_tail(
     # At temperature T: the divergence of the k + 1 cells.
     log_rest_T = rest_maximum / T + rest.tempered_log_total
     kd, d_inside, d_rest = _cells(task.divergence, log_p, log_tail, inside / T, log_rest_T)
+    if task.kd_row_weights != "equal":
+        row_weights = _weigh_rows(task, rows, log_p, log_tail, ids == target if target is not None else None)
+        kd, d_inside, d_rest = row_weights * kd, row_weights[:, None] * d_inside, row_weights * d_rest
     metrics["kd"][rows] = task.squared * kd
     if chunk.gradient is None:
         return
@@ -154,6 +162,24 @@ def _with_tail(
         d_target = torch.where(in_top, d_inside.gather(-1, column), alone)
         set_tokens(chunk.gradient, target, d_target * student.head.post_process_slope(target_logits))
     set_tokens(chunk.gradient, ids, d_inside * student.head.post_process_slope(top_logits))
+
+
+def _weigh_rows(
+    task: HeadLossTask,
+    rows: slice,
+    log_p: Float[Tensor, "rows k"],
+    log_tail: Float[Tensor, " rows"],
+    is_text: Bool[Tensor, "rows k"] | None,
+) -> Float[Tensor, " rows"]:
+    """`HeadLossTask.weigh_kd` of top tokens, as if those of the tail were equally likely."""
+    num_named = (log_p > NOTHING).sum(-1)
+    log_other = log_tail.clamp(min=NOTHING) - (task.student.head.vocab_size - num_named).clamp(min=1).to(log_p).log()
+    entropy = -(log_p.exp() * log_p).sum(-1) - log_tail.exp() * log_other
+    log_text = None
+    if is_text is not None:
+        named = is_text & (log_p > NOTHING)
+        log_text = torch.where(named.any(-1), log_p.where(named, NOTHING).amax(-1), log_other)
+    return task.weigh_kd(rows, entropy, log_text, log_p.amax(-1))
 
 
 def _cells(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -116,6 +117,8 @@ class HeadLossTask:
     """What multiplies the divergence: T² or 1."""
     ce_weight: float
     targets: Tensor | None
+    kd_row_weights: str = "equal"
+    """By what the divergence weighs less in some rows: see `fused_head_loss`."""
     metrics: dict[str, Tensor] = field(default_factory=dict)
     row_weights: Tensor | None = None
     """[rows], what each weighs in the loss; None for 1 each. The back ends know nothing of it."""
@@ -129,6 +132,7 @@ class HeadLossTask:
             names += ["outside_mass", "outside_loss"]
         if self.signal is not None:
             names += ["kd"]
+            names += ["kd_row_weight"] if self.kd_row_weights != "equal" else []
         if self.teachers:
             names += ["kl", "acceptance", "top1_agreement", "confidence", "teacher_confidence"]
             names += ["teacher_ce", "teacher_correct"] if self.targets is not None else []
@@ -155,6 +159,28 @@ class HeadLossTask:
     def kd_slope(self) -> float:
         """What multiplies ψ − qΣψ in the gradient on the logits."""
         return self.kd_weight * self.squared / self.temperature
+
+    def weigh_kd(
+        self,
+        rows: slice,
+        entropy: Float[Tensor, " rows"],
+        log_text: Float[Tensor, " rows"] | None,
+        log_likeliest: Float[Tensor, " rows"],
+    ) -> Float[Tensor, " rows"]:
+        """What multiplies the divergence in these rows, from 0 to 1, from what the teacher thinks there.
+
+        Args:
+            entropy: the teacher's, in nats.
+            log_text: its log-probability of the text's own token.
+            log_likeliest: the same of its likeliest one.
+        """
+        if self.kd_row_weights == "entropy":
+            weights = (1 - entropy / math.log(self.student.head.vocab_size)).clamp(0, 1)
+        else:
+            assert log_text is not None, "it is checked"
+            weights = (log_text - log_likeliest).exp().clamp(max=1)
+        self.metrics["kd_row_weight"][rows] = weights
+        return weights
 
     @property
     def outside_weight(self) -> float:

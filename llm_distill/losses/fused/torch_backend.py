@@ -45,10 +45,15 @@ def dense(task: HeadLossTask, chunk: Chunk) -> None:
         log_q_T, q_T = (log_q, q) if T == 1 else _log_softmax(logits / T)
         log_p_T, p_T = (log_p, p) if T == 1 else _log_mixture(task, rows, teacher_logits, T)[:2]
         phi, psi = task.divergence.terms(p_T, q_T, log_p_T, log_q_T)
-        task.metrics["kd"][rows] = task.squared * phi.sum(-1)
+        kd, kd_slope = task.squared * phi.sum(-1), torch.as_tensor(task.kd_slope, dtype=q.dtype)
+        if task.kd_row_weights != "equal":
+            at_text = None if targets is None else log_p.gather(-1, targets)[:, 0]
+            weights = task.weigh_kd(rows, -torch.linalg.vecdot(p, log_p), at_text, log_p.amax(-1))
+            kd, kd_slope = weights * kd, task.kd_slope * weights[:, None]
+        task.metrics["kd"][rows] = kd
         if chunk.gradient is None:
             continue
-        d_logits = (psi * task.kd_slope).addcmul_(q_T, -task.kd_slope * psi.sum(-1, keepdim=True))
+        d_logits = (psi * kd_slope).addcmul_(q_T, -kd_slope * psi.sum(-1, keepdim=True))
         if outside_slope is not None:
             d_logits.addcmul_(q, outside_slope, value=-1)
         if task.ce_weight:
