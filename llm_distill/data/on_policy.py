@@ -6,7 +6,6 @@ objective compares it with its teacher on what it wrote. As in the paper, no gra
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 import json
@@ -26,14 +25,12 @@ from llm_distill.data.on_policy_rows import prompt_of, replace_completion, rows_
 from llm_distill.data.policy import Collate, Policy, Row
 from llm_distill.data.replay import Reservoir
 from llm_distill.generation.engines.base import Completion, Sampling
-from llm_distill.generation.engines.transformers import TransformersEngine
 from llm_distill.generation.filters import repeated_share
 from llm_distill.generation.options import OnPolicyOptions
-from llm_distill.heads import base_of
-from llm_distill.models import LanguageModel
+from llm_distill.generation.writers.choose import make_writer, require_installed
 from llm_distill.options import is_chosen
 from llm_distill.rows import IGNORED, WEIGHTS, WRITTEN
-from llm_distill.students.gathered import gathered, require_gatherable
+from llm_distill.students.gathered import require_gatherable
 from llm_distill.teachers import Teacher
 
 
@@ -59,11 +56,16 @@ class OnPolicy(Policy):
         options: how much it writes, and how.
         seed: with the step it decides which rows are written and what is sampled, so that a resumed run goes on as it
             would have.
+
+    Raises:
+        ValueError: what is to write is not installed.
     """
 
     writes = True
 
     def __init__(self, options: OnPolicyOptions, seed: int) -> None:
+        require_installed(options)
+        self.options = options
         self.share, self.seed, self.masks_cut = options.on_policy_share, seed, options.mask_truncated_completions
         self.rows_per_row, self.steps_per_generation = options.num_generations, options.steps_per_generation
         self.sampling = Sampling(
@@ -91,7 +93,8 @@ class OnPolicy(Policy):
         """Makes a writer of the student. An end token of the teacher's ends its texts too.
 
         Raises:
-            ValueError: a teacher that knows stored texts alone, FSDP 1, a student with a learned prompt.
+            ValueError: a teacher that knows stored texts alone, FSDP 1, a student with a learned prompt, or one that
+                the writer cannot write as.
         """
         if teacher is not None and teacher.is_stored:
             raise ValueError(
@@ -102,14 +105,14 @@ class OnPolicy(Policy):
         require_gatherable(accelerator)
         if isinstance(student, PeftModel) and student.active_peft_config.is_prompt_learning:
             raise ValueError("on_policy_share does not go with a learned prompt: train LoRA adapters, or all weights.")
-        self.student, author = student, LanguageModel(base_of(student), tokenizer)
-        self.engine, self.collate, self.accelerator = TransformersEngine(author, self.sampling), collate, accelerator
-        self.ends = {"student": {*self.engine.ends}, "teacher": set[int]()}
+        self.writer = make_writer(self.options, student, tokenizer, self.sampling, accelerator)
+        self.collate, self.accelerator = collate, accelerator
+        self.ends = {"student": {*self.writer.ends}, "teacher": set[int]()}
         for model in () if teacher is None else teacher.models:
             ends = model.model.generation_config.eos_token_id
             own = model.tokenizer.eos_token_id if model.tokenizer is not None else None
             self.ends["teacher"] |= {own, *(ends if isinstance(ends, list) else [ends])} - {None}
-        self.engine.ends |= self.ends["teacher"]
+        self.writer.ends.update(self.ends["teacher"])
         self.replay = Reservoir[MadeRow](self.replay_size, self._draw(4, "replay", accelerator.process_index))
 
     def __call__(self, coming: Iterator[list[dict[str, Any]]], step: int) -> list[dict[str, Any]]:
@@ -202,7 +205,7 @@ class OnPolicy(Policy):
         """The rows of each micro-batch of these steps, written or as they came."""
         drawn, now = {step: self._draw_rows(step, batches) for step, batches in steps.items()}, min(steps, default=0)
         prompts = [prompt_of(made.row) for rows in drawn.values() for made in rows if made.is_to_write]
-        seed = self._draw(4, now, self.accelerator.process_index)
+        seed = self._draw(4, now, self.writer.group)
         completions = iter(self._write(prompts, seed))
         micro_batches = {}
         for step, rows in drawn.items():
@@ -239,28 +242,16 @@ class OnPolicy(Policy):
         return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
 
     def _write(self, prompts: list[list[int]], seed: int) -> list[Completion]:
-        """One completion after each prompt. Nothing else that is random, such as dropout, notices."""
-        model, device = self.engine.author.model, self.accelerator.device
-        longest, context = max(map(len, prompts), default=0) + self.sampling.max_new_tokens, self.engine.max_length
+        """One completion after each prompt."""
+        longest, context = max(map(len, prompts), default=0) + self.sampling.max_new_tokens, self.writer.max_length
         if context is not None and longest > context:
             raise ValueError(
                 f"a prompt of {longest - self.sampling.max_new_tokens:,} tokens and max_completion_length="
                 f"{self.sampling.max_new_tokens} are more than the student's context of {context:,}: set it to "
                 "less, or leave such prompts out."
             )
-        began, was_training = time.perf_counter(), model.training
-        self.engine.sampling = dataclasses.replace(self.sampling, seed=seed)
-        model.eval()
-        try:
-            with (
-                torch.random.fork_rng([device] if device.type == "cuda" else []),
-                self.accelerator.autocast(),
-                gathered(self.student, self.accelerator),
-            ):
-                written = dict(self.engine.complete(prompts))
-        finally:
-            model.train(was_training)
-        completions = [only for _, (only,) in sorted(written.items())]
+        began = time.perf_counter()
+        completions = self.writer.write(prompts, seed)
         self._lengths += [completion.tokens for completion in completions]
         self._cut += sum(not completion.finished for completion in completions)
         self._repeated += sum(repeated_share(completion.text) for completion in completions)

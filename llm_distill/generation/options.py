@@ -3,12 +3,81 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from llm_distill.options import Options, option
+from llm_distill.options import Options, is_chosen, option
+
+SERVER_ONLY = (
+    "vllm_server_base_url",
+    "vllm_server_host",
+    "vllm_server_port",
+    "vllm_server_timeout",
+    "vllm_group_port",
+)
+COLOCATED_ONLY = ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_tensor_parallel_size")
 
 
 @dataclass
-class OnPolicyOptions(Options):
+class VLLMOptions(Options):
+    """vLLM as the student's writer. Names and meaning are those of TRL's trainers."""
+
+    heading = "vLLM writes as the student"
+
+    use_vllm: bool = option(
+        False,
+        "vLLM writes the student's texts, in place of transformers' generate. It is given the student's weights "
+        "whenever they have changed.",
+        needs="on_policy_share",
+    )
+    vllm_mode: str = option(
+        "colocate",
+        "vLLM runs on the devices that train (colocate), or is a server on others (server), started with "
+        '`VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "nccl"}\'`.',
+        needs="use_vllm",
+        choices=("colocate", "server"),
+    )
+    vllm_server_base_url: str | None = option(
+        None, "vLLM's server has this address, such as http://10.0.0.1:8000.", needs="use_vllm"
+    )
+    vllm_server_host: str = option("0.0.0.0", "vLLM's server is on this host.", needs="use_vllm")
+    vllm_server_port: int = option(8000, "vLLM's server listens on this port.", needs="use_vllm", at_least=1)
+    vllm_server_timeout: float = option(
+        240.0, "vLLM's server is waited for, for this many seconds.", needs="use_vllm", positive=True
+    )
+    vllm_group_port: int = option(
+        51216, "The student's weights travel to vLLM's server through this port.", needs="use_vllm", at_least=1
+    )
+    vllm_gpu_memory_utilization: float = option(
+        0.3, "vLLM takes this share of each device's memory, all the time.", needs="use_vllm", positive=True
+    )
+    vllm_max_model_length: int | None = option(
+        None,
+        "vLLM holds texts of this many tokens, prompt and completion. By default that is the student's context, which "
+        "may need more memory than it has.",
+        needs="use_vllm",
+        at_least=1,
+    )
+    vllm_tensor_parallel_size: int = option(
+        1, "This many ranks hold one vLLM together, and write together.", needs="use_vllm", at_least=1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.vllm_gpu_memory_utilization > 1:
+            raise ValueError(
+                f"vllm_gpu_memory_utilization is a share, from 0 to 1, got {self.vllm_gpu_memory_utilization}."
+            )
+
+    def conflicts(self) -> dict[str, Any]:
+        other = COLOCATED_ONLY if self.vllm_mode == "server" else SERVER_ONLY
+        where = {f"{name} (vllm_mode is {self.vllm_mode})": self.use_vllm and is_chosen(self, name) for name in other}
+        address = "vllm_server_host and vllm_server_port (vllm_server_base_url is the whole address)"
+        twice = is_chosen(self, "vllm_server_host") or is_chosen(self, "vllm_server_port")
+        return super().conflicts() | where | {address: self.vllm_server_base_url is not None and twice}
+
+
+@dataclass
+class OnPolicyOptions(VLLMOptions):
     """How much of the text that is learned from the student writes itself, and how it is sampled."""
 
     heading = "the student's own text"

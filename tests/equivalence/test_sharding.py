@@ -16,7 +16,9 @@ from launch import run_ranks
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
+from llm_distill.generation.writers.vllm import merged_weights
 from llm_distill.rows import count_rows
+from llm_distill.students.modules import modules_set_aside
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -50,6 +52,12 @@ def test_a_sharded_student_writes_what_the_whole_one_writes_and_learns_as_it_doe
     assert texts == sharded_writing.write_texts(policy, prompts)
     assert len(texts) == len(prompts)
     assert empty == []
+    with modules_set_aside(student):
+        weights = dict(merged_weights(student))
+    for rank in range(2):
+        given = load_file(tmp_path / f"weights-{rank}")
+        assert given.keys() == weights.keys()
+        assert all(torch.equal(given[name], weight) for name, weight in weights.items())
     ids, labels = sharded.make_batch()
     expected = sharded.gradients(student, teacher, ids, labels, 1, count_rows(labels))
     found = load_file(tmp_path / "gradients")

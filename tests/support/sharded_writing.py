@@ -1,7 +1,8 @@
 """What a student writes that FSDP2 shards over two ranks, and its gradients afterwards, in a process of its own.
 
 Usage: sharded_writing.py FOLDER KIND, under torchrun, with a tokenizer in FOLDER/tokenizer; KIND is full or lora.
-Writes FOLDER/texts-RANK.json, a list of tokens for each prompt, and the gradients of all weights to FOLDER/gradients.
+Writes FOLDER/texts-RANK.json, a list of tokens for each prompt, the weights that vLLM would be given on a rank to
+FOLDER/weights-RANK, and the gradients of all weights to FOLDER/gradients.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from llm_distill.data.on_policy import OnPolicy
 from llm_distill.data.on_policy_rows import rows_of
+from llm_distill.generation.writers.vllm import merged_weights
 from llm_distill.heads import base_of
 from llm_distill.rows import IGNORED, count_rows
+from llm_distill.students.gathered import gathered
+from llm_distill.students.modules import modules_set_aside
 from llm_distill.teachers import LiveTeacher
 
 PROMPTS = [[[7, 8, 9], [5, 6, 7, 8, 9, 10, 11], [20, 21]], []]
@@ -80,6 +84,9 @@ def main() -> None:
     policy = make_policy(student, tokenizer, engine, folder)
     shard_student(student, mesh, tied=False)
     (folder / f"texts-{rank}.json").write_text(json.dumps(write_texts(policy, PROMPTS[rank])))
+    with gathered(student, engine), modules_set_aside(student):
+        weights = {name: weight.clone() for name, weight in merged_weights(student)}
+    save_file(weights, folder / f"weights-{rank}")
     layers = [parameter for layer in base_of(student).model.layers for parameter in layer.parameters()]
     assert all(isinstance(parameter, DTensor) for parameter in layers), "layers are sharded again"
 
