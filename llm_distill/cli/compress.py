@@ -38,7 +38,7 @@ def compress(argv: Sequence[str]) -> None:
         raise ValueError("compress runs in one process: prune and train on many, step by step.")
     if not model.model_name_or_path or not script.dataset_name:
         raise ValueError("--model_name_or_path and --dataset_name are needed: what is compressed, and its texts.")
-    share = parse_amount("target", config.target)
+    share, _ = parse_amount("target", config.target)
     if share >= 1:
         raise ValueError(f"target={config.target} is no smaller: give a share below 1x.")
     args.teacher_model_name_or_path = args.teacher_model_name_or_path or model.model_name_or_path

@@ -11,6 +11,8 @@ METHODS = ("influence", "greedy", "even")
 WIDTHS = ("intermediate_size", "hidden_size", "num_attention_heads", "num_experts")
 """What can be made narrower, in the order in which it is: neurons first, heads last (Minitron, arXiv:2407.14679)."""
 
+GOALS = ("target", "params", "bytes", "latency")
+
 
 @dataclass
 class PruneConfig(Options):
@@ -44,6 +46,18 @@ class PruneConfig(Options):
     )
     params: str | None = option(None, "The same, as a number of parameters, such as 80M.")
     bytes: str | None = option(None, "The same, as the size of the weights, such as 150MB.")
+    latency: str | None = option(
+        None,
+        "The student takes at most this long for a token that it writes, such as 20ms, or 0.5x of what the model does. "
+        "It is measured here, one text at a time.",
+    )
+    search: int | None = option(
+        None,
+        "So many shapes of the size to reach are tried, each taught a little, and that with the lowest loss on texts "
+        "that were not taught is kept. Killed, it goes on.",
+        at_least=2,
+    )
+    search_steps: int = option(20, "Each is taught for so many steps of 8 blocks.", needs="search", at_least=1)
     calibration: str = option(
         "stdlib",
         "Layers are measured on these texts: a Hub id, a folder, a file, or `stdlib`. SOURCE:SPLIT names the split.",
@@ -73,7 +87,7 @@ class PruneConfig(Options):
     @property
     def goals(self) -> dict[str, str]:
         """The size to reach, of which there is one at most."""
-        return {name: goal for name in ("target", "params", "bytes") if (goal := getattr(self, name)) is not None}
+        return {name: goal for name in GOALS if (goal := getattr(self, name)) is not None}
 
     def conflicts(self) -> dict[str, Any]:
         shape = [*(["layers"] if self.layers else []), *self.sizes]
@@ -82,6 +96,7 @@ class PruneConfig(Options):
             "method (layers says which)": len(self.layers) > 1 and is_chosen(self, "method"),
             "method (no layer goes)": not (self.layers or goals) and is_chosen(self, "method"),
             f"{', '.join(shape)} ({', '.join(goals)} chooses the shape)": shape and goals,
+            "search (no size is to be reached: give --target 0.5x, or another)": self.search is not None and not goals,
             f"{', '.join(goals[1:])} ({goals[0] if goals else ''} says how large)": len(goals) > 1,
         }
 

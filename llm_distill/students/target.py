@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import random
 import re
-from collections.abc import Iterator, Mapping
+from bisect import bisect_left
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from llm_distill.loading import LOADING_ERRORS
 from llm_distill.models import decoder_layers, millions
@@ -17,6 +20,13 @@ from llm_distill.students.cut import config_of_layers
 from llm_distill.students.prune import config_of_width, width_of
 
 SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+AMOUNTS = {
+    "target": ("x", "0.5x"),
+    "params": ("", "80M"),
+    "bytes": ("B", "150MB"),
+    "latency": ("x|ms", "20ms, of a token, or 0.5x"),
+}
+"""Of each option that is a size to reach, its units and an example."""
 STEPS = (
     ("intermediate_size", 1 / 2),
     ("hidden_size", 1 / 2),
@@ -24,6 +34,8 @@ STEPS = (
     ("num_attention_heads", 1 / 2),
 )
 """Narrower, one after the other, down to which share: neurons first, heads last (Minitron, arXiv:2407.14679)."""
+LEAST_SHARE = 0.9
+"""Of the cost that is allowed: shapes that cost less are too small to be held against the others."""
 
 
 class Shape(NamedTuple):
@@ -36,44 +48,88 @@ class Shape(NamedTuple):
     parameters: int
 
 
-def propose_shapes(model: PreTrainedModel, parameters: int) -> list[Shape]:
-    """The largest shapes of at most so many parameters that have fewer layers, narrower ones, or half and half.
+Cost = Callable[[PreTrainedModel, int, Mapping[str, int]], float]
+"""What so many layers of these widths cost: parameters, or the milliseconds of a token."""
+
+
+def propose_shapes(
+    model: PreTrainedModel, limit: float, cost: Cost | None = None, write: Callable[[Any], str] = millions
+) -> list[Shape]:
+    """The largest shapes of at most this cost that have fewer layers, narrower ones, or half and half.
+
+    Args:
+        cost: `count_parameters`, unless told otherwise.
+        write: how a cost is written in messages.
 
     Raises:
-        ValueError: there is none, or the model is as small already.
+        ValueError: there is none, or the model costs no more already.
     """
-    total, whole = len(decoder_layers(model)), model.num_parameters()
-    if parameters >= whole:
-        raise ValueError(f"a target of {millions(parameters)} is no smaller: the model has {millions(whole)}.")
-    depths = {count: count_parameters(model, count, {}) for count in range(1, total + 1)}
+    cost = cost or count_parameters
+    total, whole, widths = len(decoder_layers(model)), cost(model, len(decoder_layers(model)), {}), [*narrower(model)]
+    if limit >= whole:
+        raise ValueError(f"a target of {write(limit)} is no smaller: the model has {write(whole)}.")
+    depths = [(layers, dict[str, int]()) for layers in range(total, 0, -1)]
+    halfway = first_within(model, depths, (whole + limit) / 2, cost)
     paths = {
-        "fewer layers": max((n for n, size in depths.items() if size <= parameters), default=None),
-        "narrower": total,
-        "both": max((n for n, size in depths.items() if size <= (whole + parameters) / 2), default=None),
+        "fewer layers": depths,
+        "narrower": [(total, sizes) for sizes in widths],
+        "both": [(halfway[0], sizes) for sizes in widths] if halfway else [],
     }
-    shapes, smallest = [], whole
-    for name, layers in paths.items():
-        for sizes in [{}] if name == "fewer layers" else narrower(model):
-            size = whole if layers is None else count_parameters(model, layers, sizes)
-            if layers is not None and size <= parameters:
-                shapes.append(Shape(name, layers, sizes, size))
-                break
+    shapes = []
+    for name, path in paths.items():
+        if found := first_within(model, path, limit, cost):
+            shapes.append(Shape(name, *found, count_parameters(model, *found)))
     if not shapes:
-        smallest = min(depths[1], *(count_parameters(model, 1, sizes) for sizes in narrower(model)))
         embedding = model.get_input_embeddings().weight.numel()
         raise ValueError(
-            f"a target of {millions(parameters)} is below the floor: the embeddings alone have {millions(embedding)}, "
-            f"and the smallest shape of one layer {millions(smallest)}. Choose a larger target, or another model."
+            f"a target of {write(limit)} is below the floor: the embeddings alone have {millions(embedding)}, and the "
+            f"smallest shape of one layer {write(min(cost(model, 1, sizes) for sizes in (widths[0], widths[-1])))}. "
+            "Choose a larger target, or another model."
         )
     return shapes
 
 
-def narrower(model: PreTrainedModel) -> Iterator[dict[str, int]]:
-    """Widths that become smaller step by step, as far as the family has them and allows them."""
+def search_shapes(
+    model: PreTrainedModel, limit: float, count: int, cost: Cost | None = None, write: Callable[[Any], str] = millions
+) -> list[Shape]:
+    """`propose_shapes`, and others of about the same cost until there are `count`, as far as there are so many.
+
+    They are drawn from all depths, numbers of channels and of heads; as many neurons are left as the cost allows.
+    Raises ValueError as `propose_shapes` does.
+    """
+    cost = cost or count_parameters
+    shapes = propose_shapes(model, limit, cost, write)
+    channels, heads, neurons = (
+        [*narrower(model, [(option, share)])]
+        for option, share in (("hidden_size", 1 / 2), ("num_attention_heads", 1 / 2), ("intermediate_size", 1 / 4))
+    )
+    grid = [*itertools.product(range(1, len(decoder_layers(model)) + 1), channels, heads)]
+    random.Random(0).shuffle(grid)
+    for layers, *sizes in grid:
+        if len(shapes) >= count:
+            break
+        path = [(layers, sizes[0] | sizes[1] | fewer) for fewer in neurons]
+        found = first_within(model, path, limit, cost)
+        is_new = found is not None and found not in [(shape.layers, shape.sizes) for shape in shapes]
+        if found is not None and is_new and cost(model, *found) >= LEAST_SHARE * limit:
+            shapes.append(Shape(f"shape {len(shapes) + 1}", *found, count_parameters(model, *found)))
+    return shapes[:count]
+
+
+def first_within(
+    model: PreTrainedModel, path: Sequence[tuple[int, dict[str, int]]], limit: float, cost: Cost
+) -> tuple[int, dict[str, int]] | None:
+    """The first of ever cheaper shapes, as (layers, sizes), that costs no more than the limit, if there is one."""
+    place = bisect_left(path, True, key=lambda shape: cost(model, *shape) <= limit)
+    return path[place] if place < len(path) else None
+
+
+def narrower(model: PreTrainedModel, steps: Sequence[tuple[str, float]] = STEPS) -> Iterator[dict[str, int]]:
+    """Widths that become smaller step by step, down to which share, as far as the family has them and allows them."""
     sizes: dict[str, int] = {}
     yield sizes
     heads = getattr(model.config.get_text_config(), "num_attention_heads", 1)
-    for option, share in STEPS:
+    for option, share in steps:
         try:
             width = width_of(model, option)
         except LOADING_ERRORS:
@@ -93,20 +149,24 @@ def multiple_of(width: int) -> int:
     return next((step for step in (64, 32, 16, 8) if width >= 16 * step), 4)
 
 
-def count_parameters(model: PreTrainedModel, layers: int, sizes: Mapping[str, int]) -> int:
-    """Of a student of this shape; where layers differ, of evenly chosen ones."""
+def config_of_shape(model: PreTrainedModel, layers: int, sizes: Mapping[str, int]) -> PreTrainedConfig:
+    """The configuration of a student of this shape; where layers differ, of evenly chosen ones."""
     config = config_of_layers(model.config, even_layers(len(decoder_layers(model)), layers))
     for option, size in sizes.items():
         config = config_of_width(config, option, size)
+    return type(config).from_dict(config.to_dict())
+
+
+def count_parameters(model: PreTrainedModel, layers: int, sizes: Mapping[str, int]) -> int:
+    """Of a student of this shape."""
     with torch.device("meta"):
-        return type(model)(type(config).from_dict(config.to_dict())).num_parameters()
+        return type(model)(config_of_shape(model, layers, sizes)).num_parameters()
 
 
-def parse_amount(name: str, text: Any) -> float:
-    """The number that 80M, 1.5B, 150MB or 0.5x means. Raises ValueError for other words, naming the option."""
-    unit = {"target": "x", "params": "", "bytes": "B"}[name]
-    match = re.fullmatch(rf"(\d+(?:\.\d*)?|\.\d+)\s*([KMGB]?){unit}", str(text).strip(), flags=re.IGNORECASE)
-    if match is None or float(match[1]) == 0 or (name == "target" and match[2]):
-        example = {"target": "0.5x", "params": "80M", "bytes": "150MB"}[name]
-        raise ValueError(f"{name} must be an amount such as {example}, got {text!r}.")
-    return float(match[1]) * SCALES[match[2].upper()]
+def parse_amount(name: str, text: Any) -> tuple[float, str]:
+    """The number and unit of 80M, 1.5B, 150MB, 20ms or 0.5x. Raises ValueError for other words, naming the option."""
+    units, examples = AMOUNTS[name]
+    match = re.fullmatch(rf"(\d+(?:\.\d*)?|\.\d+)\s*([KMGB]?)({units})", str(text).strip(), flags=re.IGNORECASE)
+    if match is None or float(match[1]) == 0 or (match[2] and name in ("target", "latency")):
+        raise ValueError(f"{name} must be an amount such as {examples}, got {text!r}.")
+    return float(match[1]) * SCALES[match[2].upper()], match[3].lower()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from runs import save
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerBase
 
+from llm_distill.cli import prune as prune_module
 from llm_distill.cli.prune import prune
 from llm_distill.cli.train import train
 from llm_distill.students.smaller import kept_layers
+from llm_distill.students.speed import Latency
 
 
 @pytest.fixture
@@ -89,8 +92,64 @@ def test_a_shape_is_chosen_for_a_size(
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
     assert student.num_parameters() <= 0.7 * AutoModelForCausalLM.from_pretrained(tmp_path / "teacher").num_parameters()
     record = json.loads((tmp_path / "cut" / "pruning.json").read_text())
-    losses = [float(line.split("|")[-2]) for line in shown.splitlines() if line.startswith("|") and "MB" in line]
-    assert round(record["loss"]["student"], 3) == min(losses[1:])
+    assert round(record["loss"]["student"], 3) == min(float(row[-1]) for row in table_of(shown)[1:])
+
+
+def table_of(shown: str) -> list[list[str]]:
+    """The rows of the last table, without its header."""
+    rows = [line for line in shown.split("\n\n")[-2].splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows[2:]]
+
+
+def test_a_search_teaches_shapes_of_equal_size_keeps_the_best_and_goes_on_after_a_kill(
+    tmp_path: Path, options: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del options["layers"]
+    search = options | {"target": "0.7x", "search": "4", "search_steps": "2", "calibration_length": "8"}
+    tried = prune_module._try
+
+    def killed(shape: Any, *rest: Any) -> Any:
+        if shape.name == "shape 4":
+            raise KeyboardInterrupt
+        return tried(shape, *rest)
+
+    monkeypatch.setattr(prune_module, "_try", killed)
+    with pytest.raises(SystemExit):
+        prune(as_flags(search))
+    log = json.loads((tmp_path / "cut" / "search.json").read_text())
+    assert [row["name"] for row in log["rows"]] == ["fewer layers", "narrower", "both"]
+    monkeypatch.undo()
+    assert "search_steps: search.json has 2, asked for is 3" in refused(
+        capsys, prune, as_flags(search | {"search_steps": "3"})
+    )
+    prune(as_flags(search))
+    model, *rows = table_of(capsys.readouterr().out)
+    log = json.loads((tmp_path / "cut" / "search.json").read_text())
+    assert [row["name"] for row in log["rows"]] == ["fewer layers", "narrower", "both", "shape 4"]
+    assert [row[-1] for row in rows] == [f"{row['taught']:.3f}" for row in log["rows"]]
+    assert log["rows"][0]["taught"] < log["rows"][0]["loss"]
+    whole, *sizes = (float(row[5].removesuffix(" M")) for row in (model, *rows))
+    assert all(size <= 0.71 * whole for size in sizes)
+    assert all(size >= 0.6 * whole for size in sizes[3:])
+    assert all(float(cell.replace(",", "")) > 0 for row in rows for cell in row[7:10])
+    best = min(log["rows"], key=lambda row: row["taught"])
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "cut")
+    shape = [getattr(student.config, name) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+    assert shape == [best[name] for name in ("layers", "hidden_size", "intermediate_size")]
+    record = json.loads((tmp_path / "cut" / "pruning.json").read_text())
+    assert record["loss"]["student"] == best["loss"]  # what is kept has not been taught
+
+
+def test_a_shape_is_chosen_for_a_latency_that_is_measured(
+    tmp_path: Path, options: dict[str, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del options["layers"]
+    monkeypatch.setattr(Latency, "__call__", lambda self, model, layers, sizes: 3.0 * layers + len(sizes))
+    prune(as_flags(options | {"latency": "7ms"}))
+    assert len(kept_layers(tmp_path / "cut")) == 2
+    assert "a target of 1 ms a token is below the floor" in refused(
+        capsys, prune, as_flags(options | {"latency": "1ms", "output_dir": str(tmp_path / "other")})
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,6 +166,10 @@ def test_a_shape_is_chosen_for_a_size(
         ({"layers": None, "target": "1.5x"}, ["no smaller"]),
         ({"layers": None, "params": "10K"}, ["below the floor", "embeddings alone", "0.01 M"]),
         ({"layers": None, "params": "10K", "bytes": "1MB"}, ["without effect", "bytes"]),
+        ({"layers": None, "latency": "fast"}, ["latency", "20ms", "'fast'"]),
+        ({"search": "5"}, ["without effect", "search", "--target"]),
+        ({"layers": None, "target": "0.7x", "search_steps": "3"}, ["search_steps"]),
+        ({"layers": None, "target": "0.7x", "search": "3", "calibration_length": "512"}, ["compares on others"]),
         ({"layers": "2", "target": "0.5x"}, ["without effect", "layers", "target"]),
         ({"layers": None, "hidden_size": "24", "method": "even"}, ["without effect", "no layer goes"]),
         ({"layers": "1 2", "method": "even"}, ["without effect", "method"]),

@@ -10,11 +10,12 @@ import torch
 from families import tiny_model
 from tiny import tiny_llama
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from llm_distill.students.options import WIDTHS
 from llm_distill.students.prune import measure_importances, most_important, prune_widths, width_of
-from llm_distill.students.target import count_parameters, multiple_of, parse_amount, propose_shapes
+from llm_distill.students.speed import Latency, measure_speed, parameters_read
+from llm_distill.students.target import count_parameters, multiple_of, parse_amount, propose_shapes, search_shapes
 
 SIZES = {"intermediate_size": 40, "hidden_size": 24, "num_attention_heads": 2, "num_experts": 3}
 DENSE, EXPERTS = WIDTHS[:3], WIDTHS[1:]
@@ -174,9 +175,39 @@ def test_shapes_for_a_size_are_the_largest_that_fit() -> None:
     assert multiple_of(576) == 32
 
 
+def test_speed_is_measured_whatever_ends_a_text_and_each_shape_once() -> None:
+    model = tiny_llama(1, num_hidden_layers=4)
+    model.generation_config = own = GenerationConfig(eos_token_id=list(range(320)), do_sample=True)
+    assert min(measure_speed(model)) > 0
+    assert model.generation_config is own
+    latency = Latency()
+    assert latency(model, 1, {"intermediate_size": 8}) == latency(model, 1, {"intermediate_size": 8}) > 0
+    untied = model.num_parameters() - 320 * 32
+    assert parameters_read(model) == untied
+    assert parameters_read(tiny_llama(1, num_hidden_layers=4, tie_word_embeddings=True)) == untied
+
+
+def test_a_search_draws_different_shapes_of_about_the_same_size() -> None:
+    model = tiny_llama(1, num_hidden_layers=6)
+    target = int(0.6 * model.num_parameters())
+    shapes = search_shapes(model, target, 6)
+    assert len(shapes) == len({(shape.layers, *sorted(shape.sizes.items())) for shape in shapes}) == 6
+    assert all(shape.parameters <= target for shape in shapes)
+    assert all(shape.parameters >= 0.9 * target for shape in shapes[3:])
+    assert len({shape.layers for shape in shapes}) > 2
+    assert search_shapes(model, target, 2) == propose_shapes(model, target)[:2]
+
+
 @pytest.mark.parametrize(
     ("name", "text", "amount"),
-    [("target", "0.5x", 0.5), ("params", "80M", 80e6), ("params", "1.5B", 1.5e9), ("bytes", "150MB", 150e6)],
+    [
+        ("target", "0.5x", (0.5, "x")),
+        ("params", "80M", (80e6, "")),
+        ("params", "1.5B", (1.5e9, "")),
+        ("bytes", "150MB", (150e6, "b")),
+        ("latency", "20 ms", (20, "ms")),
+        ("latency", "0.5x", (0.5, "x")),
+    ],
 )
-def test_amounts_are_read_as_people_write_them(name: str, text: str, amount: float) -> None:
+def test_amounts_are_read_as_people_write_them(name: str, text: str, amount: tuple[float, str]) -> None:
     assert parse_amount(name, text) == amount
