@@ -53,11 +53,8 @@ class Latency:
     def __call__(self, model: PreTrainedModel, layers: int, sizes: Mapping[str, int]) -> float:
         key = json.dumps([layers, dict(sizes)], sort_keys=True)
         if key not in self.measured:
+            config, attention = config_of_shape(model, layers, sizes), model.config._attn_implementation
             with torch.device(model.device):
-                shape = type(model)._from_config(
-                    config_of_shape(model, layers, sizes),
-                    dtype=model.dtype,
-                    attn_implementation=model.config._attn_implementation,
-                )
+                shape = type(model)._from_config(config, dtype=model.dtype, attn_implementation=attention)
             self.measured[key] = 1000 / measure_speed(shape.eval()).decode
         return self.measured[key]

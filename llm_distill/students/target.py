@@ -108,6 +108,8 @@ def search_shapes(
     for layers, *sizes in grid:
         if len(shapes) >= count:
             break
+        if not is_allowed(model, sizes[0] | sizes[1]):
+            continue
         path = [(layers, sizes[0] | sizes[1] | fewer) for fewer in neurons]
         found = first_within(model, path, limit, cost)
         is_new = found is not None and found not in [(shape.layers, shape.sizes) for shape in shapes]
@@ -139,9 +141,18 @@ def narrower(model: PreTrainedModel, steps: Sequence[tuple[str, float]] = STEPS)
         if option == "hidden_size":  # many a family asks for a multiple of its heads
             step = min(math.lcm(step, heads), math.lcm(8, heads), key=lambda step: (step > largest / 8, -step))
         for size in range(sizes.get(option, largest) // step * step, 0, -step):
-            if largest * share <= size < sizes.get(option, largest):
+            if largest * share <= size < sizes.get(option, largest) and is_allowed(model, sizes | {option: size}):
                 sizes = sizes | {option: size}
                 yield sizes
+
+
+def is_allowed(model: PreTrainedModel, sizes: Mapping[str, int]) -> bool:
+    """Whether the family's configuration can be of these widths."""
+    try:
+        config_of_shape(model, len(decoder_layers(model)), sizes)
+    except LOADING_ERRORS:
+        return False
+    return True
 
 
 def multiple_of(width: int) -> int:
@@ -159,8 +170,9 @@ def config_of_shape(model: PreTrainedModel, layers: int, sizes: Mapping[str, int
 
 def count_parameters(model: PreTrainedModel, layers: int, sizes: Mapping[str, int]) -> int:
     """Of a student of this shape."""
+    config = config_of_shape(model, layers, sizes)
     with torch.device("meta"):
-        return type(model)(config_of_shape(model, layers, sizes)).num_parameters()
+        return type(model)(config).num_parameters()
 
 
 def parse_amount(name: str, text: Any) -> tuple[float, str]:

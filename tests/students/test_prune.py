@@ -15,7 +15,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from llm_distill.students.options import WIDTHS
 from llm_distill.students.prune import measure_importances, most_important, prune_widths, width_of
 from llm_distill.students.speed import Latency, measure_speed, parameters_read
-from llm_distill.students.target import count_parameters, multiple_of, parse_amount, propose_shapes, search_shapes
+from llm_distill.students.target import (
+    count_parameters,
+    multiple_of,
+    narrower,
+    parse_amount,
+    propose_shapes,
+    search_shapes,
+)
 
 SIZES = {"intermediate_size": 40, "hidden_size": 24, "num_attention_heads": 2, "num_experts": 3}
 DENSE, EXPERTS = WIDTHS[:3], WIDTHS[1:]
@@ -196,6 +203,8 @@ def test_a_search_draws_different_shapes_of_about_the_same_size() -> None:
     assert all(shape.parameters >= 0.9 * target for shape in shapes[3:])
     assert len({shape.layers for shape in shapes}) > 2
     assert search_shapes(model, target, 2) == propose_shapes(model, target)[:2]
+    heads = narrower(tiny_llama(1, hidden=128, num_key_value_heads=4), [("num_attention_heads", 1 / 2)])
+    assert [*heads] == [{}, {"num_attention_heads": 2}]  # 3 of the family do not divide 128
 
 
 @pytest.mark.parametrize(
