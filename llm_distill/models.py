@@ -519,7 +519,8 @@ def different_ids(teachers: str, student: PreTrainedTokenizerBase, what: str) ->
     return ValueError(
         f"the teacher's tokenizer ({teachers}) and the student's ({len(student.get_vocab()):,} tokens, "
         f"{type(student).__name__}) give different ids for {what}, so their distributions cannot be compared token by "
-        "token. Distil from the teacher's text instead (sequence-level distillation), or give both the same tokenizer."
+        "token. A teacher in memory is aligned by its bytes (teacher_alignment: auto); otherwise distil from the "
+        "teacher's text (sequence-level distillation), or give both the same tokenizer."
     )
 
 

@@ -31,7 +31,11 @@ WRITTEN = "written"
 WEIGHTS = "weights"
 """Where a batch says what each of its labels weighs in the loss, [batch, time], if it is not 1 each."""
 
-NO_INPUTS = ("labels", SIGNAL, TEACHER, WRITTEN, WEIGHTS)
+GROUPS = "groups"
+"""Where a batch, and what its teacher reads in other tokens, says in which group of tokens each label is, [batch,
+time]: those of one number end at the same byte; -1 is none."""
+
+NO_INPUTS = ("labels", SIGNAL, TEACHER, WRITTEN, WEIGHTS, GROUPS)
 """What a batch carries that no model's forward takes."""
 
 Batch = Mapping[str, Any]
@@ -61,6 +65,8 @@ class View(NamedTuple):
     positions: Positions
     fetched: Mapping[str, Tensor] | None = None
     """What the teacher's reader has put beside it, where the batch was made."""
+    groups: tuple[Int[Tensor, " student_rows"], Int[Tensor, " rows"]] | None = None
+    """Where the teacher reads other tokens: the group of each of the student's rows, and of each of its own."""
 
     @classmethod
     def of(cls, batch: Batch) -> View:
@@ -73,7 +79,8 @@ class View(NamedTuple):
 
     @classmethod
     def of_teacher(cls, batch: Batch) -> View:
-        """What the teacher reads of a batch: what the student reads, or another text with the same tokens that count.
+        """What the teacher reads of a batch: what the student reads, or another text with the same tokens that count,
+        or the same text in other tokens.
 
         Raises:
             ValueError: other tokens count.
@@ -81,6 +88,11 @@ class View(NamedTuple):
         if TEACHER not in batch:
             return cls.of(batch)
         view = cls.of(batch[TEACHER])._replace(fetched=batch.get(SIGNAL))
+        if GROUPS in batch:
+            rows = counted_rows(batch["labels"]), view.positions
+            groups = batch[GROUPS], batch[TEACHER][GROUPS]
+            student, teacher = (of[at.sample, at.position + 1] for of, at in zip(groups, rows, strict=True))
+            return view._replace(groups=(student, teacher))
         if not torch.equal(view.positions.targets, counted_rows(batch["labels"]).targets):
             raise ValueError(
                 f"what the teacher reads of a batch (`{TEACHER}`) has other tokens that count than what the student "

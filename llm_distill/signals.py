@@ -1,4 +1,4 @@
-"""What a teacher says about N rows (the positions of a batch that count), in one of four forms.
+"""What a teacher says about N rows (the positions of a batch that count), in one of five forms.
 
 | signal | holds | serves |
 |---|---|---|
@@ -7,6 +7,7 @@
 | `SparseSignal` with tail | the top k tokens, the mass outside | every divergence, of k + 1 cells (a lower bound) |
 | `SparseSignal` without | sampled tokens, their weights | forward KL's gradient, without bias |
 | `TokenSignal` | the log-probability of the text's own next token | reverse KL's gradient, of sampled text |
+| `AlignedSignal` | one of the first two about other tokens of the same text | see `losses/cross_tokenizer.py` |
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -226,4 +227,88 @@ class TokenSignal:
             )
 
 
-Signal = HiddenSignal | MixtureSignal | SparseSignal | TokenSignal
+class Vocabulary(NamedTuple):
+    """What is known of the tokens of one side."""
+
+    cell: Int[Tensor, " vocab"]
+    """The outcome that a token is in, of those that both sides have."""
+    rank: Int[Tensor, " vocab"]
+    """Its place in the order of their bytes."""
+    end: Int[Tensor, " vocab"]
+    """The place after the last token that begins with its bytes."""
+
+    def begins_with(self, tokens: Int[Tensor, " rows"]) -> Bool[Tensor, "rows vocab"]:
+        """Which tokens begin with the bytes of each of some."""
+        return (self.rank >= self.rank[tokens][:, None]) & (self.rank < self.end[tokens][:, None])
+
+
+class SharedTokens(NamedTuple):
+    """What two vocabularies have in common; see `alignment.Alignment.shared_tokens`."""
+
+    student: Vocabulary
+    teacher: Vocabulary
+    cells: int
+    """How many outcomes there are."""
+    pieces: Int[Tensor, "student_vocab pieces"]
+    """The teacher's tokens into which each of the student's is cut, in their order."""
+    weights: Float[Tensor, "student_vocab pieces"]
+    """How much of its probability goes to each: they sum to 1, or to 0 for a token that goes nowhere."""
+
+    def to(self, device: torch.device) -> SharedTokens:
+        """The same on another device."""
+        student, teacher = (
+            Vocabulary(*(tensor.to(device) for tensor in side)) for side in (self.student, self.teacher)
+        )
+        return SharedTokens(student, teacher, self.cells, self.pieces.to(device), self.weights.to(device))
+
+
+@dataclass(frozen=True)
+class AlignedSignal:
+    """What a teacher says in its own tokens of the text of the student's rows: groups of tokens end at the same byte.
+
+    The groups are numbered in the order of the rows of both sides; -1 is none.
+    """
+
+    signal: HiddenSignal | MixtureSignal
+    targets: Int[Tensor, " teacher_rows"]
+    """The teacher's next tokens."""
+    groups: Int[Tensor, " teacher_rows"]
+    student_groups: Int[Tensor, " rows"]
+    shared: SharedTokens
+
+    def __len__(self) -> int:
+        return len(self.student_groups)
+
+    @property
+    def vocab_size(self) -> int:
+        """The teacher's."""
+        return self.signal.vocab_size
+
+    @property
+    def members(self) -> tuple[HiddenSignal, ...]:
+        return self.signal.members
+
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return self.signal.weights
+
+    def select(self, rows: Bool[Tensor, " rows"]) -> AlignedSignal:
+        """The same of some of the student's rows: those of whole texts."""
+        groups = self.student_groups[rows]
+        of_teacher = torch.isin(self.groups, groups)
+        return replace(
+            self,
+            signal=self.signal.select(of_teacher),
+            targets=self.targets[of_teacher],
+            groups=self.groups[of_teacher],
+            student_groups=groups,
+        )
+
+    def broken_rows(self) -> Bool[Tensor, " rows"]:
+        return torch.isin(self.student_groups, self.groups[self.signal.broken_rows()])
+
+    def check(self, divergence: Divergence, temperature: float) -> None:
+        """What cannot be served, `Objective.align` has refused."""
+
+
+Signal = HiddenSignal | MixtureSignal | SparseSignal | TokenSignal | AlignedSignal

@@ -31,6 +31,7 @@ from llm_distill.data.completions import CompletionLog, print_completions
 from llm_distill.data.counts import StreamCounts, count_rows_left
 from llm_distill.data.on_policy import OnPolicy, require_sampled_text
 from llm_distill.data.on_policy_rows import add_empty_completions
+from llm_distill.data.other_tokens import AlignedCollator, refuse_unaligned
 from llm_distill.data.policy import Policy
 from llm_distill.data.prepare import PreparedData, add_teacher_texts, named_evaluation
 from llm_distill.data.teacher_of_row import NamesTeacher, has_teacher_of_row, number_teachers
@@ -60,6 +61,7 @@ from llm_distill.students.saving import require_disk, require_savable
 from llm_distill.teachers import Teacher, make_teacher
 from llm_distill.teachers.base import TellTeacher
 from llm_distill.teachers.ensemble import require_rated
+from llm_distill.teachers.other_tokens import OtherTokensTeacher, with_other_tokens
 
 if TYPE_CHECKING:
     from llm_distill.evaluation.report import GapReport
@@ -126,6 +128,9 @@ class DistillationTrainer(SFTTrainer):
         needed, trusted = self.objective.uses_teacher, args.trust_remote_code
         self.teacher = make_teacher(teacher, args, is_needed=needed, trust_remote_code=trusted)
         if self.teacher is not None:
+            self.teacher = with_other_tokens(self.teacher, tokenizer, args.teacher_alignment)
+            if self.is_aligned:
+                self.objective = self.objective.align(args.teacher_alignment)
             self.objective.require_served(self.teacher.can, type(self.teacher).__name__)
             require_sampled_text(self.teacher, args)
             divergences = self.objective.head.divergences
@@ -139,6 +144,8 @@ class DistillationTrainer(SFTTrainer):
         train, evaluation = number_teachers(getattr(self.teacher, "names", ()), args, train, evaluation)
         self.names_teachers = has_teacher_of_row(train, *named_evaluation(evaluation).values())
         self.reads_more = has_teacher_text(train, *named_evaluation(evaluation).values())
+        if self.is_aligned:
+            refuse_unaligned(args, self.reads_more, next(iter(train if train is not None else evaluation), {}))
         refuse_unread(args, self.teacher is not None and self.reads_more, self.objective.teacher_needs)
         if isinstance(model, str):
             model = load_student(model, args, sft.pop("quantization_config", None), sft.get("peft_config"))
@@ -203,6 +210,10 @@ class DistillationTrainer(SFTTrainer):
         if self.names_teachers:
             self.collate = NamesTeacher(self.collate)
             self.data_collator: Any = self.collate
+        if isinstance(self.teacher, OtherTokensTeacher):
+            assert self.teacher.alignment is not None, "it is fitted"
+            self.collate = AlignedCollator(self.collate, self.teacher.alignment, self.teacher.teacher.max_length)
+            self.data_collator = self.collate
         if self.reads_more:
             limits = filter(None, (self.args.teacher_max_length, self.teacher.max_length))
             self.collate = TwoViews(self.collate, min(limits, default=None))
@@ -213,6 +224,11 @@ class DistillationTrainer(SFTTrainer):
         self.add_callback(TellTeacher(self.teacher))
         if self.teacher.reader is not None and self.objective.uses_teacher:
             self.data_collator = checks.ReadingCollator(self.collate, self.teacher.reader)
+
+    @property
+    def is_aligned(self) -> bool:
+        """Whether the teacher has another tokenizer."""
+        return isinstance(self.teacher, OtherTokensTeacher)
 
     @property
     def data(self) -> PreparedData:
@@ -415,6 +431,11 @@ class DistillationTrainer(SFTTrainer):
 
         if self.teacher is None or self.eval_dataset is None:
             raise ValueError("a report holds the student against a teacher on an eval_dataset: give both.")
+        if self.is_aligned:
+            raise ValueError(
+                "the report compares token by token, and the teacher has another tokenizer: save the student, and run "
+                "`llm-distill evaluate`, which compares them by the byte."
+            )
         if self.accelerator.distributed_type in SHARDED:
             raise ValueError("the student is sharded: save it, and run `llm-distill evaluate` on what was saved.")
         report = report_on(

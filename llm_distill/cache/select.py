@@ -16,7 +16,7 @@ from llm_distill.cache.codec import ZSTD_LEVEL, encode, encode_hidden
 from llm_distill.cache.methods import Hidden, Method, SelectedTokens, TopK, in_entropy_steps
 from llm_distill.losses.fused.logits import logits_in_chunks
 from llm_distill.rows import Example
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal, TokenSignal
+from llm_distill.signals import AlignedSignal, HiddenSignal, MixtureSignal, Signal, SparseSignal, TokenSignal
 
 CHUNK_BYTES = 2**26
 """Of float32 log-probabilities at a time."""
@@ -40,7 +40,7 @@ def select(method: Method, signal: Signal, examples: Sequence[Example], temperat
         return hidden
     if isinstance(signal, SparseSignal):
         return _select_top(method, signal, examples)
-    assert not isinstance(signal, TokenSignal), "require_enough comes first"
+    assert not isinstance(signal, TokenSignal | AlignedSignal), "require_enough comes first"
     uniform = torch.from_numpy(np.concatenate([_uniform(example, seed) for example in examples]))
     chunks: list[SelectedTokens] = []
     if isinstance(signal, HiddenSignal):

@@ -14,10 +14,13 @@ from peft import PeftConfig, PeftModel
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import SFTTrainer
 
+from llm_distill.alignment import Alignment
+from llm_distill.check.alignment import alignment_findings
 from llm_distill.check.licences import check_licences
 from llm_distill.check.memory import MemoryEstimate, estimate_memory, size
 from llm_distill.check.report import Finding, Report, merged
 from llm_distill.check.sample import (
+    TEXTS,
     SampledTexts,
     measure_losses,
     paired_difference,
@@ -29,6 +32,7 @@ from llm_distill.check.sample import (
 from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import longest_sequence
 from llm_distill.data.on_policy_rows import prompt_lengths
+from llm_distill.data.prepare import spread_rows
 from llm_distill.data.teacher_view import IDS
 from llm_distill.heads import base_of, output_projection
 from llm_distill.loading import find_adapters, load_config, load_tokenizer
@@ -103,6 +107,9 @@ def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
     heads = [output_projection(model).weight for model in models]
     sizes = {len(head) for head in heads if head.dim() == 2 and head.shape[1] > 1 and len(head)}
     padded = f"; output matrices padded to {', '.join(f'{n:,}' for n in sorted(sizes))} rows" if len(sizes) > 1 else ""
+    if teacher.alignment is not None:
+        yield from alignment_findings(teacher.alignment, spread_rows(trainer.train_dataset, TEXTS))
+        return
     if any(member.tokenizer is None for member in teacher.models):
         yield Finding(
             "amber",
@@ -445,7 +452,7 @@ def check_configurations(
             same = "the same ids for the student's tokens"
             findings.append(_tokens(tokenizers["teacher"], tokenizers["student"], same))
         except ValueError as error:
-            findings.append(Finding("red", "tokenizers", str(error)))
+            findings.append(_aligned(tokenizers, args, error))
     if "student" in configs:
         if find_adapters(student, revision=revision) is not None:
             peft_config = PeftConfig.from_pretrained(student, revision=revision)
@@ -453,6 +460,18 @@ def check_configurations(
         findings.append(_least_memory(configs, args, peft_config, bits, dtype))
     findings += check_licences(named["student"], [named["teacher"]] if "teacher" in named else [])
     return Report(tuple(findings))
+
+
+def _aligned(tokenizers: dict[str, PreTrainedTokenizerBase], args: DistillationConfig, error: ValueError) -> Finding:
+    """Of tokenizers that give other ids, for which `error` would refuse them."""
+    if args.teacher_alignment == "none":
+        return Finding("red", "tokenizers", str(error))
+    try:
+        alignment = Alignment(tokenizers["student"], tokenizers["teacher"])
+    except ValueError as cause:
+        return Finding("red", "tokenizers", str(cause))
+    share = len(alignment.shared) / alignment.student.size
+    return Finding("green", "tokenizers", f"they differ and are aligned by bytes; {share:.0%} of the tokens are shared")
 
 
 def _least_memory(

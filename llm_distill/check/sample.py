@@ -166,7 +166,9 @@ def measure_losses(trainer: SFTTrainer, batches: list[Any], sample: SampledTexts
         if "teacher_ce" in values:
             texts = [example.rows for example in examples_of(view)]
             pairs = zip(values["teacher_ce"].double().split(texts), ce.split(texts), strict=True)
-            sample.losses += [TextLoss(float(t.sum()), float(s.sum()), len(s)) for t, s in pairs]
+            known = ((t, s, ~t.isnan()) for t, s in pairs)  # in other tokens, it does not speak of all
+            losses = (TextLoss(float(t[of].sum()), float(s[of].sum()), int(of.sum())) for t, s, of in known)
+            sample.losses += [loss for loss in losses if loss.tokens]
         if time.perf_counter() - began > SECONDS:
             break
 

@@ -61,7 +61,7 @@ def require_usable(
         longest = longest_sequence(dataset) or 0
         for role, max_length in contexts.items():
             refuse_past_context(longest, max_length, f"the {name} dataset", role)
-        for member in () if teacher is None else teacher.models:
+        for member in () if teacher is None or teacher.alignment is not None else teacher.models:
             if member.tokenizer is not None:
                 require_shared_tokens(dataset, name, member.tokenizer, data.tokenizer)
         if isinstance(data.collate, TwoViews):

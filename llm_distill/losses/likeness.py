@@ -14,7 +14,7 @@ from torch import Tensor
 from llm_distill.losses.fused.logits import top_tokens
 from llm_distill.losses.fused.task import NOTHING
 from llm_distill.models import Kept
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, SparseSignal, TokenSignal
+from llm_distill.signals import AlignedSignal, HiddenSignal, MixtureSignal, Signal, SparseSignal, TokenSignal
 
 ROWS, TOP_K = 8, 20
 """So many rows of a micro-batch are measured, evenly spread over those that the student wrote. Their logits are made
@@ -28,9 +28,11 @@ def measure_likeness(
     """At temperature 1, NaN where it is not measured: `reverse_kl` = KL(student‖teacher) in nats, where the teacher
     tells its whole distribution; `top_k_mass`, the student's probability of the teacher's TOP_K likeliest tokens, or of
     those that it names; `top_k_overlap`, the share of these that are among as many of the student's likeliest. Nothing
-    of a teacher that names single tokens.
+    of a teacher that names single tokens, or others than the student's.
     """
-    if isinstance(signal, TokenSignal) or (isinstance(signal, SparseSignal) and signal.log_tail is None):
+    if isinstance(signal, TokenSignal | AlignedSignal) or (
+        isinstance(signal, SparseSignal) and signal.log_tail is None
+    ):
         return {}
     own = written.nonzero()[:, 0]
     rows = own[:: max(1, -(-len(own) // ROWS))]

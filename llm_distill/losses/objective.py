@@ -13,8 +13,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from llm_distill.divergences import Divergence, make_divergence
+from llm_distill.divergences import Divergence, ForwardKL, make_divergence
 from llm_distill.losses.attention import AttentionMaps
+from llm_distill.losses.cross_tokenizer import aligned_head_loss
 from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.fused import fused_head_loss
 from llm_distill.losses.layers import options_of
@@ -26,7 +27,7 @@ from llm_distill.losses.rkd import RelationalKD
 from llm_distill.losses.selectivity import Selectivity
 from llm_distill.models import HEAD, Kept, Needs
 from llm_distill.rows import Positions
-from llm_distill.signals import Signal, TokenSignal
+from llm_distill.signals import AlignedSignal, Signal, TokenSignal
 
 Losses = tuple[Float[Tensor, ""], dict[str, Float[Tensor, " rows"]]]
 """A loss, summed over rows and divided by their number in the whole step, and what it was made of, per row."""
@@ -88,6 +89,8 @@ class HeadLoss:
     """How much the divergence weighs in a row, by what the teacher thinks there."""
     on_policy_divergence: Divergence | None = None
     """On what the student wrote; None for the same."""
+    alignment: str | None = None
+    """How a teacher of other tokens is compared, of `cross_tokenizer.METHODS`; None where it has the same."""
     buffer_mib: int | None = None
     """Memory for logits, which changes how fast it goes and not what comes out."""
 
@@ -151,6 +154,21 @@ class HeadLoss:
         weights: Tensor | None,
         num_rows: Tensor | int | None,
     ) -> Losses:
+        if isinstance(signal, AlignedSignal):
+            assert self.alignment is not None, "whoever aligns tokens says how they are compared"
+            return aligned_head_loss(
+                student.hidden,
+                student.head,
+                signal,
+                self.alignment,
+                self.divergence,
+                targets=targets,
+                row_weights=weights,
+                kd_weight=self.kd_weight,
+                ce_weight=self.ce_weight,
+                num_rows=num_rows,
+                buffer_mib=self.buffer_mib,
+            )
         return fused_head_loss(
             student.hidden,
             student.head,
@@ -203,6 +221,32 @@ class Objective:
     def fit(self, student: PreTrainedConfig, teacher: PreTrainedConfig) -> Objective:
         """The same for two models, with pairs of layers in place of rules. Raises ValueError as its terms do."""
         return replace(self, terms=tuple(term.fit(student, teacher) for term in self.terms))
+
+    def align(self, method: str) -> Objective:
+        """The same for a teacher of other tokens; `method` is `teacher_alignment`, and auto is `prefix`.
+
+        Raises:
+            ValueError: a temperature, a divergence or a term that cannot be between other tokens.
+        """
+        method = "prefix" if method == "auto" else method
+        head = replace(self.head, alignment=method)
+        if head.temperature != 1:
+            raise ValueError(
+                f"loss_temperature={head.temperature}: a teacher with another tokenizer is compared by how likely "
+                "pieces of text are too, which is so at temperature 1 alone. Leave it at 1."
+            )
+        others = sorted({repr(one) for one in head.divergences if not isinstance(one, ForwardKL)})
+        if method != "prefix" and others:
+            raise ValueError(
+                f"teacher_alignment={method} has a measure of its own, and {', '.join(others)} would have no effect: "
+                "leave the divergence out, or set teacher_alignment=prefix, which takes any."
+            )
+        if self.terms:
+            raise ValueError(
+                f"losses has {self.terms[0].name!r}, which compares states token by token, and the teacher has another "
+                "tokenizer: leave that term out."
+            )
+        return replace(self, head=head)
 
     @property
     def uses_teacher(self) -> bool:
@@ -257,6 +301,8 @@ class Objective:
         del record["buffer_mib"]  # how it is computed, not what
         if self.head.kd_row_weights == "equal":
             del record["kd_row_weights"]
+        if self.head.alignment is None:
+            del record["alignment"]
         if record.pop("on_policy_divergence") is not None:
             record["on_policy_divergence"] = repr(self.head.on_policy_divergence)
         if self.terms:

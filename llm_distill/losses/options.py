@@ -81,6 +81,14 @@ class ObjectiveOptions(Options):
         "This is the weight of the cross-entropy with the text itself (hard labels). What the student wrote itself is "
         "not imitated.",
     )
+    teacher_alignment: str = option(
+        "auto",
+        "A teacher with another tokenizer reads the same text in its own tokens, and both are compared where tokens of "
+        "both end at the same byte: by what begins with the same tokens (prefix, which auto takes where the tokenizers "
+        "differ, and which takes any divergence), or as published (xtoken, alm, uld), which goes with a ce_weight such "
+        "as 0.1. With none, such a teacher is refused.",
+        choices=("auto", "none", "prefix", "xtoken", "alm", "uld"),
+    )
     losses: list[dict[str, Any]] | str | None = option(
         None,
         "More terms stand beside these, as JSON or YAML: a list of {name, weight, layers}, or in short `{hidden: 0.1, "

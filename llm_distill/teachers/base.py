@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from torch import nn
 from transformers import PreTrainedTokenizerBase, TrainerCallback
 
+from llm_distill.alignment import Alignment
 from llm_distill.divergences import Divergence
 from llm_distill.models import HEAD, LanguageModel, Needs, millions
 from llm_distill.probes import Collator
@@ -37,6 +38,8 @@ class Teacher(ABC):
     """
     is_student: bool = False
     """Whether it is the student itself, in another state."""
+    alignment: Alignment | None = None
+    """Where it reads other tokens than the student: how a text in those becomes one in its own."""
     is_stored: bool = False
     """Whether all that it can say was said before, so that a text may be unknown to it."""
 

@@ -159,9 +159,11 @@ def test_weights_that_are_missing_are_named(tmp_path: Path, run: dict[str, Any])
     assert found["student"].level == found["tokenizers"].level == "green"
 
 
-def test_another_tokenizer_is_red(tmp_path: Path, run: dict[str, Any], texts: Dataset) -> None:
+def test_another_tokenizer_that_shall_not_be_aligned_is_red(
+    tmp_path: Path, run: dict[str, Any], texts: Dataset
+) -> None:
     train_tokenizer(texts.select(range(5)), 300).save_pretrained(tmp_path / "teacher")
-    found = checked(tmp_path, run, status=1)
+    found = checked(tmp_path, run | {"teacher_alignment": "none"}, status=1)
     assert found["tokenizers"].level == "red"
     assert "sequence-level" in found["tokenizers"].text
     assert found["teacher"].level == found["memory"].level == "green"

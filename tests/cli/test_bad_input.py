@@ -173,7 +173,7 @@ def trained_on_other_text(tokenizer: PreTrainedTokenizerBase) -> PreTrainedToken
 
 
 @pytest.mark.parametrize("other", [with_two_ids_exchanged, trained_on_other_text])
-def test_vocabularies_of_equal_size_with_other_ids_are_refused(
+def test_vocabularies_of_equal_size_with_other_ids_are_refused_or_aligned(
     build: Build,
     refused: Refused,
     tokenizer: PreTrainedTokenizerBase,
@@ -182,7 +182,8 @@ def test_vocabularies_of_equal_size_with_other_ids_are_refused(
     teachers = other(tokenizer)
     assert len(teachers) == len(tokenizer)
     with refused(f"{VOCAB} tokens", "different ids", " against ", "sequence-level distillation"):
-        build(teacher=LiveTeacher(tiny_llama(2), teachers))
+        build({"teacher_alignment": "none"}, teacher=LiveTeacher(tiny_llama(2), teachers))
+    assert build(teacher=LiveTeacher(tiny_llama(2), teachers)).is_aligned  # and never compared id by id
 
 
 def test_a_matrix_smaller_than_the_vocabulary_is_refused(

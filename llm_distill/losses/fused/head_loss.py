@@ -100,7 +100,7 @@ def fused_head_loss(
         task = HeadLossTask(
             student=student,
             signal=signal,
-            teachers=_opened_teachers(signal, statistics_dtype(student.hidden.dtype), opened),
+            teachers=opened_teachers(signal, statistics_dtype(student.hidden.dtype), opened),
             divergence=divergence,
             temperature=temperature,
             kd_weight=kd_weight,
@@ -252,7 +252,7 @@ def opened_projection(
 
 
 @torch.no_grad()
-def _opened_teachers(signal: Signal | None, statistics: torch.dtype, stack: ExitStack) -> list[Projection]:
+def opened_teachers(signal: Signal | None, statistics: torch.dtype, stack: ExitStack) -> list[Projection]:
     """The heads of a signal's members, opened once for all rows."""
     opened = []
     for member in () if signal is None else signal.members:
