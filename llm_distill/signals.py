@@ -288,10 +288,6 @@ class AlignedSignal:
     def members(self) -> tuple[HiddenSignal, ...]:
         return self.signal.members
 
-    @property
-    def weights(self) -> tuple[float, ...]:
-        return self.signal.weights
-
     def select(self, rows: Bool[Tensor, " rows"]) -> AlignedSignal:
         """The same of some of the student's rows: those of whole texts."""
         groups = self.student_groups[rows]

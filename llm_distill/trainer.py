@@ -145,7 +145,8 @@ class DistillationTrainer(SFTTrainer):
         self.names_teachers = has_teacher_of_row(train, *named_evaluation(evaluation).values())
         self.reads_more = has_teacher_text(train, *named_evaluation(evaluation).values())
         if self.is_aligned:
-            refuse_unaligned(args, self.reads_more, next(iter(train if train is not None else evaluation), {}))
+            data = [*filter(None, [train]), *named_evaluation(evaluation).values()]
+            refuse_unaligned(args, self.reads_more, self.names_teachers, next(iter(data[0]), {}) if data else {})
         refuse_unread(args, self.teacher is not None and self.reads_more, self.objective.teacher_needs)
         if isinstance(model, str):
             model = load_student(model, args, sft.pop("quantization_config", None), sft.get("peft_config"))

@@ -90,7 +90,7 @@ class OnPolicy(Policy):
         collate: Collate,
         accelerator: Accelerator,
     ) -> None:
-        """Makes a writer of the student. An end token of the teacher's ends its texts too.
+        """Makes a writer of the student. An end token of the teacher's, if it has the same tokens, ends its texts too.
 
         Raises:
             ValueError: a teacher that knows stored texts alone, FSDP 1, a student with a learned prompt, or one that
@@ -108,7 +108,7 @@ class OnPolicy(Policy):
         self.writer = make_writer(self.options, student, tokenizer, self.sampling, accelerator)
         self.collate, self.accelerator = collate, accelerator
         self.ends = {"student": {*self.writer.ends}, "teacher": set[int]()}
-        for model in () if teacher is None else teacher.models:
+        for model in () if teacher is None or teacher.alignment is not None else teacher.models:
             ends = model.model.generation_config.eos_token_id
             own = model.tokenizer.eos_token_id if model.tokenizer is not None else None
             self.ends["teacher"] |= {own, *(ends if isinstance(ends, list) else [ends])} - {None}

@@ -12,7 +12,7 @@ from datasets import Dataset
 from llm_distill.data.policy import Row
 from llm_distill.data.teacher_view import IDS, LABELS
 from llm_distill.data.validate import BATCH
-from llm_distill.rows import IGNORED, TEACHER
+from llm_distill.rows import GROUPS, IGNORED, TEACHER
 
 NO_PROMPT = (
     "on_policy_share needs prompts, and a text begins with what is to be learned: give rows of prompt and completion "
@@ -21,9 +21,9 @@ NO_PROMPT = (
 
 
 def rows_of(batch: dict[str, Any]) -> Iterator[Row]:
-    """The rows of a padded batch, each with what the teacher reads in its place if that is something else."""
+    """The rows of a padded batch, each with what the teacher reads in its place if that is another text."""
     mask = batch["attention_mask"].bool()
-    of_teacher = rows_of(batch[TEACHER]) if TEACHER in batch else itertools.repeat(None)
+    of_teacher = rows_of(batch[TEACHER]) if TEACHER in batch and GROUPS not in batch else itertools.repeat(None)
     for number, (counts, read) in enumerate(zip(mask, of_teacher, strict=False)):
         row = {name: batch[name][number][counts].tolist() for name in ("input_ids", "labels")}
         yield row if read is None else row | {IDS: read["input_ids"], LABELS: read["labels"]}

@@ -70,11 +70,12 @@ def _padded(rows: list[Tensor], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def refuse_unaligned(args: DistillationConfig, reads_more: bool, first: Mapping[str, Any]) -> None:
+def refuse_unaligned(args: DistillationConfig, reads_more: bool, names_teachers: bool, first: Mapping[str, Any]) -> None:
     """Raises ValueError for data that a teacher with another tokenizer cannot read.
 
     Args:
         reads_more: whether it is to read something else than the student.
+        names_teachers: whether rows name one of several.
         first: a row of the data.
     """
     reason = "the teacher has another tokenizer"
@@ -82,6 +83,8 @@ def refuse_unaligned(args: DistillationConfig, reads_more: bool, first: Mapping[
         raise ValueError(f"{reason}, and rows are packed: set packing and padding_free to False.")
     if reads_more:
         raise ValueError(f"{reason}, and is to read something else than the student too: only one of both can be.")
+    if names_teachers:
+        raise ValueError(f"{reason}, and rows name one teacher of several: leave out the column `teacher`.")
     if "messages" in first or isinstance(first.get("prompt"), list):
         raise ValueError(
             f"{reason}, and conversations are in the student's chat template, which is not the teacher's: give rows of "

@@ -45,7 +45,7 @@ from llm_distill.heads import LMHead
 from llm_distill.losses.fused.head_loss import chunk_rows, opened_projection, opened_teachers
 from llm_distill.losses.fused.products import WeightGradient
 from llm_distill.losses.fused.task import Projection, is_likeliest, statistics_dtype
-from llm_distill.signals import AlignedSignal, SharedTokens, Vocabulary
+from llm_distill.signals import AlignedSignal, MixtureSignal, SharedTokens, Vocabulary
 
 TAU = 100.0
 """ALM's τ."""
@@ -225,10 +225,8 @@ class AlignedTask:
     def _log_probs(self, rows: slice) -> Float[Tensor, "rows vocab"]:
         """The teacher's, or of the mixture of several."""
         log_ps = [teacher.logits(teacher.hidden[rows] @ teacher.weight.T).log_softmax(-1) for teacher in self.teachers]
-        if len(log_ps) == 1:
-            return log_ps[0]
-        weights = torch.tensor(self.signal.weights, device=log_ps[0].device).log()
-        return (torch.stack(log_ps) + weights[:, None, None]).logsumexp(0)
+        signal = self.signal.signal
+        return signal.mix(log_ps, rows)[0] if isinstance(signal, MixtureSignal) else log_ps[0]
 
     def chunks(self) -> Iterator[Chunk]:
         """Whole groups, some at a time, with the rows between them that are in none."""

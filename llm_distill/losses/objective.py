@@ -235,6 +235,11 @@ class Objective:
                 f"loss_temperature={head.temperature}: a teacher with another tokenizer is compared by how likely "
                 "pieces of text are too, which is so at temperature 1 alone. Leave it at 1."
             )
+        if head.kd_row_weights != "equal":
+            raise ValueError(
+                f"kd_row_weights={head.kd_row_weights}: a row of the student is none of a teacher with another tokenizer, "
+                "which could be sure of it or not. Leave it at equal."
+            )
         others = sorted({repr(one) for one in head.divergences if not isinstance(one, ForwardKL)})
         if method != "prefix" and others:
             raise ValueError(

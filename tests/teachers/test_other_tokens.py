@@ -137,3 +137,19 @@ def test_a_check_says_how_the_tokenizers_go_together(build: Build) -> None:
     assert "100% of 8 texts align as a whole" in findings["alignment"].text
     assert "of the groups one to one" in findings["alignment"].text
     assert "nats a token on 8 texts" in findings["loss"].text
+
+
+def test_the_student_writes_in_its_own_tokens_and_the_teacher_reads_it_in_its_own(build: Build) -> None:
+    trainer = build(on_policy_share=1.0, max_completion_length=8, max_steps=2, divergence="reverse_kl")
+    scored = []
+    score = trainer.teacher.score
+
+    def remember(view: Any, *needs: Any) -> Any:
+        scored.append(view)
+        return score(view, *needs)
+
+    trainer.teacher.score = remember
+    trainer.train()
+    assert len(logged(trainer, "kd")) == 2
+    assert all(value > 0 for value in logged(trainer, "kd"))
+    assert len({tuple(view.inputs["input_ids"].flatten().tolist()) for view in scored}) == 2
