@@ -145,7 +145,7 @@ class DistillationTrainer(SFTTrainer):
         self.names_teachers = has_teacher_of_row(train, *named_evaluation(evaluation).values())
         self.reads_more = has_teacher_text(train, *named_evaluation(evaluation).values())
         if self.is_aligned:
-            data = [*filter(None, [train]), *named_evaluation(evaluation).values()]
+            data = [data for data in (train, *named_evaluation(evaluation).values()) if data is not None]
             refuse_unaligned(args, self.reads_more, self.names_teachers, next(iter(data[0]), {}) if data else {})
         refuse_unread(args, self.teacher is not None and self.reads_more, self.objective.teacher_needs)
         if isinstance(model, str):

@@ -70,7 +70,9 @@ def _padded(rows: list[Tensor], value: int) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
-def refuse_unaligned(args: DistillationConfig, reads_more: bool, names_teachers: bool, first: Mapping[str, Any]) -> None:
+def refuse_unaligned(
+    args: DistillationConfig, reads_more: bool, names_teachers: bool, first: Mapping[str, Any]
+) -> None:
     """Raises ValueError for data that a teacher with another tokenizer cannot read.
 
     Args:
