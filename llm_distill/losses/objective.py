@@ -237,8 +237,8 @@ class Objective:
             )
         if head.kd_row_weights != "equal":
             raise ValueError(
-                f"kd_row_weights={head.kd_row_weights}: a teacher with another tokenizer has other rows, of which it is "
-                "sure or not. Leave it at equal."
+                f"kd_row_weights={head.kd_row_weights}: a teacher with another tokenizer has other rows, of which it "
+                "is sure or not. Leave it at equal."
             )
         others = sorted({repr(one) for one in head.divergences if not isinstance(one, ForwardKL)})
         if method != "prefix" and others:
