@@ -23,6 +23,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     "the teacher": {},
     "the objective": {},
     "the student's own text": {},
+    "vLLM for the student": {},
     "the student": {
         "model_name_or_path": "The student is this model: a model id on the Hub, or a folder.",
         "model_revision": "The student is of this branch, tag or commit.",

@@ -21,7 +21,7 @@ COLOCATED_ONLY = ("vllm_gpu_memory_utilization", "vllm_max_model_length", "vllm_
 class VLLMOptions(Options):
     """vLLM as the student's writer. Names and meaning are those of TRL's trainers."""
 
-    heading = "vLLM writes as the student"
+    heading = "vLLM for the student"
 
     use_vllm: bool = option(
         False,

@@ -126,7 +126,8 @@ def test_every_help_has_an_example_and_whole_sentences(capsys: pytest.CaptureFix
 
 
 def test_help_shows_our_headings_first_and_everything_else_when_asked(capsys: pytest.CaptureFixture[str]) -> None:
-    headings = ["the teacher", "the objective", "the student's own text", "the student", "the data", "the run"]
+    headings = ["the teacher", "the objective", "the student's own text", "vLLM for the student"]
+    headings += ["the student", "the data", "the run"]
     for command, own in (("train", []), ("check", ["this check"]), ("capture", ["what is stored"])):
         shown = shown_by(capsys, command, "--help")
         assert re.findall(r"^(\w[\w' ]+):$", shown, flags=re.MULTILINE) == ["options", *own, *headings, "example"]
