@@ -69,7 +69,7 @@ class TeacherModelOptions(Options):
     teacher_model_name_or_path: str | None = option(
         None,
         "The teacher is this model: a model id on the Hub, a folder, or the name that a server or an endpoint gives "
-        "it. To train from its distributions, its tokenizer must be the student's.",
+        "it. One in memory may have another tokenizer than the student: see teacher_alignment.",
     )
     teacher_model_revision: str | None = option(None, "The teacher is of this branch, tag or commit.")
     teacher_model_init_kwargs: dict[str, Any] | str | None = option(
