@@ -2,7 +2,7 @@
 
 Usage: worker.py FOLDER OPTIONS, with OPTIONS as JSON: `config` for the DistillationConfig, `resume`, `pause` (seconds a
 step, so that a test can kill it in between), `masked` (rows of the data in which nothing counts), `lora`, `moe`,
-`dtype` (float64). Writes FOLDER/weights-RANK.safetensors and FOLDER/log.json.
+`other_tokens` (the teacher's), `dtype` (float64). Writes FOLDER/weights-RANK.safetensors and FOLDER/log.json.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from tiny import VOCAB, make_config, tiny_llama
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 
 from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill.data.corpus import train_tokenizer
 
 ROWS = 24
+SOME_CODE = ["def add(self, first, second):\n    return self.first + second", "for x in range(3):\n    print(x)"]
 
 
 def make_rows(masked: list[int], shortest_prompt: int = 0) -> Dataset:
@@ -74,12 +76,11 @@ def train(folder: Path, options: dict[str, Any], tokenizer: Any) -> Distillation
     dtype = getattr(torch, options.get("dtype", "float64"))
     student = tiny_model("mixtral", seed=1, vocab_size=VOCAB) if options.get("moe") else tiny_llama(1, hidden=16)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False) if options.get("lora") else None
+    own = train_tokenizer(Dataset.from_dict({"text": SOME_CODE}), 300) if options.get("other_tokens") else tokenizer
     rows = make_rows(options.get("masked", []), 2 if options.get("config", {}).get("on_policy_share") else 0)
     trainer = DistillationTrainer(
         model=student.to(dtype),
-        teacher=None
-        if "teacher_ema_decay" in options.get("config", {})
-        else LiveTeacher(tiny_llama(2).to(dtype), tokenizer),
+        teacher=None if "teacher_ema_decay" in options.get("config", {}) else LiveTeacher(tiny_llama(2).to(dtype), own),
         args=make_config(folder / "out", **(config | options.get("config", {}))),
         train_dataset=with_teacher_text(rows) if options.get("reads_more") else rows,
         eval_dataset=make_rows([]).select(range(7)),  # does not divide into batches over two ranks
