@@ -42,8 +42,10 @@ def require_free_folder(
         require_unused(Path(args.output_dir))
 
 
-def build_trainer(script: ScriptArguments, args: DistillationConfig, model: ModelConfig) -> DistillationTrainer:
-    """The trainer that the options describe.
+def build_trainer(
+    script: ScriptArguments, args: DistillationConfig, model: ModelConfig, teacher: Teacher | None = None
+) -> DistillationTrainer:
+    """The trainer that the options describe, with their teacher or another one.
 
     Raises:
         ValueError: something is missing, cannot be loaded or does not fit together.
@@ -61,6 +63,7 @@ def build_trainer(script: ScriptArguments, args: DistillationConfig, model: Mode
     }
     return DistillationTrainer(
         model=model.model_name_or_path,
+        teacher=teacher,
         args=args,
         train_dataset=train,
         eval_dataset=evaluation,

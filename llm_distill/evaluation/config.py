@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm_distill.evaluation.stages import require_stages
 from llm_distill.options import Options, option
 
 BUILT_IN, NONE = "built-in", "none"
@@ -26,6 +27,12 @@ class EvaluateConfig(Options):
         None,
         "The student is held against this model too, such as the same one before training, or trained on the text "
         "alone. The report then says which share of the gap to the teacher the student closes.",
+    )
+    previous: list[str] = option(
+        [],
+        "The same student after earlier stages of its training, in their order, each a Hub id or a folder: the report "
+        "then has its loss on every domain after every stage, and what was forgotten. The domains are in the order in "
+        "which they were learned.",
     )
     data: list[str] = option(
         [],
@@ -94,6 +101,9 @@ class EvaluateConfig(Options):
             raise ValueError(
                 f"each domain needs a name of its own and a source: NAME=SOURCE, got {' '.join(self.data)}."
             )
+
+        if self.previous:
+            require_stages(len(self.previous) + 1, len(self.data))
 
     def domains(self) -> dict[str, str]:
         """Name and source of each dataset."""

@@ -21,6 +21,7 @@ from llm_distill.evaluation.generations import generations_parts
 from llm_distill.evaluation.harness import tasks_parts
 from llm_distill.evaluation.html import Section, as_fragment, as_page
 from llm_distill.evaluation.resources import resources_parts
+from llm_distill.evaluation.stages import stage_parts
 from llm_distill.evaluation.statistics import Interval, format_interval
 from llm_distill.files import write_atomically
 from llm_distill.heads import base_of
@@ -35,6 +36,7 @@ FORMAT = 1
 NAME = "report"
 """Of the files: report.json, report.md, report.html and report_*.png."""
 BESIDE_THE_DOMAINS: dict[str, tuple[str, Callable[[Any], Sequence[Table | str]]]] = {
+    "previous": ("What was learned and forgotten", stage_parts),
     "generations": ("What they write", lambda domains: [p for d in domains.values() for p in generations_parts(d)]),
     "tasks": ("Tasks", tasks_parts),
     "bias": ("Bias transfer", bias_tables),

@@ -29,6 +29,7 @@ from llm_distill.evaluation.generations import BATCH_SIZE, compare_generations
 from llm_distill.evaluation.harness import require_tasks, run_tasks
 from llm_distill.evaluation.report import NAME, GapReport, header
 from llm_distill.evaluation.resources import VARIANTS, measure_resources
+from llm_distill.evaluation.stages import stage_figures, text_losses
 from llm_distill.files import locked
 from llm_distill.machine import duration, seconds
 from llm_distill.models import LanguageModel
@@ -40,6 +41,7 @@ Models = dict[str, LanguageModel]
 """`student`, `teacher` and perhaps `baseline`."""
 AT_WORK = "another `llm-distill evaluate`"
 OPTIONS_OF_PARTS = {
+    "previous": ("previous",),
     "generations": ("generations", "max_new_tokens"),
     "bias": ("bias",),
     "tasks": ("tasks", "task_limit", "task_path"),
@@ -178,6 +180,7 @@ def _parts(config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset
     count = len(models) + (len(VARIANTS) if config.quantized else 0)
     limits: dict[str, Any] = {"limit": config.generations, "max_new_tokens": config.max_new_tokens}
     wanted: dict[str, tuple[bool, float | None, Callable[[], Any]]] = {
+        "previous": (bool(config.previous), None, lambda: _measure_stages(config, models["student"], samples)),
         "generations": (
             config.generations > 0,
             sum(math.ceil(count / BATCH_SIZE) for count in prompts) * config.max_new_tokens * writing,
@@ -257,6 +260,25 @@ def _domains(
 
     rows = {name: data.evaluation[name]["input_ids"] for name, data in prepared["student"].items()}
     return {name: list(map(len, of_domain)) for name, of_domain in rows.items()}, measure
+
+
+def _measure_stages(config: EvaluateConfig, student: LanguageModel, samples: Mapping[str, Dataset]) -> dict[str, Any]:
+    """What the student says of each domain after each stage, one model at a time.
+
+    Raises:
+        ValueError: a student that cannot be loaded, or has other tokens than the last.
+    """
+    prepared = dict(_prepared(config, student, samples))
+    texts = {name: _held_out(data, config, name, len(data.evaluation[name])) for name, data in prepared.items()}
+    stages = []
+    for path in config.previous:
+        model = LanguageModel.load(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+        if (reason := _comparable(student, model)) is not True:
+            raise ValueError(f"{path} is no earlier stage of the student: {reason}")
+        model.model.to(ranks().device).eval()
+        stages.append({name: text_losses(model.model, of_domain) for name, of_domain in texts.items()})
+    stages.append({name: text_losses(student.model, of_domain) for name, of_domain in texts.items()})
+    return stage_figures(stages)
 
 
 def _alone(models: Models, comparable: bool) -> list[str]:
