@@ -123,6 +123,14 @@ def test_the_recipes_teach_on_the_students_text_without_an_argument(tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["born_again", "continual"])
+def test_the_recipe_goes_from_stage_to_stage_without_an_argument(name: str, tmp_path: Path) -> None:
+    leave_a_demo(tmp_path, demo.Recipe(**SMALL))
+    run_recipe(tmp_path, SMALL, name, "--max_steps", "2")
+    assert list((tmp_path / "runs" / name).glob("*.md"))
+
+
+@pytest.mark.slow
 def test_the_recipe_finds_passages_without_an_argument(small_demo: Path) -> None:
     run_recipe(small_demo, SMALL, "privileged_context", "--max_steps", "2")
     assert (small_demo / "runs" / "privileged_context" / "student" / "adapter_model.safetensors").is_file()

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from trl import ModelConfig, ScriptArguments
 
     from llm_distill.config import DistillationConfig
+    from llm_distill.data.earlier import EarlierTexts
     from llm_distill.data.prepare import PreparedData
     from llm_distill.models import LanguageModel
     from llm_distill.teachers import Teacher
@@ -43,14 +44,19 @@ def require_free_folder(
 
 
 def build_trainer(
-    script: ScriptArguments, args: DistillationConfig, model: ModelConfig, teacher: Teacher | None = None
+    script: ScriptArguments,
+    args: DistillationConfig,
+    model: ModelConfig,
+    teacher: Teacher | None = None,
+    earlier: EarlierTexts | None = None,
 ) -> DistillationTrainer:
-    """The trainer that the options describe, with their teacher or another one.
+    """The trainer that the options describe, with their teacher or another one, perhaps on earlier texts too.
 
     Raises:
         ValueError: something is missing, cannot be loaded or does not fit together.
     """
     train, evaluation = _load_splits(script, args, model)
+    train = train if earlier is None else earlier.add_to(train)
     from trl import get_peft_config, get_quantization_config
 
     from llm_distill.trainer import DistillationTrainer

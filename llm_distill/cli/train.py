@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_distill.cli.build import build_trainer, require_free_folder
@@ -12,6 +13,8 @@ from llm_distill.cli.parsing import errors_in_one_line, parse
 
 if TYPE_CHECKING:
     from llm_distill.check.report import Report
+    from llm_distill.cli.options import StartConfig
+    from llm_distill.data.earlier import EarlierTexts
     from llm_distill.trainer import DistillationTrainer
 
 
@@ -27,7 +30,8 @@ def train(argv: Sequence[str]) -> None:
     require_free_folder(script, args, model, is_new=not resumption)
     if start.check and model.model_name_or_path:
         refuse_red(before_loading(args, model), only="memory")
-    trainer = build_trainer(script, args, model)
+    earlier = _earlier_texts(start, args.seed)
+    trainer = build_trainer(script, args, model, earlier=earlier)
     trainer.run.command, trainer.run.options = ["llm-distill", "train", *argv], options
     trainer.run.record["data.name"] = public_value(script.dataset_name)
     trainer.run.require_resumable(resumption)
@@ -35,6 +39,8 @@ def train(argv: Sequence[str]) -> None:
         refuse_red(trainer.check())
     with trainer.run.at_work():
         trainer.train(resume_from_checkpoint=resumption)
+        if earlier is not None:
+            earlier.remember(earlier.stage)
         save_and_tell(trainer, None if script.dataset_name == corpus.NAME else script.dataset_name)
     trainer.end()
 
@@ -70,6 +76,15 @@ def refuse_red(report: Report, only: str | None = None) -> None:
             print("llm-distill: not started, see what is red. --check false starts anyway.", file=sys.stderr)
     if red:
         sys.exit(1)
+
+
+def _earlier_texts(start: StartConfig, seed: int) -> EarlierTexts | None:
+    """Those that the run learns from again, if it shall."""
+    from llm_distill.data.earlier import EarlierTexts
+
+    if start.earlier_texts is None:
+        return None
+    return EarlierTexts(Path(start.earlier_texts), start.earlier_share, start.earlier_max_bytes, seed)
 
 
 def _resumption(value: str | None) -> str | bool:
