@@ -24,6 +24,7 @@ from llm_distill.data.early_tokens import weigh_early_tokens
 from llm_distill.data.on_policy_rows import prompt_of, replace_completion, rows_of
 from llm_distill.data.policy import Collate, Policy, Row
 from llm_distill.data.replay import Reservoir
+from llm_distill.data.teacher_view import TwoViews
 from llm_distill.generation.engines.base import Completion, Sampling
 from llm_distill.generation.filters import repeated_share
 from llm_distill.generation.options import OnPolicyOptions
@@ -102,10 +103,15 @@ class OnPolicy(Policy):
                 "Name the teacher itself; or have the student write first (`llm-distill generate` with it as the "
                 "teacher), capture what it wrote, and train on that."
             )
+        if self.options.speculative_top_k and isinstance(collate, TwoViews):
+            raise ValueError(
+                "speculative_top_k has the teacher read what the student reads while it writes, and in this data it "
+                "reads something else: leave one of both out."
+            )
         require_gatherable(accelerator)
         if isinstance(student, PeftModel) and student.active_peft_config.is_prompt_learning:
             raise ValueError("on_policy_share does not go with a learned prompt: train LoRA adapters, or all weights.")
-        self.writer = make_writer(self.options, student, tokenizer, self.sampling, accelerator)
+        self.writer = make_writer(self.options, student, tokenizer, self.sampling, accelerator, teacher)
         self.collate, self.accelerator = collate, accelerator
         self.ends = {"student": {*self.writer.ends}, "teacher": set[int]()}
         for model in () if teacher is None or teacher.alignment is not None else teacher.models:
@@ -172,22 +178,25 @@ class OnPolicy(Policy):
 
     def log(self) -> dict[str, float]:
         """Of what was written since the last log, over all ranks: mean and largest length in tokens, the share that the
-        limit cut, the mean share of runs of four words that a text has had before, and the seconds that writing took on
-        this rank. Of its own text that it learned from, how many steps ago it wrote that, if it was not just then.
+        limit cut, the mean share of runs of four words that a text has had before, the share of the tokens that the
+        teacher replaced, if it may, and the seconds that writing took on this rank. Of its own text that it learned
+        from, how many steps ago it wrote that, if it was not just then.
         """
         lengths, ages, device = self._lengths, self._ages, self.accelerator.device
         sums = torch.tensor(
-            [len(lengths), sum(lengths), self._cut, self._repeated, len(ages), sum(ages)],
+            [len(lengths), sum(lengths), self._cut, self._repeated, self._replaced, len(ages), sum(ages)],
             dtype=torch.float32,
             device=device,
         )
-        texts, tokens, cut, repeated, learned, age = self.accelerator.reduce(sums, "sum").tolist()
+        texts, tokens, cut, repeated, replaced, learned, age = self.accelerator.reduce(sums, "sum").tolist()
         longest = self.accelerator.gather(torch.tensor([max(lengths, default=0)], device=device)).max().item()
         seconds = self._seconds
         self._reset()
         figures = {"completion_age": age / learned} if age else {}
         if not texts:
             return figures
+        if self.options.speculative_top_k:
+            figures["completion_replaced_share"] = replaced / tokens
         return figures | {
             "completion_length": tokens / texts,
             "completion_max_length": longest,
@@ -199,7 +208,7 @@ class OnPolicy(Policy):
     def _reset(self) -> None:
         self._lengths: list[int] = []
         self._ages: list[int] = []
-        self._cut, self._repeated, self._seconds = 0, 0.0, 0.0
+        self._cut, self._repeated, self._replaced, self._seconds = 0, 0.0, 0, 0.0
 
     def _complete(self, steps: dict[int, list[dict[str, Any]]]) -> dict[int, list[list[MadeRow]]]:
         """The rows of each micro-batch of these steps, written or as they came."""
@@ -255,6 +264,7 @@ class OnPolicy(Policy):
         self._lengths += [completion.tokens for completion in completions]
         self._cut += sum(not completion.finished for completion in completions)
         self._repeated += sum(repeated_share(completion.text) for completion in completions)
+        self._replaced += sum(completion.extra["replaced"] for completion in completions if completion.extra)
         self._seconds += time.perf_counter() - began
         return completions
 
@@ -273,7 +283,8 @@ def require_sampled_text(teacher: Teacher, args: DistillationConfig) -> None:
             f"{who} teaches nothing of the dataset's text, which on_policy_share={args.on_policy_share} leaves: set "
             "ce_weight for that text, or on_policy_share=1, or have it tell its top k."
         )
-    ways = ("sampling_temperature", "top_p", "top_k", "repetition_penalty", "steps_per_generation", "replay_share")
+    ways = ["sampling_temperature", "top_p", "top_k", "repetition_penalty"]
+    ways += ["steps_per_generation", "replay_share", "speculative_top_k"]
     if changed := [name for name in ways if is_chosen(args, name)]:
         raise ValueError(
             f"{who} gives the reverse KL's gradient where the student of this very step samples from its own "

@@ -148,6 +148,16 @@ class OnPolicyOptions(VLLMOptions):
         needs="on_policy_share",
         at_least=0,
     )
+    speculative_top_k: int = option(
+        0,
+        "The teacher reads along while the student writes, and replaces each token that is not among its own likeliest "
+        "K by one of these (speculative knowledge distillation; 25 in the paper). 0 leaves the text to the student.",
+        needs="on_policy_share",
+        at_least=0,
+    )
+    speculative_tokens: int = option(
+        8, "The student writes this many tokens before the teacher reads them.", needs="speculative_top_k", at_least=1
+    )
     log_completions: bool = option(
         False,
         "With each log, texts of that step are shown as a table, on the console or in Jupyter, with what the teacher "
@@ -160,6 +170,11 @@ class OnPolicyOptions(VLLMOptions):
     mask_truncated_completions: bool = option(
         False, "What the student did not end within max_completion_length is not learned from.", needs="on_policy_share"
     )
+
+    def conflicts(self) -> dict[str, Any]:
+        return super().conflicts() | {
+            "speculative_top_k (vLLM writes alone, without the teacher)": self.use_vllm and self.speculative_top_k
+        }
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -41,7 +41,7 @@ def measure_likeness(
     if isinstance(signal, SparseSignal):
         ids, is_named = signal.ids[rows], signal.log_probs[rows].isfinite()
     else:
-        log_p = _teachers(signal, rows)
+        log_p = teacher_log_probs(signal, rows)
         figures["reverse_kl"] = (log_q.exp() * (log_q - log_p)).sum(-1)
         ids = top_tokens(log_p, TOP_K).ids
         is_named = torch.ones_like(ids, dtype=torch.bool)
@@ -53,7 +53,9 @@ def measure_likeness(
     return {name: nothing.index_copy(0, rows, values) for name, values in figures.items()}
 
 
-def _teachers(signal: HiddenSignal | MixtureSignal, rows: Int[Tensor, " few"]) -> Float[Tensor, "few vocab"]:
-    """Its log-probabilities in a few rows."""
+def teacher_log_probs(
+    signal: HiddenSignal | MixtureSignal, rows: Int[Tensor, " few"] | slice
+) -> Float[Tensor, "few vocab"]:
+    """The teacher's log-probabilities in a few rows, at temperature 1."""
     log_ps = [member.head(member.hidden[rows]).float().log_softmax(-1) for member in signal.members]
     return signal.mix([log_p.clamp(min=NOTHING) for log_p in log_ps], rows)[0].clamp(min=NOTHING)

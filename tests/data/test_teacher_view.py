@@ -270,6 +270,8 @@ def test_the_student_writes_after_its_prompt_and_the_teacher_reads_its_own(
         torch.testing.assert_close(weight, expected.detach() - expected.grad, rtol=1e-9, atol=1e-12)
     with pytest.raises(ValueError, match="row 4: with max_completion_length the teacher would read"):
         build(TEXTS, teacher_max_length=80, **writing | {"max_completion_length": 40})
+    with pytest.raises(ValueError, match="speculative_top_k has the teacher read what the student reads"):
+        build(TEXTS, speculative_top_k=5, **writing)
 
 
 def test_a_stream_is_read_as_a_dataset(build: Callable[..., DistillationTrainer]) -> None:
