@@ -1,4 +1,4 @@
-"""A real vLLM writes as the student in training: colocated, on the CPU."""
+"""A real vLLM writes as the student in training, on the CPU: colocated, or as a server."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from launch_vllm import VLLM
+from servers import RunningServer
 from tiny import tiny_llama
 from train_with_vllm import STEPS
 from transformers import PreTrainedTokenizerBase
@@ -92,3 +93,13 @@ def test_the_run_learns_from_what_was_written(facts: Any) -> None:
     assert len(facts["losses"]) == STEPS
     assert 0 < facts["losses"][-1] < facts["losses"][0]
     assert all(0 < length <= 12 for length in facts["lengths"])
+
+
+def test_a_server_writes_what_the_student_writes_in_the_order_of_its_prompts(
+    served_model: Path, vllm_server: RunningServer, tmp_path: Path
+) -> None:
+    script = Path(__file__).with_name("write_behind_vllm.py")
+    facts = in_vllms_environment(script, served_model, vllm_server.url, tmp_path / "facts.json")
+    assert facts["texts"] == facts["transformers"]
+    assert facts["sent"] == [1, 2], "once for two generations of one student, and when it has changed"
+    assert facts["ended"] == [facts["texts"][0][:2], True]
