@@ -7,7 +7,7 @@
 | part | what it shows | needs, beside BASIS |
 |---|---|---|
 | kernels_float32, kernels_bfloat16 | the Triton kernels against float64, at real sizes | triton |
-| paths | events, device_map, 4 bits, LoRA, a run beside the CPU's, a cache | DATA; bitsandbytes for 4 bits |
+| paths | events, device_map, 4 bits, LoRA, a run beside the CPU's, a cache, vLLM | DATA; bitsandbytes; vllm |
 | sharded | FSDP2 on one rank, as `accelerate launch` starts it | DATA |
 | memory | the memory of training steps beside the estimate of check/memory.py | DATA |
 | blocks | the rates of this GPU; block sizes, warps and rows of a chunk tried | triton |

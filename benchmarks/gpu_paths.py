@@ -69,6 +69,7 @@ def path_checks(device: str, short: bool) -> dict[str, Check]:
         "packed": functools.partial(packed, base),
         "teacher in 4 bits": functools.partial(teacher_in_4_bits, base),
         "student in 4 bits with LoRA": functools.partial(student_in_4_bits, base),
+        "vLLM writes as the student": functools.partial(written_by_vllm, base),
         "cache of hidden states": functools.partial(cached, base, 1e-2, "hidden"),
         "cache of likely tokens": functools.partial(cached, base, 0.5, "top_k"),
         "llm-distill check": functools.partial(checked, base),
@@ -109,8 +110,15 @@ def read(folder: Path, split: str) -> Any:
     return Dataset.from_list([json.loads(line) for line in lines])
 
 
+def as_prompts(rows: Any) -> Any:
+    """The beginnings of texts, for a student that writes the rest."""
+    return rows.map(lambda row: {"prompt": row["text"][:60], "completion": row["text"][60:120]}, remove_columns="text")
+
+
 def train(task: dict[str, Any]) -> dict[str, Any]:
-    """A run with these `options`; `lora` and `student_in_4_bits` where they are there; `save` for the student saved."""
+    """A run with these `options`; `lora` and `student_in_4_bits` where they are there; `save` for the student saved;
+    `prompts` for their beginnings in place of texts.
+    """
     from peft import LoraConfig
     from torch.distributed.tensor import DTensor
     from transformers import AutoModelForCausalLM
@@ -119,6 +127,8 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
     from llm_distill.loading import bits_and_bytes
 
     folder = Path(task["folder"])
+    data = [read(folder, split) for split in ("train", "test")]
+    train_rows, test_rows = map(as_prompts, data) if task.get("prompts") else data
     options = {"max_length": 64 if task["short"] else 256, "use_cpu": task["device"] == "cpu"} | OPTIONS
     if "teacher_cache" not in task["options"]:
         options["teacher_model_name_or_path"] = str(folder / "teacher")
@@ -126,8 +136,8 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
         trainer = DistillationTrainer(
             model=str(folder / "student"),
             args=DistillationConfig(output_dir=out, **(options | task["options"])),
-            train_dataset=read(folder, "train"),
-            eval_dataset=read(folder, "test").select(range(8)),
+            train_dataset=train_rows,
+            eval_dataset=test_rows.select(range(8)),
             peft_config=LoraConfig(r=8, target_modules="all-linear") if task.get("lora") else None,
             quantization_config=bits_and_bytes(4) if task.get("student_in_4_bits") else None,
         )
@@ -153,7 +163,7 @@ def train(task: dict[str, Any]) -> dict[str, Any]:
 
 
 def run(base: dict[str, Any], options: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return train({**base, "folder": str(models(base["short"])), "options": options, **more})
+    return train({"folder": str(models(base["short"])), **base, "options": options, **more})
 
 
 @functools.cache
@@ -218,6 +228,29 @@ def student_in_4_bits(base: dict[str, Any]) -> Outcome:
     result = run(base, {"bf16": True, "teacher_load_in_4bit": True}, lora=True, student_in_4_bits=True)
     figures = figures_of(result)
     return figures, {"last loss": (0, figures["first loss"])}
+
+
+def written_by_vllm(base: dict[str, Any]) -> Outcome:
+    """A run of LoRA on the student's own likeliest text by vLLM, beside one by transformers' `generate`."""
+    import vllm  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = Path(tempfile.mkdtemp(prefix="llm_distill_vllm_"))
+    for path in models(base["short"]).iterdir():
+        if path.is_dir():  # what is not trained would write tokens that the tokenizer does not have
+            tokenizer, model = AutoTokenizer.from_pretrained(path), AutoModelForCausalLM.from_pretrained(path)
+            model.resize_token_embeddings(len(tokenizer))
+            for part in (tokenizer, model):
+                part.save_pretrained(folder / path.name)
+        else:
+            (folder / path.name).symlink_to(path)
+    base = base | {"folder": str(folder)}
+    options = {"bf16": True, "ce_weight": 0.0, "on_policy_share": 1.0, "max_completion_length": 16}
+    options["sampling_temperature"] = 0.0
+    ours = run(base, options, lora=True, prompts=True)
+    with_vllm = options | {"use_vllm": True, "vllm_max_model_length": 128, "vllm_gpu_memory_utilization": 0.1}
+    result = run(base, with_vllm, lora=True, prompts=True)
+    return {"difference": difference(result["losses"], ours["losses"])} | figures_of(result), {"difference": (0, 0.1)}
 
 
 def cached(base: dict[str, Any], limit: float, method: str) -> Outcome:
