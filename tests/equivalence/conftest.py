@@ -9,17 +9,13 @@ from typing import Any
 
 import capture_worker
 import pytest
-from launch import WORKER, Run, launch, run_ranks, shards
+from launch import WORKER, Run, run_ranks, shards
 from transformers import PreTrainedTokenizerBase
 
 
 def run_script(script: Path, folder: Path, options: dict[str, Any], ranks: int, launcher: Path | None) -> None:
-    """On ranks in forks, or under `accelerate launch` with the configuration `launcher`."""
-    arguments = [str(folder), json.dumps(options)]
-    if launcher is None:
-        run_ranks(script, *arguments, ranks=ranks)
-    else:
-        launch(script, *arguments, ranks=ranks, launcher=launcher)
+    """On ranks in forks, with DeepSpeed if a configuration of it is the `launcher`."""
+    run_ranks(script, str(folder), json.dumps(options), ranks=ranks, launcher=launcher)
 
 
 @pytest.fixture

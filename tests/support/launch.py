@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_deepspeed_cmd_env
 from safetensors.torch import load_file
 from torch import Tensor
 from warm import Program, warm_process
@@ -38,9 +40,21 @@ class Run:
         return [entry[key] for entry in self.log["history"] if key in entry]
 
 
-def start_ranks(*arguments: str | Path, ranks: int = 1) -> list[Program]:
-    """`python *arguments` on each rank, with what `accelerate launch` tells it on CPUs."""
-    environment = {"ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"}
+def environment_of(launcher: Path) -> dict[str, str]:
+    """What `accelerate launch` with this configuration of DeepSpeed tells a program."""
+    parser, options = launch_command_parser(), ["--config_file", str(launcher), "--num_processes", "2", "script.py"]
+    arguments, defaults, _ = _validate_launch_command(parser.parse_args(options))
+    arguments.deepspeed_fields_from_accelerate_config = ",".join([*defaults.deepspeed_config, "mixed_precision"])
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    told = {name: value for name, value in environment.items() if os.environ.get(name) != value}
+    return told | {"CXX": "c++", "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore"}  # DeepSpeed compiles with CXX
+
+
+def start_ranks(*arguments: str | Path, ranks: int = 1, launcher: Path | None = None) -> list[Program]:
+    """`python *arguments` on each rank, with what `accelerate launch` tells it: on CPUs, or by a configuration of
+    DeepSpeed.
+    """
+    environment = {"ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1"} | (environment_of(launcher) if launcher else {})
     if ranks > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -65,9 +79,9 @@ def wait_for_ranks(programs: Sequence[Program], timeout: float = 300) -> list[in
     return [status for status in statuses if status is not None]
 
 
-def run_ranks(*arguments: str | Path, ranks: int = 1) -> str:
+def run_ranks(*arguments: str | Path, ranks: int = 1, launcher: Path | None = None) -> str:
     """What `python *arguments` prints on each of them."""
-    programs = start_ranks(*arguments, ranks=ranks)
+    programs = start_ranks(*arguments, ranks=ranks, launcher=launcher)
     statuses = wait_for_ranks(programs)
     output = [program.output() for program in programs]
     assert not any(statuses), "\n".join([*output, *(program.errors() for program in programs)])[-5000:]
