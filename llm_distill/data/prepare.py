@@ -95,7 +95,7 @@ def prepare(
     with checks.naming_rows(train, evaluation), TemporaryDirectory() as nothing:
         trainer = SFTTrainer(
             model=LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary_size(tokenizer), **size)),
-            args=_with_output_dir(args, nothing),  # which it makes
+            args=_for_data_alone(args, nothing),
             train_dataset=stream_counts.before(train),
             eval_dataset=evaluation,
             processing_class=tokenizer,
@@ -121,9 +121,10 @@ def prepare(
     )
 
 
-def _with_output_dir(args: DistillationConfig, folder: str) -> DistillationConfig:
+def _for_data_alone(args: DistillationConfig, folder: str) -> DistillationConfig:
+    """For a trainer that loads no student, and makes a folder where it would be saved."""
     args = copy.copy(args)
-    args.output_dir = folder
+    args.output_dir, args.model_init_kwargs = folder, None
     return args
 
 

@@ -150,7 +150,8 @@ def _score_batch(
 def _join(parts: list[dict[str, Any]], texts: HeldOutTexts) -> dict[str, Scores]:
     """All ranks' batches as if the texts had come one after the other."""
     dataset = texts.dataset
-    text_of_row = np.asarray(dataset[TEXT] if TEXT in dataset.column_names else range(len(dataset)))
+    numbers = dataset[TEXT] if TEXT in dataset.column_names else range(len(dataset))
+    text_of_row = np.unique(np.asarray(numbers), return_inverse=True)[1]  # some texts may have been left out
     joined = {key: np.concatenate([part[key] for part in parts]) for key in ("row", "position", "token")}
     order = np.lexsort((joined["position"], joined["row"]))
     row, position, token = (joined[key][order] for key in ("row", "position", "token"))

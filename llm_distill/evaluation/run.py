@@ -21,7 +21,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import require_rows
 from llm_distill.data.prepare import PreparedData, prepare
 from llm_distill.evaluation.bias import compare_bias, read_pairs
-from llm_distill.evaluation.compare import TEACHER, HeldOutTexts, compare
+from llm_distill.evaluation.compare import TEACHER, TEXT, HeldOutTexts, compare
 from llm_distill.evaluation.config import BUILT_IN, NONE, EvaluateConfig
 from llm_distill.evaluation.domains import measure_domain, sample_texts, split_into_windows, usable_rows
 from llm_distill.evaluation.figures import DomainFigures, domain_figures
@@ -169,12 +169,15 @@ def _parts(config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset
     common = [options, [model.describe() for model in models.values()]]
     tokens_of, measure_rows = _domains(config, models, samples, comparable)
     reading, writing = _seconds_a_token(models, min(SAMPLE_TOKENS, config.max_length))
+    looks = []
     for name, tokens in tokens_of.items():
-        first = int(np.searchsorted(np.cumsum(tokens) * reading, FIRST_LOOK_SECONDS / len(samples))) + 1
-        is_long = sum(tokens) * reading > 2 * FIRST_LOOK_SECONDS and not _alone(models, comparable)
-        for rows in [first, len(tokens)] if is_long else [len(tokens)]:
-            of_rows = partial(measure_rows, name, rows)
-            yield Part(name, sum(tokens[:rows]) * reading, _hash([common, hashes[name], rows]), of_rows)
+        if sum(tokens) * reading > 2 * FIRST_LOOK_SECONDS:
+            looks.append(
+                (name, int(np.searchsorted(np.cumsum(tokens) * reading, FIRST_LOOK_SECONDS / len(samples))) + 1)
+            )
+    for name, rows in looks + [(name, len(tokens)) for name, tokens in tokens_of.items()]:
+        of_rows, estimate = partial(measure_rows, name, rows), sum(tokens_of[name][:rows]) * reading
+        yield Part(name, estimate, _hash([common, hashes[name], rows]), of_rows)
 
     prompts = [min(config.generations, len(data)) for data in samples.values()]
     count = len(models) + (len(VARIANTS) if config.quantized else 0)
@@ -245,7 +248,14 @@ def _domains(
     together = {name: model.model for name, model in models.items() if name not in alone and name != TEACHER}
 
     def measure(domain: str, rows: int) -> DomainFigures:
-        texts = {name: _held_out(data[domain], config, domain, rows) for name, data in prepared.items()}
+        datasets = {name: data[domain].evaluation[domain] for name, data in prepared.items()}
+        datasets = _same_texts(datasets, rows) if alone else {"student": datasets["student"].select(range(rows))}
+        texts = {
+            name: HeldOutTexts(
+                rows_of, (data := prepared[name][domain]).collate, data.tokenizer, config.batch_size, domain
+            )
+            for name, rows_of in datasets.items()
+        }
         others = {name: compare({name: models[name].model}, None, texts[name])[name] for name in alone}
         of_student = prepared["student"][domain]
         if comparable:
@@ -310,7 +320,9 @@ def _prepared(
         kind = _kind(dataset)
         if kind not in prepared:
             alike = {n: d for n, d in samples.items() if _kind(d) == kind}
-            if kind == "text":
+            if kind != "text":
+                alike = {n: d.add_column(TEXT, range(len(d))) for n, d in alike.items()}
+            else:
                 alike = {n: split_into_windows(d, tokenizer, config.max_length) for n, d in alike.items()}
             prepared[kind] = prepare(tokenizer, args, next(iter(alike.values())), alike)
             for domain, data in prepared[kind].evaluation.items():
@@ -324,11 +336,21 @@ def _kind(data: Dataset) -> str:
     return next((column for column in ("prompt", "messages", "text") if column in data.column_names), "other")
 
 
-def _held_out(data: PreparedData, config: EvaluateConfig, name: str, rows: int) -> HeldOutTexts:
-    dataset = data.evaluation[name]
-    return HeldOutTexts(
-        dataset.select(range(min(rows, len(dataset)))), data.collate, data.tokenizer, config.batch_size, name
-    )
+def _same_texts(datasets: Mapping[str, Dataset], rows: int) -> dict[str, Dataset]:
+    """Of datasets in other tokens, the texts that all of them have: those of the student's first rows, whole.
+
+    Raises:
+        ValueError: there are none.
+    """
+    texts_of = {name: np.asarray(dataset[TEXT]) for name, dataset in datasets.items()}
+    of_student = texts_of["student"]
+    whole = of_student if rows >= len(of_student) else of_student[of_student < of_student[rows]]
+    wanted = {*whole} or {of_student[0]}
+    for texts in texts_of.values():
+        wanted &= set(texts)
+    if not wanted:
+        raise ValueError("each of its texts is too long in the tokens of one of the models: raise max_length.")
+    return {name: datasets[name].select(np.flatnonzero(np.isin(texts, [*wanted]))) for name, texts in texts_of.items()}
 
 
 def _load(config: EvaluateConfig, name: str) -> LanguageModel:

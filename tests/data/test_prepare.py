@@ -29,14 +29,21 @@ from llm_distill.data.prepare import prepare
     ],
 )
 def test_prepared_data_are_a_trainers(
-    config: Callable[..., DistillationConfig], tokenizer: PreTrainedTokenizerBase, kind: str, options: dict[str, Any]
+    config: Callable[..., DistillationConfig],
+    tokenizer: PreTrainedTokenizerBase,
+    caplog: pytest.LogCaptureFixture,
+    kind: str,
+    options: dict[str, Any],
 ) -> None:
     of_chats = copy.deepcopy(tokenizer)
     of_chats.chat_template = CHAT_TEMPLATE
     data = {"train_dataset": DATA[kind], "eval_dataset": {"a": DATA[kind].select(range(3))}}
     args = config(**({"max_length": 48} | options))
+    args.model_init_kwargs = {"revision": "main"}  # of a student that preparation does not load
     prepared = prepare(copy.deepcopy(of_chats), args, *data.values())
     assert not Path(args.output_dir).exists()
+    assert "model_init_kwargs" not in caplog.text
+    args.model_init_kwargs = None
     teacher = LiveTeacher(tiny_llama(2), of_chats)
     trainer = DistillationTrainer(tiny_llama(1), teacher, args, processing_class=of_chats, **data)
     assert prepared.datasets.keys() == trainer.data.datasets.keys() == {"train", "a"}

@@ -193,6 +193,24 @@ def test_of_a_domain_that_takes_long_some_texts_are_measured_first(
     assert report.domains["code"]["texts"] == 6
 
 
+def test_every_domain_is_looked_at_before_one_is_read_to_its_end(
+    folder: Path, saved: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], texts: Dataset
+) -> None:
+    """With other tokens too: of the same texts, without those that are too long for one of the models."""
+    monkeypatch.setattr(evaluation, "FIRST_LOOK_SECONDS", 0)
+    other = train_tokenizer(Dataset.from_dict({"text": ["0123456789"]}), 270)
+    save(tiny_llama(5, hidden=16, vocab_size=270), folder / "other", other)
+    long = next(text for text in texts["text"] if len(text) > 70)[:70]
+    pairs = {"prompt": [long, "def f(", "def g("], "completion": ["): pass"] * 3}
+    Dataset.from_dict(pairs).to_json(folder / "functions.jsonl")
+    options = ["--student", str(folder / "other"), "--max_length", "64", *QUICKLY, "0"]
+    report = GapReport.load(run(folder, saved, *options))
+    order = [line.split()[1].strip(",.") for line in capsys.readouterr().out.splitlines() if line[:9] == "Measuring"]
+    assert order == ["code", "functions", "code", "functions"]
+    assert report.domains["functions"]["texts"] == 2
+    assert report.domains["code"]["texts"] == 6
+
+
 def test_models_with_other_tokens_are_compared_in_bits_a_byte(folder: Path, saved: Path, texts: Dataset) -> None:
     other = train_tokenizer(Dataset.from_dict({"text": [text[::-1] for text in texts["text"]]}), 300)
     save(tiny_llama(5, hidden=16, vocab_size=300), folder / "other", other)
