@@ -67,7 +67,7 @@ def add_empty_completions(dataset: Any, share: float) -> Any:
         )
 
     def add(row: dict[str, Any]) -> dict[str, Any]:
-        return {"completion": "" if isinstance(row["prompt"], str) else [{"role": "assistant", "content": ""}]}
+        return {"completion": [{"role": "assistant", "content": ""}] if isinstance(row["prompt"], list) else ""}
 
     return dataset.map(add, desc="Prompts") if isinstance(dataset, Dataset) else dataset.map(add)
 

@@ -356,7 +356,7 @@ def make_term(name: str | None = None, **parameters: Any) -> Term:
     Raises:
         ValueError: no such term, or a parameter that it has not, or that cannot be.
     """
-    if name not in TERMS:
+    if not isinstance(name, str) or name not in TERMS:
         raise ValueError(f"losses: there is no term {name!r}, only {', '.join(TERMS)}.")
     options = options_of(TERMS[name])
     if unknown := [option for option in parameters if option not in options]:

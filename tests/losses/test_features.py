@@ -117,6 +117,7 @@ def test_a_teacher_that_has_no_layers_is_refused_when_the_trainer_is_built(
     [
         ({"name": "logits"}, "there is no term 'logits', only hidden, attention, relations, selectivity, rkd"),
         ({"weight": 1}, "there is no term None, only hidden"),
+        ({"name": ["hidden"]}, "there is no term \\['hidden'\\], only"),
         ({"name": "hidden", "layer": {1: 1}}, "hidden has no 'layer', only layers, weight, distance"),
         ({"name": "hidden", "layers": {}}, "needs pairs of layers counted from 1"),
         ({"name": "hidden", "layers": "middle"}, r"layers is even, last, cut or head, or pairs like \{4: 8\}"),
