@@ -206,6 +206,8 @@ def _shapes(config: PruneConfig, model: PreTrainedModel) -> list[Shape]:
     elif config.layers:
         require_count(config.layers[0], total)
     layers = len(config.layers) if len(config.layers) > 1 else next(iter(config.layers), total)
+    if layers == total and not config.sizes:
+        raise ValueError(f"layers={total} keeps all layers of the model: nothing would be taken.")
     return [Shape("student", layers, config.sizes, 0)]
 
 

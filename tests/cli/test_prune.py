@@ -159,6 +159,7 @@ def test_a_shape_is_chosen_for_a_latency_that_is_measured(
         ({"layers": "1 2 2"}, ["layer 2", "twice"]),
         ({"layers": "1 9"}, ["no layer 9", "1 to 4"]),
         ({"layers": "0"}, ["0 layers cannot be kept"]),
+        ({"layers": "4"}, ["keeps all layers of the model"]),
         ({"layers": None, "intermediate_size": "64"}, ["intermediate_size=64 is no smaller", "64"]),
         ({"layers": None, "num_attention_heads": "3"}, ["num_attention_heads=3", "multiple of 2"]),
         ({"layers": None, "num_experts": "2"}, ["LlamaForCausalLM", "num_experts"]),
