@@ -250,12 +250,7 @@ def _domains(
     def measure(domain: str, rows: int) -> DomainFigures:
         datasets = {name: data[domain].evaluation[domain] for name, data in prepared.items()}
         datasets = _same_texts(datasets, rows) if alone else {"student": datasets["student"].select(range(rows))}
-        texts = {
-            name: HeldOutTexts(
-                rows_of, (data := prepared[name][domain]).collate, data.tokenizer, config.batch_size, domain
-            )
-            for name, rows_of in datasets.items()
-        }
+        texts = {name: _held_out(prepared[name][domain], config, domain, rows) for name, rows in datasets.items()}
         others = {name: compare({name: models[name].model}, None, texts[name])[name] for name in alone}
         of_student = prepared["student"][domain]
         if comparable:
@@ -279,7 +274,7 @@ def _measure_stages(config: EvaluateConfig, student: LanguageModel, samples: Map
         ValueError: a student that cannot be loaded, or has other tokens than the last.
     """
     prepared = dict(_prepared(config, student, samples))
-    texts = {name: _held_out(data, config, name, len(data.evaluation[name])) for name, data in prepared.items()}
+    texts = {name: _held_out(data, config, name, data.evaluation[name]) for name, data in prepared.items()}
     stages = []
     for path in config.previous:
         model = LanguageModel.load(path, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
@@ -334,6 +329,10 @@ def _prepared(
 
 def _kind(data: Dataset) -> str:
     return next((column for column in ("prompt", "messages", "text") if column in data.column_names), "other")
+
+
+def _held_out(data: PreparedData, config: EvaluateConfig, name: str, rows: Dataset) -> HeldOutTexts:
+    return HeldOutTexts(rows, data.collate, data.tokenizer, config.batch_size, name)
 
 
 def _same_texts(datasets: Mapping[str, Dataset], rows: int) -> dict[str, Dataset]:
