@@ -56,7 +56,14 @@ from llm_distill.students.build import (
     require_supported,
     student_tokenizer,
 )
-from llm_distill.students.modules import add_modules, load_modules, model_of, modules_set_aside, save_modules
+from llm_distill.students.modules import (
+    add_modules,
+    choose_dimensions,
+    load_modules,
+    model_of,
+    modules_set_aside,
+    save_modules,
+)
 from llm_distill.students.saving import require_disk, require_savable
 from llm_distill.teachers import Teacher, make_teacher
 from llm_distill.teachers.base import TellTeacher
@@ -169,6 +176,7 @@ class DistillationTrainer(SFTTrainer):
             self.run.require_place(self.hub_model_id)
         if self.teacher is not None:
             add_modules(self.model, self.objective, self.teacher, self.accelerator)
+            choose_dimensions(self.model, self.objective, self.teacher, self.data, self.data_collator)
         self.meter = Meter(self.objective.metrics, self.accelerator.device)
         self.completions: CompletionLog | None = None
         if args.log_completions and isinstance(self.policy, OnPolicy):

@@ -13,16 +13,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from llm_distill.data.prepare import PreparedData, spread_rows
 from llm_distill.heads import LMHead, base_of
+from llm_distill.losses.features import ChosenDimensions
 from llm_distill.losses.in_forward import MODULES
 from llm_distill.losses.objective import Objective
 from llm_distill.models import kept_of
 from llm_distill.ranks import SHARDED
 from llm_distill.rows import View
+from llm_distill.signals import HiddenSignal
 from llm_distill.teachers import Teacher
 
 TOKENS = 4
 """With which terms are tried."""
+TEXTS = 64
+"""By which dimensions are chosen."""
 FILE = f"{MODULES}.safetensors"
 
 
@@ -43,6 +48,33 @@ def add_modules(model: nn.Module, objective: Objective, teacher: Teacher, accele
     is_whole = accelerator.distributed_type not in SHARDED
     if is_whole and "hidden" in teacher.can:  # what is stored knows other tokens alone
         _try_terms(model, objective, teacher, modules, accelerator)
+
+
+@torch.no_grad()
+def choose_dimensions(
+    model: nn.Module, objective: Objective, teacher: Teacher, data: PreparedData, collate: Any
+) -> None:
+    """Lets terms choose dimensions of the teacher by gradient, on a few texts from all over the train dataset: the same
+    ones on every rank.
+
+    Raises:
+        ValueError: no token of them counts, or the teacher is sharded.
+    """
+    modules = getattr(base_of(model), MODULES, {}).values()
+    choosing = [module for module in modules if isinstance(module, ChosenDimensions)]
+    if not choosing:
+        return
+    if data.accelerator.distributed_type in SHARDED:
+        raise ValueError("hidden: dimensions=by_gradient cannot be chosen where models are sharded: train under DDP.")
+    for row in spread_rows(data.train, TEXTS):
+        view = View.of_teacher(collate([row])).to(data.device)
+        with data.accelerator.autocast():
+            signal = teacher.score(view, objective.teacher_needs)
+        assert isinstance(signal, HiddenSignal), "the objective needs what goes into the head"
+        for module in choosing:
+            module.add_importance(signal, view.positions.targets)
+    for module in choosing:
+        module.choose()
 
 
 def model_of(teacher: Teacher, student: nn.Module) -> PreTrainedModel:

@@ -48,6 +48,21 @@ def test_an_arrangement_of_the_rows_does_not_change_the_step(
         torch.testing.assert_close(weight, expected[name], rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+TERMS = {"hidden": 1.0, "attention": 10.0, "relations": 1.0, "selectivity": 1.0, "rkd": 0.1}
+
+
+def test_accumulation_and_packing_do_not_change_the_step_of_terms_on_layers(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole = weights_after(tmp_path / "4", tokenizer, per_device_train_batch_size=4, losses=TERMS)
+    for name, arrangement in {
+        "1 x 4": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 4},
+        "packed": {"per_device_train_batch_size": 4, "padding_free": True},
+    }.items():
+        for weight, value in weights_after(tmp_path / name, tokenizer, losses=TERMS, **arrangement).items():
+            torch.testing.assert_close(value, whole[weight], rtol=1e-6, atol=1e-8, msg=lambda m, n=weight: f"{n}: {m}")
+
+
 def one_step(folder: Path, tokenizer: PreTrainedTokenizerBase, rows: Dataset, **config: Any) -> dict[str, Tensor]:
     defaults = {"max_steps": 1, "optim": "sgd", "learning_rate": 1.0, "max_grad_norm": 0.0}
     trainer = DistillationTrainer(

@@ -9,13 +9,14 @@ import pytest
 import torch
 from golden import Sparse
 from peft import LoraConfig
-from runs import first_batch, logged, make_trainer, without_labels
+from runs import fill_cache, first_batch, logged, make_trainer, without_labels
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill import CachedTeacher, DistillationTrainer, LiveTeacher
+from llm_distill.cache.methods import Hidden
 from llm_distill.losses.objective import make_term
 from llm_distill.rows import View
 from llm_distill.students.modules import FILE, MODULES
@@ -112,19 +113,69 @@ def test_a_teacher_that_has_no_layers_is_refused_when_the_trainer_is_built(
         make_trainer(tmp_path, tokenizer, tiny_llama(1, hidden=16), sparse, losses=LOSSES)
 
 
+BY_GRADIENT = {"name": "hidden", "layers": "head", "dimensions": "by_gradient", "weight": 0.3}
+
+
+@pytest.mark.parametrize("is_cached", [False, True])
+def test_dimensions_by_gradient_are_those_that_the_teachers_loss_depends_on_most(
+    is_cached: bool, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    trainer = trainer_with_term(tmp_path, tokenizer, losses=[BY_GRADIENT], save_strategy="steps", save_steps=1)
+    chosen = getattr(trainer.model, MODULES)["hidden"].chosen
+    teacher, importance = trainer.teacher.model, torch.zeros(32, dtype=torch.float64)
+    for row in trainer.train_dataset:
+        inputs = trainer.collate([row])
+        positions = View.of(inputs).positions
+        hidden = teacher.model(**without_labels(inputs)).last_hidden_state.detach().requires_grad_()
+        rows = teacher.lm_head(hidden)[positions.sample, positions.position]
+        torch.nn.functional.cross_entropy(rows, positions.targets, reduction="sum").backward()
+        importance += (hidden * hidden.grad)[positions.sample, positions.position].abs().sum(0)
+    assert chosen.tolist() == sorted(importance.argsort(descending=True)[:16].tolist()) != list(range(16))
+    if is_cached:
+        fill_cache(trainer, tmp_path / "cache", Hidden("float32"))
+        cached = CachedTeacher(tmp_path / "cache")
+        other = make_trainer(tmp_path, tokenizer, tiny_llama(1, hidden=16).double(), cached, losses=[BY_GRADIENT])
+        assert torch.equal(getattr(other.model, MODULES)["hidden"].chosen, chosen)
+        return
+    batch, before = first_batch(trainer), trainer.objective
+    inputs, positions = without_labels(batch), View.of(batch).positions
+    with_term = gradients(trainer, batch)
+    trainer.objective = type(before)(before.head)
+    without, trainer.objective = gradients(trainer, batch), before
+    ours, theirs = (model(**inputs).last_hidden_state for model in (trainer.model.model, teacher.model))
+    ours, theirs = (states[positions.sample, positions.position] for states in (ours, theirs))
+    (0.3 * (ours - theirs[:, chosen].detach()).square().mean(-1).mean()).backward()
+    for name, parameter in trainer.model.named_parameters():
+        expected = without.get(name, 0) + (0 if parameter.grad is None else parameter.grad)
+        torch.testing.assert_close(with_term[name], expected, rtol=1e-5, atol=1e-8)
+    trainer.model.zero_grad()
+    trainer.train()
+    stored = load_file(Path(trainer.args.output_dir, "checkpoint-1", FILE))
+    assert torch.equal(stored["hidden.chosen"], chosen)
+
+
+def test_dimensions_of_a_student_as_wide_as_its_teacher_are_not_chosen(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    with pytest.raises(ValueError, match=r"chooses among the teacher's 32, and the student has 32: leave it out"):
+        trainer_with_term(tmp_path, tokenizer, 32, losses=[BY_GRADIENT])
+
+
 @pytest.mark.parametrize(
     ("term", "message"),
     [
         ({"name": "logits"}, "there is no term 'logits', only hidden, attention, relations, selectivity, rkd"),
         ({"weight": 1}, "there is no term None, only hidden"),
         ({"name": ["hidden"]}, "there is no term \\['hidden'\\], only"),
-        ({"name": "hidden", "layer": {1: 1}}, "hidden has no 'layer', only layers, weight, distance"),
+        ({"name": "hidden", "layer": {1: 1}}, "hidden has no 'layer', only layers, weight, distance, dimensions"),
         ({"name": "hidden", "layers": {}}, "needs pairs of layers counted from 1"),
         ({"name": "hidden", "layers": "middle"}, r"layers is even, last, cut or head, or pairs like \{4: 8\}"),
         ({"name": "hidden", "layers": [[1, 1], [1, 2]]}, "a layer of the student is named twice"),
         ({"name": "hidden", "layers": [[1.5, 1]]}, "layers is even, last, cut or head"),
         ({"name": "hidden", "weight": "much"}, "weight must be positive and finite, got 'much'"),
         ({"name": "hidden", "distance": "l1"}, "distance must be mse or cosine, got 'l1'"),
+        ({"name": "hidden", "dimensions": "best"}, "dimensions must be projected or by_gradient, got 'best'"),
+        ({"name": "hidden", "dimensions": "by_gradient"}, "are of what goes into the head: give it layers=head"),
         ({"name": "attention", "heads": "first"}, "heads must be mean or matched, got 'first'"),
         ({"name": "relations", "of": ["output"]}, "of must be some of query, key, value"),
         ({"name": "relations", "heads": 0}, "heads must be a number from 1"),

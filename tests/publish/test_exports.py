@@ -23,6 +23,7 @@ from llm_distill.publish.gguf import PRE_TOKENIZERS, export_gguf
 from llm_distill.publish.onnx import export_onnx
 from llm_distill.publish.verify import TEXTS
 from llm_distill.students.cut import cut_layers
+from llm_distill.students.prune import prune_widths
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -81,9 +82,13 @@ def save(folder: Path, family: str, tokenizer: PreTrainedTokenizerFast, **config
     return model
 
 
-def test_a_student_of_some_layers_is_exported(tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerFast]) -> None:
+def test_a_student_of_some_layers_and_narrower_ones_is_exported(
+    tmp_path: Path, tokenizers: dict[str, PreTrainedTokenizerFast]
+) -> None:
     teacher = save(tmp_path / "teacher", "llama", tokenizers["smollm"], num_hidden_layers=3, tie_word_embeddings=True)
-    cut_layers(teacher, [1, 3]).save_pretrained(tmp_path / "student")
+    blocks = [torch.arange(64)[None]]
+    sizes = {"intermediate_size": 32, "hidden_size": 16, "num_attention_heads": 2}
+    prune_widths(cut_layers(teacher, [1, 3]), sizes, blocks).student.save_pretrained(tmp_path / "student")
     tokenizers["smollm"].save_pretrained(tmp_path / "student")
     assert export_gguf(tmp_path / "student", tmp_path / "s.gguf") == 1
 
