@@ -111,3 +111,11 @@ def test_pad_and_end_may_be_the_same(teacher: LanguageModel, tokenizer: PreTrain
     completion = engine.cut_after_end([5, 6, 0, 0, 0])
     assert (completion.ids, completion.finished) == ([5, 6, 0], True)
     assert not engine.cut_after_end([5, 6, 7]).finished
+
+
+def test_a_row_that_is_no_token_is_never_written(tokenizer: PreTrainedTokenizerBase) -> None:
+    model = tiny_llama(0, vocab_size=4 * len(tokenizer))
+    engine = TransformersEngine(LanguageModel(model, tokenizer), Sampling(max_new_tokens=64))
+    for _, (completion,) in engine.complete([[1, 2, 3]] * 4):
+        assert completion.ids
+        assert max(completion.ids) < len(tokenizer)

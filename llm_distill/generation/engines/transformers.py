@@ -12,7 +12,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 from llm_distill.generation.engines.base import Completion, LocalEngine, Sampling
 from llm_distill.losses.likelihoods import token_log_likelihoods
-from llm_distill.models import LanguageModel
+from llm_distill.models import LanguageModel, vocabulary_size
 
 PROMPTS_AT_A_TIME = 32
 
@@ -50,6 +50,9 @@ class TransformersEngine(LocalEngine):
         self.ends: set[int] = {self.tokenizer.eos_token_id, *model_ends} - {None}
         pad = self.tokenizer.pad_token_id
         self.pad: int = pad if pad is not None else min(self.ends, default=0)
+        rows = author.model.config.get_text_config().vocab_size
+        self.no_tokens = list(range(vocabulary_size(self.tokenizer), rows))
+        """Rows of the model's matrix that only fill it up: their ids mean nothing."""
 
     @property
     def max_length(self) -> int | None:
@@ -126,6 +129,7 @@ class TransformersEngine(LocalEngine):
             eos_token_id=sorted(self.ends) or None,
             pad_token_id=self.pad,
             repetition_penalty=sampling.repetition_penalty,
+            suppress_tokens=self.no_tokens or None,
         )
         if sampling.temperature > 0:
             config.update(temperature=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k)
