@@ -8,7 +8,8 @@ tokens after each. The parts are the same `generate` by hand (longest prompt fir
 of ours on the same tokens written beforehand, the teacher's forward with it. Rounds of all, in processes of their own.
 
 `sums`: the task of `sequence_kd.py`. All students have the same start, steps and batch, but for the last, which has as
-many steps as the first one's time allows. Those that write begin with a third of the steps on the teacher's texts.
+many steps as the first one's time allows. Those that write begin with a third of the steps, or two, on the
+teacher's texts.
 """
 
 from __future__ import annotations
@@ -175,6 +176,7 @@ CURRICULA: dict[str, list[tuple[float, str, dict[str, Any]]]] = {
         (2 / 3, "prompts", THEN_ITS_OWN | {"divergence": "forward_kl"}),
     ],
     "then the student's texts, reverse KL": [(1 / 3, "texts", {}), (2 / 3, "prompts", THEN_ITS_OWN)],
+    "after twice as long a start, its own texts, reverse KL": [(2 / 3, "texts", {}), (1 / 3, "prompts", THEN_ITS_OWN)],
     "then half of each, skewed by origin (DistiLLM-2)": [
         (1 / 3, "texts", {}),
         (
