@@ -85,6 +85,10 @@ def _take_step(
     from llm_distill.students.options import PruneConfig
 
     began = time.perf_counter()
+    if others := [
+        path for path in sorted(folder.glob("*")) if not path.name.startswith(("pruned", "student", ".partial-"))
+    ]:
+        raise ValueError(f"{folder} holds what no step has left, {others[0].name}. Choose another output_dir.")
     shutil.rmtree(folder, ignore_errors=True)
     pruned, student = str(folder / "pruned"), str(folder / "student")
     make_student(
@@ -132,7 +136,7 @@ def _finished(folder: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
     if not (folder / FILE).is_file():
         return None
     step = read_json(folder / FILE)
-    if changes := differences(step["settings"], settings, f"{folder.name}", ignore_missing=False):
+    if changes := differences(step.get("settings", {}), settings, f"{folder.name}", ignore_missing=False):
         raise ValueError(
             f"{folder} was made with other options: {'; '.join(changes)}. Give the same ones, or another output_dir."
         )

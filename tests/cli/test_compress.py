@@ -100,3 +100,13 @@ def test_what_cannot_be_is_refused(
 ) -> None:
     line = refused(capsys, compress, as_flags(options | changed))
     assert all(part in line for part in parts), line
+
+
+def test_a_step_of_somebody_else_is_left_alone(options: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    step = options["output_dir"] / "step-1"
+    step.mkdir(parents=True)
+    (step / "thesis.txt").write_text("ten years")
+    assert "holds what no step has left, thesis.txt" in refused(capsys, compress, as_flags(options))
+    assert (step / "thesis.txt").read_text() == "ten years"
+    (step / "step.json").write_text("{}")
+    assert "made with other options" in refused(capsys, compress, as_flags(options))
