@@ -30,12 +30,13 @@ from measure import in_fresh_process, machine
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 from datasets import Dataset
-from sequence_kd import STUDENT_STEPS, TEACHER_STEPS, accuracy, is_right, make_model, sums, tokenizer_of_digits, train
+from sequence_kd import STUDENT_STEPS, TEACHER_STEPS, accuracy, make_model, sums, train
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
 from llm_distill.data.on_policy_rows import rows_of
 from llm_distill.data.policy import Policy
+from llm_distill.data.sums import is_right, tokenizer_of_digits
 from llm_distill.generation import Sampling, TransformersEngine, generate, load_generated, make_filters, prompts_of
 from llm_distill.models import LanguageModel, decoder_layers
 from llm_distill.students.cut import cut_layers

@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
 import statistics
 import tempfile
 import time
@@ -29,40 +28,22 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import torch
 from datasets import Dataset
 from measure import machine
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
+from llm_distill.data.sums import LARGEST, is_right, split_sums, tokenizer_of_digits
 from llm_distill.generation import Sampling, TransformersEngine, generate, load_generated, make_filters, prompts_of
 from llm_distill.models import LanguageModel
 
-LARGEST, TAUGHT, ASKED, GOLD, HELD_OUT = 100, 6000, 3000, 200, 1000
+TAUGHT, ASKED, GOLD, HELD_OUT = 6000, 3000, 200, 1000
 SIZES = {"teacher": (128, 2), "student": (64, 2)}
 BATCH = 128
 TEACHER_STEPS, STUDENT_STEPS = 450, 600
 
 
-def tokenizer_of_digits() -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.WordLevel({token: place for place, token in enumerate([*"0123456789+=", "<end>"])}))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<end>|."), "isolated")
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-
-
 def sums() -> dict[str, Dataset]:
     """Four sets of sums with nothing in common."""
-    pairs = [(a, b) for a in range(LARGEST) for b in range(LARGEST)]
-    random.Random(0).shuffle(pairs)
-    rows = [{"prompt": f"{a:02d}+{b:02d}=", "completion": f"{a + b:03d}"} for a, b in pairs]
-    sizes, start, parts = {"taught": TAUGHT, "asked": ASKED, "gold": GOLD, "held_out": HELD_OUT}, 0, {}
-    for name, size in sizes.items():
-        parts[name], start = Dataset.from_list(rows[start : start + size]), start + size
-    return parts
-
-
-def is_right(prompt: str, completion: str, row: dict[str, Any]) -> bool:
-    """The verifier: `llm-distill generate` takes it as benchmarks/sequence_kd.py:is_right."""
-    first, second = prompt.rstrip("=").split("+")
-    return completion.replace(" ", "") == f"{int(first) + int(second):03d}"
+    return split_sums(taught=TAUGHT, asked=ASKED, gold=GOLD, held_out=HELD_OUT)
 
 
 def make_model(name: str, seed: int) -> PreTrainedModel:

@@ -28,13 +28,12 @@ from transformers.utils import logging
 
 from llm_distill import DistillationTrainer, LiveTeacher
 from llm_distill.cli.build import build_trainer
-from llm_distill.cli.parsing import errors_in_one_line, parse
+from llm_distill.cli.parsing import parse
 from llm_distill.students.peers import Peers
 
 FOLDER = Path("runs", "peers")
 
 
-@errors_in_one_line
 def train_named(students: Sequence[str], options: Sequence[str]) -> None:
     """Those that a person names, each with the same options."""
     parsed = [parse("train", ["--ce_weight", "1.0", *options, "--model_name_or_path", name]) for name in students]

@@ -66,6 +66,9 @@ class EvaluateConfig(Options):
         at_least=0,
     )
     max_new_tokens: int = option(128, "An answer has at most this many tokens.", needs="generations", at_least=1)
+    layers: bool = option(
+        True, "Each layer of the student is compared with each of the teacher's, by linear CKA on a thousand tokens."
+    )
     tasks: list[str] = option(
         [], "The models solve these tasks of lm-evaluation-harness (pip install lm_eval), such as `arc_easy gsm8k`."
     )

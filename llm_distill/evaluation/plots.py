@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from llm_distill.evaluation.figures import CALIBRATION_BINS, DomainFigures
 from llm_distill.evaluation.resources import LABELS
@@ -29,6 +30,8 @@ def plots(content: dict[str, Any]) -> Iterator[tuple[str, Figure]]:
     if all(domain["likeness"] for domain in domains.values()):
         yield "furthest", _plot_furthest(domains)
     yield "calibration", _plot_calibration(domains)
+    if "cka" in content.get("layers", {}):
+        yield "layers", _plot_layers(content["layers"]["cka"])
     if content.get("resources", {}).get("models"):
         yield "resources", _plot_resources(content["resources"]["models"])
 
@@ -78,6 +81,21 @@ def _plot_calibration(domains: dict[str, DomainFigures]) -> Figure:
             axis.plot(confidence / tokens, accuracy / tokens, "o-", ms=4, color=colour, label=model)
     axis.set(xlabel="confidence", ylabel="accuracy", title="Calibration", xlim=(0, 1), ylim=(0, 1))
     axis.legend(frameon=False)
+    return figure
+
+
+def _plot_layers(cka: list[list[float]]) -> Figure:
+    """How like each of the student's layers is to each of the teacher's."""
+    values = np.array(cka)
+    figure, (axis,) = _figure(1, width=5.4, height=max(2.2, 1.2 + 4.2 * min(1.0, len(values) / len(values[0]))))
+    students, teachers = (np.arange(size + 1) + 0.5 for size in values.shape)
+    picture = axis.pcolormesh(teachers, students, values, cmap="Oranges", vmin=0, vmax=1)
+    axis.invert_yaxis()
+    axis.set(xlabel="teacher's layer", ylabel="student's layer", title="Which layers are alike (linear CKA)")
+    for ticks in (axis.xaxis, axis.yaxis):
+        ticks.set_major_locator(MaxNLocator(integer=True))
+    bar: Any = figure.colorbar(picture, ax=axis)
+    bar.solids.set_rasterized(False)  # a page that holds no picture files
     return figure
 
 

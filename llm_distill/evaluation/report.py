@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.evaluation.bias import bias_tables
+from llm_distill.evaluation.cka import layers_parts
 from llm_distill.evaluation.compare import TEACHER, HeldOutTexts
 from llm_distill.evaluation.domains import measure_domain, sample_texts
 from llm_distill.evaluation.figures import LIKENESS, LOSSES, DomainFigures
@@ -38,12 +39,13 @@ NAME = "report"
 BESIDE_THE_DOMAINS: dict[str, tuple[str, Callable[[Any], Sequence[Table | str]]]] = {
     "previous": ("What was learned and forgotten", stage_parts),
     "generations": ("What they write", lambda domains: [p for d in domains.values() for p in generations_parts(d)]),
+    "layers": ("Which layers are alike", layers_parts),
     "tasks": ("Tasks", tasks_parts),
     "bias": ("Bias transfer", bias_tables),
     "resources": ("Speed, memory, energy", resources_parts),
 }
 """Other parts of the content: the title of each, and what makes a section of it."""
-PLOTS = ("quality", "furthest", "calibration", "resources")
+PLOTS = ("quality", "furthest", "calibration", "layers", "resources")
 SHARES = ("top1_agreement", "acceptance", "accuracy", "ece", "student_ece", "teacher_ece", "gap_closed")
 PASSAGES = (
     "The redder a token, the larger KL(teacher‖student) where it is predicted. Point at one to see what both expected. "

@@ -21,6 +21,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.data.checks import require_rows
 from llm_distill.data.prepare import PreparedData, prepare
 from llm_distill.evaluation.bias import compare_bias, read_pairs
+from llm_distill.evaluation.cka import TOKENS, compare_layers
 from llm_distill.evaluation.compare import TEACHER, TEXT, HeldOutTexts, compare
 from llm_distill.evaluation.config import BUILT_IN, NONE, EvaluateConfig
 from llm_distill.evaluation.domains import measure_domain, sample_texts, split_into_windows, usable_rows
@@ -44,6 +45,7 @@ OPTIONS_OF_PARTS = {
     "previous": ("previous",),
     "generations": ("generations", "max_new_tokens"),
     "bias": ("bias",),
+    "layers": ("layers",),
     "tasks": ("tasks", "task_limit", "task_path"),
     "resources": ("resources", "resource_batch_sizes", "resource_seconds", "quantized"),
 }
@@ -167,7 +169,7 @@ def _parts(config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset
     of_parts = {option for options in OPTIONS_OF_PARTS.values() for option in options}
     options = {name: value for name, value in asdict(config).items() if name not in {*of_parts, "data", "output_dir"}}
     common = [options, [model.describe() for model in models.values()]]
-    tokens_of, measure_rows = _domains(config, models, samples, comparable)
+    tokens_of, measure_rows, texts = _domains(config, models, samples, comparable)
     reading, writing = _seconds_a_token(models, min(SAMPLE_TOKENS, config.max_length))
     looks = []
     for name, tokens in tokens_of.items():
@@ -193,6 +195,11 @@ def _parts(config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset
             config.bias != NONE,
             None if pairs else BUILT_IN_TOKENS * reading,
             lambda: compare_bias(models, pairs),
+        ),
+        "layers": (
+            config.layers and comparable,
+            TOKENS * reading,
+            lambda: compare_layers(models, texts),
         ),
         "tasks": (
             bool(config.tasks),
@@ -236,9 +243,9 @@ def _hash(content: Any) -> str:
 
 def _domains(
     config: EvaluateConfig, models: Models, samples: Mapping[str, Dataset], comparable: bool
-) -> tuple[dict[str, list[int]], Callable[[str, int], DomainFigures]]:
-    """How many tokens each row of each domain has, and what measures the first rows of one. Models with the student's
-    tokens run over the same batches, each other one over its own.
+) -> tuple[dict[str, list[int]], Callable[[str, int], DomainFigures], list[HeldOutTexts]]:
+    """How many tokens each row of each domain has, what measures the first rows of one, and the domains in the
+    student's tokens. Models with these run over the same batches, each other one over its own.
 
     Raises:
         ValueError: a domain with nothing to score, before any is.
@@ -264,7 +271,8 @@ def _domains(
         return figures
 
     rows = {name: data.evaluation[name]["input_ids"] for name, data in prepared["student"].items()}
-    return {name: list(map(len, of_domain)) for name, of_domain in rows.items()}, measure
+    texts = [_held_out(data, config, name, len(rows[name])) for name, data in prepared["student"].items()]
+    return {name: list(map(len, of_domain)) for name, of_domain in rows.items()}, measure, texts
 
 
 def _measure_stages(config: EvaluateConfig, student: LanguageModel, samples: Mapping[str, Dataset]) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_the_command_writes_a_report_in_every_form(
         assert part in markdown, part
         assert part in page, part
     assert {path.name for path in out.glob("*.png")} == {
-        f"report_{x}.png" for x in ("quality", "furthest", "calibration")
+        f"report_{x}.png" for x in ("quality", "furthest", "calibration", "layers")
     }
     assert not re.search(r"""(src|href)=["'](?!#)""", page), "it needs nothing beside it"
     assert "<b>" not in page, "what a model or a text says is shown, not run"
