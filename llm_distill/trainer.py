@@ -33,7 +33,7 @@ from llm_distill.data.on_policy import OnPolicy, require_sampled_text
 from llm_distill.data.on_policy_rows import add_empty_completions
 from llm_distill.data.other_tokens import AlignedCollator, refuse_unaligned
 from llm_distill.data.policy import Policy
-from llm_distill.data.prepare import PreparedData, add_teacher_texts, named_evaluation
+from llm_distill.data.prepare import PreparedData, add_teacher_texts, named_evaluation, spread_rows
 from llm_distill.data.teacher_of_row import NamesTeacher, has_teacher_of_row, number_teachers
 from llm_distill.data.teacher_view import MADE, TwoViews, has_teacher_text, refuse_unread
 from llm_distill.data.validate import RowChecks
@@ -57,6 +57,7 @@ from llm_distill.students.build import (
     student_tokenizer,
 )
 from llm_distill.students.modules import (
+    TEXTS,
     add_modules,
     choose_dimensions,
     load_modules,
@@ -176,7 +177,8 @@ class DistillationTrainer(SFTTrainer):
             self.run.require_place(self.hub_model_id)
         if self.teacher is not None:
             add_modules(self.model, self.objective, self.teacher, self.accelerator)
-            choose_dimensions(self.model, self.objective, self.teacher, self.data, self.data_collator)
+            sample = (self.data_collator([row]) for row in spread_rows(self.train_dataset, TEXTS))
+            choose_dimensions(self.model, self.objective, self.teacher, sample, self.accelerator)
         self.meter = Meter(self.objective.metrics, self.accelerator.device)
         self.completions: CompletionLog | None = None
         if args.log_completions and isinstance(self.policy, OnPolicy):

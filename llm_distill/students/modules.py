@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llm_distill.data.prepare import PreparedData, spread_rows
 from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.features import ChosenDimensions
 from llm_distill.losses.in_forward import MODULES
@@ -52,10 +51,10 @@ def add_modules(model: nn.Module, objective: Objective, teacher: Teacher, accele
 
 @torch.no_grad()
 def choose_dimensions(
-    model: nn.Module, objective: Objective, teacher: Teacher, data: PreparedData, collate: Any
+    model: nn.Module, objective: Objective, teacher: Teacher, batches: Iterable[Any], accelerator: Accelerator
 ) -> None:
-    """Lets terms choose dimensions of the teacher by gradient, on a few texts from all over the train dataset: the same
-    ones on every rank.
+    """Lets terms choose dimensions of the teacher by gradient, on a few batches of the train dataset, the same ones on
+    every rank.
 
     Raises:
         ValueError: no token of them counts, or the teacher is sharded.
@@ -64,11 +63,11 @@ def choose_dimensions(
     choosing = [module for module in modules if isinstance(module, ChosenDimensions)]
     if not choosing:
         return
-    if data.accelerator.distributed_type in SHARDED:
+    if accelerator.distributed_type in SHARDED:
         raise ValueError("hidden: dimensions=by_gradient cannot be chosen where models are sharded: train under DDP.")
-    for row in spread_rows(data.train, TEXTS):
-        view = View.of_teacher(collate([row])).to(data.device)
-        with data.accelerator.autocast():
+    for batch in batches:
+        view = View.of_teacher(batch).to(accelerator.device)
+        with accelerator.autocast():
             signal = teacher.score(view, objective.teacher_needs)
         assert isinstance(signal, HiddenSignal), "the objective needs what goes into the head"
         for module in choosing:
