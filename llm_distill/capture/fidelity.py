@@ -88,11 +88,16 @@ def fidelity(method: Method, sample: Iterable[Sample], temperature: float, seed:
     return Fidelity(
         bytes_per_token=packed_size(columns) / totals["rows"],
         kl=max(0.0, totals["kl"] / totals["rows"]),
-        gradient_error=math.sqrt(totals["error"] / totals["exact"]),
-        gradient_cosine=totals["dot"] / math.sqrt(totals["exact"] * totals["seen"]),
-        bias=float(bias.norm() / gradient.norm()),
+        gradient_error=math.sqrt(_ratio(totals["error"], totals["exact"])),
+        gradient_cosine=_ratio(totals["dot"], math.sqrt(totals["exact"] * totals["seen"])),
+        bias=_ratio(float(bias.norm()), float(gradient.norm())),
         coverage=totals["coverage"] / totals["rows"],
     )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """Infinite beside nothing, as where the student says just what the teacher says."""
+    return part / whole if whole else math.inf if part else 0.0
 
 
 def effective_target(rows: SparseRows, q: Float[Tensor, "rows vocab"]) -> Float[Tensor, "rows vocab"]:

@@ -265,6 +265,8 @@ def test_fidelity_tells_good_from_bad(trainer: Callable[..., DistillationTrainer
     assert "drawn at random" in explain(found["hybrid"])
     assert "drawn at random" not in explain(found["few"])
     assert list(measure_fidelity(made.teacher, student, made.data, methods, seconds=0)) == [str(methods[0])]
+    itself = measure_fidelity(made.teacher, made.teacher.language_model, made.data, methods[:1])
+    assert math.isinf(itself[str(methods[0])].gradient_error), "where there is nothing to learn any error is too much"
 
 
 def test_a_folder_of_somebody_elses_shards_is_left_alone(
