@@ -271,7 +271,7 @@ def _domains(
         return figures
 
     rows = {name: data.evaluation[name]["input_ids"] for name, data in prepared["student"].items()}
-    texts = [_held_out(data, config, name, len(rows[name])) for name, data in prepared["student"].items()]
+    texts = [_held_out(data, config, name, data.evaluation[name]) for name, data in prepared["student"].items()]
     return {name: list(map(len, of_domain)) for name, of_domain in rows.items()}, measure, texts
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
@@ -29,6 +29,7 @@ from llm_distill.ranks import SHARDED
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal, MixtureSignal, Signal
 from llm_distill.teachers.base import Teacher
+from llm_distill.teachers.ensemble import EnsembleTeacher
 
 SHARED = (
     "max_steps",
@@ -69,6 +70,8 @@ class Peers(Sequence["PeerTeacher"]):
             raise ValueError(f"teacher_weight must be between 0 and 1, got {teacher_weight}.")
         if teacher is not None and teacher.k is not None:
             raise ValueError(f"peers mix full distributions, and a {type(teacher).__name__} has its top k.")
+        if isinstance(teacher, EnsembleTeacher) and teacher.mixture == "geometric":
+            raise ValueError("peers mix probabilities, and a geometric mean is none: mixture=mean or best.")
         self.teacher, self.teacher_weight = teacher, teacher_weight
         self.meetings: Meetings | None = None
         """There while they train."""
@@ -173,16 +176,20 @@ class PeerTeacher(Teacher):
         others = [_read(peer.student, peer.head, view) for peer in self.peers if peer is not self]
         return self._mixture(others, None if self.peers.teacher is None else self.peers.teacher.score(view))
 
-    def _mixture(self, others: Sequence[HiddenSignal], teachers: Any) -> Signal:
-        if teachers is None:
-            weights, members = [], []
-        else:
-            share = self.peers.teacher_weight if others else 1.0
-            weights, members = [share * weight for weight in teachers.weights], list(teachers.members)
-        left = 1.0 - sum(weights)
-        members += others
-        weights += [left / len(others) for _ in others]
-        return members[0] if len(members) == 1 else MixtureSignal(tuple(members), tuple(weights))
+    def _mixture(self, others: Sequence[HiddenSignal], of_teacher: Any) -> Signal:
+        if of_teacher is None:
+            return _mixed(tuple(others), (1 / len(others),) * len(others))
+        if not others:
+            return of_teacher
+        share = self.peers.teacher_weight
+        own = of_teacher.weights if isinstance(of_teacher, MixtureSignal) else (1.0,)
+        each = (1 - share) / len(others)
+        if isinstance(own, Tensor):
+            return MixtureSignal(
+                (*of_teacher.members, *others), torch.cat([share * own, own.new_full((len(own), len(others)), each)], 1)
+            )
+        weights = (*(share * weight for weight in own), *([each] * len(others)))
+        return _mixed((*of_teacher.members, *others), weights)
 
     def check(self, divergence: Divergence, temperature: float) -> None:
         if self.peers.teacher is not None:
@@ -223,6 +230,10 @@ class PeerTeacher(Teacher):
         if self.peers.teacher is not None:
             described |= self.peers.teacher.describe() | {"peers_teacher_weight": self.peers.teacher_weight}
         return described
+
+
+def _mixed(signals: tuple[HiddenSignal, ...], weights: tuple[float, ...]) -> Signal:
+    return signals[0] if len(signals) == 1 else MixtureSignal(signals, weights)
 
 
 class MeetAtSteps(TrainerCallback):
