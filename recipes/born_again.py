@@ -47,16 +47,14 @@ class Generation(NamedTuple):
 
 def embedded() -> list[str]:
     """Options for a small run without downloads: few texts, which are read several times."""
-    options = embedded_defaults()
-    place = options.index("--teacher_model_name_or_path")
     more = {
-        "dataset_train_split": "train[:40]",
+        "dataset_train_split": "train[:6]",
         "output_dir": Path("runs", "born_again"),
-        "max_steps": 150,
+        "max_steps": 250,
         "kd_weight": 0.5,
         "ce_weight": 0.5,
     }
-    return [*options[:place], *options[place + 2 :], *as_options(more)]
+    return [*embedded_defaults(has_teacher=False), *as_options(more)]
 
 
 def train_generation(options: list[str], name: str, teachers: list[Path], **changed: Any) -> Generation:

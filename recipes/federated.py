@@ -18,6 +18,7 @@ which nobody could train; and the bytes that were sent. Some four minutes on two
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 import json
 import os
@@ -53,6 +54,8 @@ DOMAINS = {
 """What each site has: packages of the standard library."""
 SIGNATURE = "signature"
 WAIT_SECONDS = 0.2
+CENTRE = os.getppid()
+"""The process that a site was started by, as long as it is there."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,13 @@ class Recipe:
     k: int = 16
 
 
+read_corpus = functools.cache(load_corpus)
+"""Once for each process."""
+
+
 def texts_of(packages: Sequence[str], split: str) -> Dataset:
     """The files of some packages; without one, those of none."""
-    return load_corpus()[split].filter(
+    return read_corpus()[split].filter(
         lambda row: row["file"].partition("/")[0] in packages if packages else "/" not in row["file"]
     )
 
@@ -174,7 +181,7 @@ def bytes_in(folder: Path) -> int:
 def wait_for(path: Path) -> Path:
     """Until somebody has put it into the folder; whole, as it is renamed to this name last."""
     while not path.exists():
-        if os.getppid() == 1:
+        if os.getppid() != CENTRE:
             sys.exit("the centre is gone")
         time.sleep(WAIT_SECONDS)
     return path
@@ -207,14 +214,14 @@ def run_centre(shared: Path, recipe: Recipe, mixture: str, sites: dict[str, Any]
     tokenizer = AutoTokenizer.from_pretrained(shared / "tokenizer")
     public = blocks_of((), "train", tokenizer, recipe)
     heldout = {name: blocks_of(packages, "test", tokenizer, recipe) for name, packages in DOMAINS.items()}
-    keys = {name: wait_for(shared / f"{name}.key").read_bytes() for name in DOMAINS}
-    student, after = make_model(recipe, seed=0), []
+    keys, student, after = dict[str, bytes](), make_model(recipe, seed=0), []
     for number in range(1, recipe.rounds + 1):
         for name, site in sites.items():
             while not (shared / f"{name}-{number}").exists():
                 if site.poll():
                     raise RuntimeError(f"the site {name} ended with {site.returncode}: its log says why")
                 time.sleep(WAIT_SECONDS)
+        keys = keys or {name: (shared / f"{name}.key").read_bytes() for name in DOMAINS}  # there before the first cache
         caches = {name: open_signed(shared / f"{name}-{number}", keys[name]) for name in DOMAINS}
         teachers = [{"cache": cache.path, "name": name} for name, cache in caches.items()]
         args = make_config(recipe, shared.with_name("centre"), recipe.student_steps, teachers=teachers, mixture=mixture)

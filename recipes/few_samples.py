@@ -84,7 +84,7 @@ def answer(engine: TransformersEngine, prompts: Sequence[str], check: Any, folde
     asked = [{"prompt": prompt} for prompt in prompts]
     report = generate(engine, list(prompts_of(asked, as_chat=as_chat)), folder, filters=filters)
     print(report.as_markdown(), flush=True)
-    return load_generated(folder, engine.tokenizer)
+    return load_generated(folder)
 
 
 def teach_named(arguments: argparse.Namespace, options: Sequence[str]) -> None:
@@ -105,7 +105,8 @@ def teach_named(arguments: argparse.Namespace, options: Sequence[str]) -> None:
     train([*as_options(common | sequence), *options])
     own = {"model_name_or_path": folder / "sequence-level", "dataset_name": folder / "texts.jsonl"}
     own |= {"teacher_model_name_or_path": arguments.teacher, "on_policy_share": 1, "divergence": "reverse_kl"}
-    train([*as_options(common | own | {"output_dir": folder / "student"}), *options])
+    own |= {"max_completion_length": arguments.max_new_tokens, "output_dir": folder / "student"}
+    train([*as_options(common | own), *options])
 
 
 def as_conversation(row: Row) -> Row:
@@ -204,7 +205,7 @@ def compare(examples: Sequence[int], seeds: int, sizes: Sizes) -> tuple[dict[str
             10 * beginnings,
             folder / "prompts",
             show=lambda rows: rows[0]["prompt"][0],  # goes on from how an example begins
-            read=lambda asked, written: (asked + written).replace(" ", "").partition("=")[0] + "=",
+            read=lambda asked, written: (asked + written).partition("=")[0] + "=",
             as_chat=False,
         )
         prompts = [prompt for prompt in prompts if len(prompt) == 6 and prompt[2] == "+" and prompt not in unseen]

@@ -91,12 +91,11 @@ def compare(seeds: int) -> str:
             PartialState().print(f"Training two students: {taught}, seed {seed} of {seeds}")
             students = [make_model(recipe, recipe.student_width, recipe.student_layers, 2 * seed + i) for i in (0, 1)]
             runs.setdefault(taught, []).extend(train_on_corpus(students, taught, teacher, corpus, recipe, seed))
-    names = list(runs["text alone"][0])
-    lines = ["| taught | " + " | ".join(names) + " |", "|---|" + "---:|" * len(names)]
+    lines = ["| taught | held-out loss | seconds of both |", "|---|---:|---:|"]
     for taught, students in runs.items():
-        values = [[student[name] for student in students] for name in names]
-        cells = [f"{statistics.fmean(each):.3f} ({min(each):.3f} to {max(each):.3f})" for each in values]
-        lines.append(f"| {taught} | " + " | ".join(cells) + " |")
+        losses, seconds = ([student[name] for student in students] for name in ("held-out loss", "seconds of both"))
+        loss = f"{statistics.fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})"
+        lines.append(f"| {taught} | {loss} | {statistics.fmean(seconds):.0f} |")
     if PartialState().is_main_process:
         FOLDER.mkdir(parents=True, exist_ok=True)
         (FOLDER / "results.json").write_text(json.dumps(runs, indent=2) + "\n")
@@ -119,7 +118,7 @@ def main() -> None:
         parser.error(f"{options[0]} needs --students: the comparison on the embedded corpus takes --seeds alone.")
     logging.set_verbosity_error()
     table = compare(arguments.seeds)
-    PartialState().print(f"\n{table}\n\nMean, least and most over students. The table is in {FOLDER}.")
+    PartialState().print(f"\n{table}\n\nOf the losses mean, least and most over students. The table is in {FOLDER}.")
 
 
 if __name__ == "__main__":

@@ -20,11 +20,12 @@ from llm_distill.data.corpus import NAME
 
 
 @functools.cache  # reading the corpus takes half a minute
-def embedded_defaults(folder: Path = Path("runs")) -> list[str]:
-    """Options for a small run without downloads: teacher, student and data."""
+def embedded_defaults(folder: Path = Path("runs"), has_teacher: bool = True) -> list[str]:
+    """Options for a small run without downloads: student and data, and the teacher unless there is to be none."""
     recipe = Recipe()
     corpus = prepare_corpus(recipe)
-    trained_teacher(folder / "demo" / "teacher", recipe, corpus)
+    if has_teacher:
+        trained_teacher(folder / "demo" / "teacher", recipe, corpus)
     student = folder / "token_kl" / "start"
     if PartialState().is_main_process:
         make_model(recipe, recipe.student_width, recipe.student_layers, seed=1).save_pretrained(student)
@@ -32,7 +33,7 @@ def embedded_defaults(folder: Path = Path("runs")) -> list[str]:
     PartialState().wait_for_everyone()
     options = {
         "model_name_or_path": student,
-        "teacher_model_name_or_path": folder / "demo" / "teacher",
+        **({"teacher_model_name_or_path": folder / "demo" / "teacher"} if has_teacher else {}),
         "dataset_name": NAME,
         "output_dir": folder / "token_kl" / "student",
         "packing": True,

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 from datasets import Dataset
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 LARGEST = 100
@@ -15,6 +15,7 @@ LARGEST = 100
 def tokenizer_of_digits() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.WordLevel({token: place for place, token in enumerate([*"0123456789+=", "<end>"])}))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("<end>|."), "isolated")
+    tokenizer.decoder = decoders.Fuse()  # without spaces, which it could not read again
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
@@ -32,4 +33,4 @@ def split_sums(**sizes: int) -> dict[str, Dataset]:
 def is_right(prompt: str, completion: str, row: dict[str, Any]) -> bool:
     """The verifier: `llm-distill generate` takes it as llm_distill.data.sums:is_right."""
     first, second = prompt.rstrip("=").split("+")
-    return completion.replace(" ", "") == f"{int(first) + int(second):03d}"
+    return completion == f"{int(first) + int(second):03d}"

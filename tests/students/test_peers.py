@@ -16,9 +16,10 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from llm_distill import DistillationTrainer, LiveTeacher
+from llm_distill import DistillationTrainer, EnsembleTeacher, LiveTeacher
 from llm_distill.data.corpus import train_tokenizer
 from llm_distill.rows import View
+from llm_distill.signals import MixtureSignal
 from llm_distill.students.peers import Peers
 
 STEP = {"ce_weight": 0.5, "divergence": "forward_kl", "max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0}
@@ -74,6 +75,25 @@ def test_a_step_is_that_of_each_ones_ce_and_divergence_to_the_others(
             expected = weight.detach() - 1e-2 * weight.grad
             torch.testing.assert_close(trainer.model.get_parameter(name).detach(), expected, msg=f"{place}: {name}")
         assert trainer.state.log_history[0]["kd"] == pytest.approx(float(kl.detach()))
+
+
+def test_teachers_that_are_weighed_by_row_have_their_share_beside_the_others(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    teachers = [LiveTeacher(tiny_llama(seed).double(), tokenizer) for seed in (2, 5)]
+    peers = Peers(2, EnsembleTeacher(teachers, mixture="best"), teacher_weight=0.25)
+    students = [student(1), student(3)]
+    trainers = [make_trainer(tmp_path / str(i), tokenizer, students[i], peers[i], ce_weight=0.5) for i in (0, 1)]
+    view = View.of(first_batch(trainers[0]))
+    first, second, other = (logits_at(m, view).log_softmax(-1) for m in (*(t.model for t in teachers), students[1]))
+    targets, samples = view.positions.targets, view.positions.sample
+    gains = (first - second).gather(1, targets[:, None])[:, 0]
+    by_text = gains.new_zeros(int(samples.max()) + 1).index_add(0, samples, gains)
+    best = torch.where(by_text[samples, None] > 0, first, second)
+    signal = peers[0].score(view)
+    assert isinstance(signal, MixtureSignal)
+    mixed, _ = signal.mix([first, second, other], slice(None))
+    torch.testing.assert_close(mixed.exp(), 0.25 * best.exp() + 0.75 * other.exp())
 
 
 def test_one_peer_beside_a_teacher_is_the_trainer_bit_for_bit(
@@ -196,6 +216,8 @@ def test_what_cannot_be_is_refused(tmp_path: Path, tokenizer: PreTrainedTokenize
         Peers(1)
     with pytest.raises(ValueError, match="between 0 and 1"):
         Peers(2, LiveTeacher(tiny_llama(2), tokenizer), teacher_weight=1.0)
+    with pytest.raises(ValueError, match="a geometric mean is none"):
+        Peers(2, EnsembleTeacher([LiveTeacher(tiny_llama(2), tokenizer)] * 2, mixture="geometric"))
     peers = Peers(2)
     trainer = make_trainer(tmp_path, tokenizer, student(1), peers[0], ce_weight=1.0)
     with pytest.raises(ValueError, match="make all trainers before"):
