@@ -192,7 +192,7 @@ class Alignment:
             teacher_ids += own
             teacher_ends += (start + own_ends).tolist()
             is_broken += [(start + first, start + last) for first, last in broken]
-        return self._group(labels, ends, teacher_ids, np.array(teacher_ends, dtype=np.int64), is_broken)
+        return self.group(labels, ends, teacher_ids, np.array(teacher_ends, dtype=np.int64), is_broken)
 
     def _cut(self, ids: Sequence[int]) -> tuple[np.ndarray, bytes, list[tuple[int, int, int | None]]]:
         """The byte at which each token ends, the bytes, and their pieces: (first, end, the teacher's special token).
@@ -223,7 +223,7 @@ class Alignment:
             pieces.append((start, len(data), None))
         return np.array(ends, dtype=np.int64), bytes(data), pieces
 
-    def _group(
+    def group(
         self,
         labels: Sequence[int],
         ends: np.ndarray,
@@ -231,6 +231,12 @@ class Alignment:
         teacher_ends: np.ndarray,
         broken: list[tuple[int, int]],
     ) -> AlignedText:
+        """Tokens of both, of which the byte is known at which each ends: NOWHERE for those that are in no group.
+
+        Args:
+            labels: the student's.
+            broken: bytes, from the first to the one after the last, whose groups do not count.
+        """
         boundaries = np.intersect1d(ends, teacher_ends)
         boundaries = boundaries[boundaries > 0]
         counts = np.ones(len(boundaries) + 1, dtype=bool)

@@ -31,6 +31,7 @@ from llm_distill.data.completions import CompletionLog, print_completions
 from llm_distill.data.counts import StreamCounts, count_rows_left
 from llm_distill.data.on_policy import OnPolicy, require_sampled_text
 from llm_distill.data.on_policy_rows import add_empty_completions
+from llm_distill.data.other_chats import map_ends
 from llm_distill.data.other_tokens import AlignedCollator, refuse_unaligned
 from llm_distill.data.policy import Policy
 from llm_distill.data.prepare import PreparedData, add_teacher_texts, named_evaluation, spread_rows
@@ -148,13 +149,13 @@ class DistillationTrainer(SFTTrainer):
                 require_rated(self.teacher, args.kd_row_weights)
             if args.chat_template_path is None:  # otherwise the tokenizer is not yet the one that is used
                 self.teacher.fit_to(tokenizer)
-        train, evaluation = add_teacher_texts(tokenizer, args, train, evaluation)
+        train, evaluation = add_teacher_texts(tokenizer, args, train, evaluation, self._teachers_tokenizer)
         train, evaluation = number_teachers(getattr(self.teacher, "names", ()), args, train, evaluation)
         self.names_teachers = has_teacher_of_row(train, *named_evaluation(evaluation).values())
         self.reads_more = has_teacher_text(train, *named_evaluation(evaluation).values())
         if self.is_aligned:
             data = [data for data in (train, *named_evaluation(evaluation).values()) if data is not None]
-            refuse_unaligned(args, self.reads_more, self.names_teachers, next(iter(data[0]), {}) if data else {})
+            refuse_unaligned(args, data, self.names_teachers)
         refuse_unread(args, self.teacher is not None and self.reads_more, self.objective.teacher_needs)
         if isinstance(model, str):
             model = load_student(model, args, sft.pop("quantization_config", None), sft.get("peft_config"))
@@ -223,9 +224,13 @@ class DistillationTrainer(SFTTrainer):
             self.data_collator: Any = self.collate
         if isinstance(self.teacher, OtherTokensTeacher):
             assert self.teacher.alignment is not None, "it is fitted"
-            self.collate = AlignedCollator(self.collate, self.teacher.alignment, self.teacher.teacher.max_length)
+            if self.reads_more:
+                map_ends(self.teacher.alignment, spread_rows(self.train_dataset, TEXTS))
+            limits = filter(None, (self.args.teacher_max_length, self.teacher.teacher.max_length))
+            limit, writes = min(limits, default=None), self.policy.writes
+            self.collate = AlignedCollator(self.collate, self.teacher.alignment, limit, writes)
             self.data_collator = self.collate
-        if self.reads_more:
+        elif self.reads_more:
             limits = filter(None, (self.args.teacher_max_length, self.teacher.max_length))
             self.collate = TwoViews(self.collate, min(limits, default=None))
             self.data_collator = self.collate
@@ -240,6 +245,11 @@ class DistillationTrainer(SFTTrainer):
     def is_aligned(self) -> bool:
         """Whether the teacher has another tokenizer."""
         return isinstance(self.teacher, OtherTokensTeacher)
+
+    @property
+    def _teachers_tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """If it has another one than the student."""
+        return self.teacher.tokenizer if isinstance(self.teacher, OtherTokensTeacher) else None
 
     @property
     def data(self) -> PreparedData:
@@ -369,7 +379,8 @@ class DistillationTrainer(SFTTrainer):
         """As `SFTTrainer.evaluate`. Raises ValueError for a dataset whose rows cannot be evaluated on."""
         if eval_dataset is None or isinstance(eval_dataset, str):
             return super().evaluate(eval_dataset, *args, **kwargs)
-        _, checked = add_teacher_texts(self.processing_class, self.args, *self.row_checks.apply(None, eval_dataset))
+        given = self.row_checks.apply(None, eval_dataset)
+        _, checked = add_teacher_texts(self.processing_class, self.args, *given, self._teachers_tokenizer)
         if has_teacher_text(*named_evaluation(checked).values()) and not self.reads_more:
             raise ValueError(
                 "the teacher shall read something else than the student in this dataset, and the trainer was built for "

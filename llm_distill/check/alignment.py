@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from llm_distill.alignment import NO_GROUP, Alignment
+from llm_distill.alignment import NO_GROUP
 from llm_distill.check.report import Finding
+from llm_distill.data.other_tokens import AlignedCollator
 from llm_distill.rows import IGNORED
 
 FEW_ALIGNED = 0.5
@@ -19,15 +20,16 @@ one before."""
 WAY_OUT = "train on the teacher's own text (llm-distill generate), which needs no common tokens"
 
 
-def alignment_findings(alignment: Alignment, rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
-    """Of the vocabularies, and of some prepared rows of the student's."""
+def alignment_findings(collate: AlignedCollator, rows: Sequence[Mapping[str, Any]]) -> Iterator[Finding]:
+    """Of the vocabularies, and of some prepared rows of the student's, as far as the teacher can read them."""
+    alignment = collate.alignment
     student, teacher = alignment.student, alignment.teacher
     shared = alignment.shared
     sizes, groups, aligned = np.zeros(2, dtype=np.int64), 0, 0
     ones = whole = texts = counted = known = 0
     for row in rows:
         labels = row.get("labels", row["input_ids"])
-        text = alignment.align(row["input_ids"], labels)
+        text = collate.read(row, is_written=True)
         numbers = [number for number in text.groups if number != NO_GROUP]
         own = [number for number in text.student_groups if number != NO_GROUP]
         learned = [label for label in labels[1:] if label != IGNORED]

@@ -108,7 +108,7 @@ def _teacher(trainer: SFTTrainer) -> Iterator[Finding]:
     sizes = {len(head) for head in heads if head.dim() == 2 and head.shape[1] > 1 and len(head)}
     padded = f"; output matrices padded to {', '.join(f'{n:,}' for n in sorted(sizes))} rows" if len(sizes) > 1 else ""
     if teacher.alignment is not None:
-        yield from alignment_findings(teacher.alignment, spread_rows(trainer.train_dataset, TEXTS))
+        yield from alignment_findings(trainer.collate, spread_rows(trainer.train_dataset, TEXTS))
         return
     if any(member.tokenizer is None for member in teacher.models):
         yield Finding(

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from llm_distill.data.on_policy_rows import require_prompts
+from llm_distill.data.other_tokens import AlignedCollator, require_aligned_rows
 from llm_distill.data.prepare import PreparedData, iterate_windows, spread_rows
 from llm_distill.data.teacher_view import IDS, TwoViews, require_teachers_rows
 from llm_distill.models import (
@@ -67,6 +68,8 @@ def require_usable(
         if isinstance(data.collate, TwoViews):
             writes = data.args.on_policy_share and name == "train"
             require_teachers_rows(dataset, name, data.collate, data.args.max_completion_length if writes else None)
+        if isinstance(data.collate, AlignedCollator):
+            require_aligned_rows(dataset, name, data.collate)
     if isinstance(collate, ReadingCollator) and teacher is not None and teacher.is_stored:
         for name, dataset in data.datasets.items():
             require_readable(dataset, name, collate)

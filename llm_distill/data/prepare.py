@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from tempfile import TemporaryDirectory
 from typing import Any
 
@@ -129,7 +130,11 @@ def _for_data_alone(args: DistillationConfig, folder: str) -> DistillationConfig
 
 
 def add_teacher_texts(
-    tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, train: Any, evaluation: Any
+    tokenizer: PreTrainedTokenizerBase,
+    args: DistillationConfig,
+    train: Any,
+    evaluation: Any,
+    own: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Any, Any]:
     """The datasets with the tokens and labels of what the teacher reads, where that is something else than what the
     student reads.
@@ -138,24 +143,38 @@ def add_teacher_texts(
         tokenizer: the student's.
         train: a dataset or a stream, as `RowChecks` leaves it.
         evaluation: another one, or several by name.
+        own: the teacher's tokenizer, if it has another one: it then reads conversations in its own chat template.
 
     Raises:
         ValueError: what the teacher is to read cannot be prepared, or there is no place for it.
     """
+    add = partial(_add_teacher_text, tokenizer, args, own)
     if isinstance(evaluation, dict):
-        evaluation = {name: _add_teacher_text(tokenizer, args, data, name) for name, data in evaluation.items()}
+        evaluation = {name: add(data, name) for name, data in evaluation.items()}
     elif evaluation is not None:
-        evaluation = _add_teacher_text(tokenizer, args, evaluation, "eval")
-    return None if train is None else _add_teacher_text(tokenizer, args, train, "train"), evaluation
+        evaluation = add(evaluation, "eval")
+    return None if train is None else add(train, "train"), evaluation
 
 
-def _add_teacher_text(tokenizer: PreTrainedTokenizerBase, args: DistillationConfig, dataset: Any, name: str) -> Any:
+def _add_teacher_text(
+    tokenizer: PreTrainedTokenizerBase,
+    args: DistillationConfig,
+    own: PreTrainedTokenizerBase | None,
+    dataset: Any,
+    name: str,
+) -> Any:
     """What the teacher reads is prepared by itself, exactly as what the student reads, and laid beside it."""
-    rows = rows_of_teacher(dataset, args, name)
+    rows = rows_of_teacher(dataset, args, name, own is not None)
     if rows is None:
         return dataset
+    reader = tokenizer_of_teacher(tokenizer if own is None else own, args)
+    if own is not None and reader.chat_template is None:
+        raise ValueError(
+            f"the {name} dataset has conversations, and the teacher's tokenizer has no chat template: give one as "
+            "teacher_chat_template. A teacher without one has not learned to answer; texts fit it better."
+        )
     try:
-        read = prepare(tokenizer_of_teacher(tokenizer, args), options_of_teacher(args), rows).train
+        read = prepare(reader, options_of_teacher(args, own is not None), rows).train
     except ValueError as error:
         text = str(error).replace("the train dataset", f"the {name} dataset, as the teacher reads it")
         raise ValueError(text) from error

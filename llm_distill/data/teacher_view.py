@@ -58,9 +58,18 @@ def refuse_unread(args: DistillationConfig, is_read: bool, teacher_needs: Needs)
         )
 
 
-def rows_of_teacher(dataset: Any, args: DistillationConfig, name: str) -> Any:
+def has_conversations(first: Mapping[str, Any]) -> bool:
+    """Whether a dataset with such a first row is to be read in a chat template."""
+    turns = "messages" in first or "conversations" in first or isinstance(first.get("prompt"), list)
+    return turns and "input_ids" not in first
+
+
+def rows_of_teacher(dataset: Any, args: DistillationConfig, name: str, in_other_tokens: bool = False) -> Any:
     """The rows of a dataset with what the teacher reads in place of the student's text, and their NUMBER; None if it
     reads the same.
+
+    Args:
+        in_other_tokens: whether it has a tokenizer, and so a chat template, of its own.
 
     Raises:
         ValueError: there is no place for it.
@@ -68,9 +77,10 @@ def rows_of_teacher(dataset: Any, args: DistillationConfig, name: str) -> Any:
     first: Mapping[str, Any] = next(iter(dataset), {})
     given = [column for column in (PROMPT, MESSAGES, IDS) if column in first]
     chosen = [option for option in OPTIONS if getattr(args, option)]
-    if NUMBER in first or not (given or chosen):
+    own_template = ["conversations in its own chat template"] if in_other_tokens and has_conversations(first) else []
+    if NUMBER in first or not (given or chosen or own_template):
         return None
-    reason = f"the {name} dataset: the teacher shall read something else ({', '.join([*given, *chosen])})"
+    reason = f"the {name} dataset: the teacher shall read something else ({', '.join(given + chosen + own_template)})"
     if args.packing or args.padding_free:
         raise ValueError(f"{reason}, and rows are packed: set packing and padding_free to False.")
     if "input_ids" in first:
@@ -89,16 +99,18 @@ def rows_of_teacher(dataset: Any, args: DistillationConfig, name: str) -> Any:
     return dataset.map(make_row, with_indices=True, remove_columns=given)
 
 
-def options_of_teacher(args: DistillationConfig) -> DistillationConfig:
+def options_of_teacher(args: DistillationConfig, in_other_tokens: bool = False) -> DistillationConfig:
     """How the rows of the teacher are prepared: as the student's, and never cut, left out or moved."""
     args = copy.copy(args)
+    if in_other_tokens:
+        args.chat_template_path = args.eos_token = args.pad_token = None  # of the student's
     args.max_length, args.shuffle_dataset, args.eval_strategy = None, False, "no"
     args.teacher_system_prompt = args.teacher_chat_template = None
     return args
 
 
 def tokenizer_of_teacher(tokenizer: PreTrainedTokenizerBase, args: DistillationConfig) -> PreTrainedTokenizerBase:
-    """The student's, with the teacher's chat template."""
+    """A tokenizer, the student's or the teacher's own, with the teacher's chat template."""
     tokenizer = copy.deepcopy(tokenizer)
     if args.teacher_chat_template is not None:
         tokenizer.chat_template = args.teacher_chat_template

@@ -116,11 +116,14 @@ def test_a_teacher_learned_from_comes_nearer(build: Build) -> None:
     assert trainer.evaluate()["eval_kd"] < 0.5 * before
 
 
-def test_what_cannot_be_is_refused_with_the_way_out(build: Build) -> None:
+def test_what_cannot_be_is_refused_with_the_way_out(build: Build, others: PreTrainedTokenizerBase) -> None:
     with pytest.raises(ValueError, match=r"different ids for .*teacher_alignment"):
         build(teacher_alignment="none")
     with pytest.raises(ValueError, match="rows are packed: set packing"):
         build(packing=True)
+    short = LiveTeacher(tiny_llama(2, vocab_size=LARGER, max_position_embeddings=12).double(), others)
+    with pytest.raises(ValueError, match=r"train dataset, row 0: .* tokens of its own, and 12 at most.* 8 of its 8"):
+        build(teacher=short)
     with pytest.raises(ValueError, match="has a measure of its own"):
         build(teacher_alignment="alm", divergence="jsd")
     with pytest.raises(ValueError, match="at temperature 1 alone"):
