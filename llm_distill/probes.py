@@ -43,9 +43,13 @@ class MeasureOnceSharded(TrainerCallback):
         self.measure()
 
 
-def require_causal_lm(model: nn.Module, head: LMHead, collate: Collator | None, accelerator: Accelerator) -> None:
-    """Raises ValueError if a student sees later tokens or, with a `collate` that packs rows, other documents."""
-    forward = student_forward(model, head)
+def require_causal_lm(
+    model: nn.Module, wrapped: nn.Module, head: LMHead, collate: Collator | None, accelerator: Accelerator
+) -> None:
+    """Raises ValueError if a student, `wrapped` by the engine that trains it, sees later tokens or, with a `collate`
+    that packs rows, other documents.
+    """
+    forward = student_forward(wrapped, head)
     require_causal(model, forward, accelerator)
     if collate is not None:
         require_documents_apart(model, forward, collate, accelerator)

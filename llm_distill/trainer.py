@@ -205,12 +205,14 @@ class DistillationTrainer(SFTTrainer):
         if self.is_world_process_zero():
             require_savable(self.model, self.processing_class)
         collate = self.collate if self.padding_free else None
+
+        def measure() -> None:
+            require_causal_lm(self.model, self.model_wrapped, head, collate, self.accelerator)
+
         if self.accelerator.distributed_type in SHARDED:
-            self.add_callback(
-                MeasureOnceSharded(lambda: require_causal_lm(self.model_wrapped, head, collate, self.accelerator))
-            )
+            self.add_callback(MeasureOnceSharded(measure))
         else:
-            require_causal_lm(self.model, head, collate, self.accelerator)
+            measure()
 
     def _prepare_teacher(self) -> None:
         """Lets it read what the student reads, where the student is."""
