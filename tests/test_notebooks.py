@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -66,7 +67,8 @@ def test_it_runs(path: Path, checkout: Path) -> None:
     shortened.write_text(STEPS.sub("12", path.read_text()))
     notebook = execute(shortened, shortened.parent)
     require_fit_to_be_read(notebook)
-    kinds = [[output.output_type for output in each] for each in map(outputs_of, (committed, notebook))]
+    outputs = map(outputs_of, (committed, notebook))  # where a stream is broken in two, the machine was busy
+    kinds = [[kind for kind, _ in itertools.groupby(output.output_type for output in each)] for each in outputs]
     assert kinds[0] == kinds[1], "make notebooks"
 
 

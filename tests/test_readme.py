@@ -138,12 +138,13 @@ def test_the_recipe_finds_passages_without_an_argument(small_demo: Path) -> None
 
 @pytest.mark.slow
 def test_the_recipe_of_peers_compares_without_an_argument_and_trains_those_that_are_named(small_demo: Path) -> None:
-    run_recipe(small_demo, SMALL, "peers")
+    few_steps = SMALL | {"student_steps": 2}
+    run_recipe(small_demo, few_steps, "peers")
     assert "by each other and a teacher" in (small_demo / "runs" / "peers" / "results.md").read_text()
     (small_demo / "few.jsonl").write_text('{"text": "import os"}\n' * 8)
     names = ["--students", "runs/demo/student", "runs/demo/student"]
     options = ["--dataset_name", "few.jsonl", "--output_dir", "runs/named", "--max_steps", "2", "--report_to", "none"]
-    run_recipe(small_demo, SMALL, "peers", *names, *options, "--teacher_model_name_or_path", "runs/demo/teacher")
+    run_recipe(small_demo, few_steps, "peers", *names, *options, "--teacher_model_name_or_path", "runs/demo/teacher")
     for number in "01":
         assert (small_demo / "runs" / "named" / number / "model.safetensors").is_file()
 
