@@ -106,7 +106,8 @@ def main() -> None:
     assert all(isinstance(p, DTensor) for m in (student, teacher.model) for p in m.parameters())
 
     packs = DataCollatorForLanguageModeling(0, padding_free=True)
-    require_causal_lm(student, student, LMHead.of(student), packs, fsdp2())  # as before the first step: it changes nothing
+    # As before the first step: it changes nothing.
+    require_causal_lm(student, student, LMHead.of(student), packs, fsdp2())
     ids, labels = make_batch()
     first = sum(ROWS_OF_RANK[:rank])
     mine = slice(first, first + ROWS_OF_RANK[rank])
