@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import extract_commit_hash
 
-from llm_distill.heads import LMHead, intercepted
+from llm_distill.heads import LMHead, base_of, intercepted
 from llm_distill.loading import (
     bits_and_bytes,
     errors_of_loading,
@@ -164,6 +164,26 @@ def kept_of(model: nn.Module, head: LMHead, view: View, needs: Needs = HEAD) -> 
         model(**view.inputs, use_cache=False)
     (only,) = kept  # LMHead.of has seen that the projection is called
     return only
+
+
+@torch.no_grad()
+def kept_in_evaluation(model: nn.Module, head: LMHead, view: View, needs: Needs = HEAD) -> Kept:
+    """As `kept_of`, without gradients and dropout, and without a router's loss."""
+    if hasattr(base_of(model).config.get_text_config(), "output_router_logits"):
+        view = view._replace(inputs={**view.inputs, "output_router_logits": False})
+    with evaluating(model):
+        return kept_of(model, head, view, needs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Inside, a model is as in evaluation, and afterwards as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 class Tap(NamedTuple):

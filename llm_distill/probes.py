@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from llm_distill.heads import LMHead, base_of, output_projection
-from llm_distill.models import kept_of
+from llm_distill.models import evaluating, kept_of
 from llm_distill.rows import View
 
 LENGTH = 8
@@ -59,12 +59,8 @@ def student_forward(model: nn.Module, head: LMHead) -> Forward:
     """That of a student, as in evaluation."""
 
     def forward(view: View) -> Float[Tensor, "rows hidden"]:
-        training = model.training
-        model.eval()
-        try:
+        with evaluating(model):
             return kept_of(model, head, view).hidden
-        finally:
-            model.train(training)
 
     return forward
 

@@ -56,6 +56,10 @@ class Positions(NamedTuple):
     weights: Float[Tensor, " rows"] | None = None
     """What each weighs in the loss; None for 1 each."""
 
+    def select(self, rows: Tensor) -> Positions:
+        """The same of some rows, by a mask or by their numbers."""
+        return Positions._make(None if values is None else values[rows] for values in self)
+
 
 class View(NamedTuple):
     """What a model reads, and where it speaks. Student and teacher may have different views of the same N tokens."""

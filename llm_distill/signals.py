@@ -131,6 +131,13 @@ class MixtureSignal:
         """Everything can be served."""
 
 
+def mean_of(signals: Sequence[HiddenSignal], weights: Sequence[float] | None = None) -> HiddenSignal | MixtureSignal:
+    """The mixture of several with these weights, by default equal ones; of one, that one."""
+    if len(signals) == 1:
+        return signals[0]
+    return MixtureSignal(tuple(signals), (1 / len(signals),) * len(signals) if weights is None else tuple(weights))
+
+
 @dataclass(frozen=True)
 class SparseSignal:
     """A few tokens of each row, padded to K with −inf where a row has fewer (the first must be there).

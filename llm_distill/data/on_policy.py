@@ -6,7 +6,6 @@ objective compares it with its teacher on what it wrote. As in the paper, no gra
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import time
@@ -23,7 +22,7 @@ from llm_distill.config import DistillationConfig
 from llm_distill.data.early_tokens import weigh_early_tokens
 from llm_distill.data.on_policy_rows import prompt_of, replace_completion, rows_of
 from llm_distill.data.policy import Collate, Policy, Row
-from llm_distill.data.replay import Reservoir
+from llm_distill.data.replay import Reservoir, draw
 from llm_distill.data.teacher_view import TwoViews
 from llm_distill.generation.engines.base import Completion, Sampling
 from llm_distill.generation.filters import repeated_share
@@ -247,8 +246,7 @@ class OnPolicy(Policy):
 
     def _draw(self, size: int, *parts: Any) -> int:
         """A number of so many bytes, of the seed and what else there is."""
-        text = repr((self.seed, *parts))
-        return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=size).digest())
+        return draw(size, self.seed, *parts)
 
     def _write(self, prompts: list[list[int]], seed: int) -> list[Completion]:
         """One completion after each prompt."""

@@ -72,4 +72,9 @@ class Reservoir(Generic[Item]):
 
     def _draw(self, place: int) -> int:
         """An item's number, from 0 to 2⁶⁴."""
-        return int.from_bytes(hashlib.blake2b(repr((self.seed, place)).encode(), digest_size=8).digest())
+        return draw(8, self.seed, place)
+
+
+def draw(size: int, *parts: Any) -> int:
+    """A number of so many bytes that looks random, and is the same for the same parts."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=size).digest())

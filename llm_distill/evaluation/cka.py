@@ -20,7 +20,7 @@ from llm_distill.evaluation.compare import TEACHER, HeldOutTexts
 from llm_distill.heads import LMHead
 from llm_distill.models import HEAD, decoder_layers, kept_of
 from llm_distill.ranks import ranks
-from llm_distill.rows import Positions, View
+from llm_distill.rows import View
 from llm_distill.tables import Table
 
 TOKENS, TEXTS = 1024, 64
@@ -91,8 +91,7 @@ def _few_views(texts: HeldOutTexts, domains: int) -> list[View]:
         view = View.of(texts.collate([texts.dataset[i] for i in indices]))
         rows, wanted = len(view.positions.targets), -(-TOKENS * len(indices) // (domains * few))
         chosen = torch.linspace(0, rows - 1, min(rows, wanted)).long()
-        sample, position, targets, first = (part[chosen] for part in view.positions[:4])
-        views.append(view._replace(positions=Positions(sample, position, targets, first)))
+        views.append(view._replace(positions=view.positions.select(chosen)))
     return views
 
 

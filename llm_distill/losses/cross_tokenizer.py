@@ -42,9 +42,16 @@ from torch import Tensor
 
 from llm_distill.divergences import Divergence
 from llm_distill.heads import LMHead
-from llm_distill.losses.fused.head_loss import chunk_rows, opened_projection, opened_teachers
+from llm_distill.losses.fused.head_loss import (
+    MadeGradients,
+    chunk_rows,
+    opened_student,
+    opened_teachers,
+    weight_of_rows,
+)
 from llm_distill.losses.fused.products import WeightGradient
 from llm_distill.losses.fused.task import Projection, is_likeliest, statistics_dtype
+from llm_distill.losses.options import ALIGNMENTS
 from llm_distill.signals import AlignedSignal, MixtureSignal, SharedTokens, Vocabulary
 
 TAU = 100.0
@@ -170,9 +177,9 @@ def uld(student: Side, teacher: Side, shared: SharedTokens, divergence: Divergen
     return (p - q).abs().sum(1)
 
 
-METHODS: dict[str, Callable[[Side, Side, SharedTokens, Divergence], Float[Tensor, " groups"]]] = {
-    method.__name__: method for method in (prefix, xtoken, alm, uld)
-}
+METHODS: dict[str, Callable[[Side, Side, SharedTokens, Divergence], Float[Tensor, " groups"]]] = dict(
+    zip(ALIGNMENTS, (prefix, xtoken, alm, uld), strict=True)
+)
 
 
 @dataclass
@@ -308,21 +315,18 @@ def aligned_head_loss(
         `correct`, and `teacher_ce`, the teacher's of a group, in equal parts for the student's tokens of it.
     """
     with ExitStack() as opened:
-        weight, bias = opened.enter_context(student_head.weights(past_vocabulary=True))
-        weight, bias = weight.to(student_hidden.device), None if bias is None else bias.to(student_hidden.device)
-        student = opened_projection(student_head, student_hidden.detach(), weight.detach(), bias)
+        weight, bias, student = opened_student(student_head, student_hidden, opened)
         teachers = opened_teachers(signal, statistics_dtype(student.hidden.dtype), opened)
         task = AlignedTask(
             student, teachers, signal, method, divergence, kd_weight, ce_weight, targets, row_weights, buffer_mib
         )
-        if num_rows is None:
-            num_rows = max(len(targets), 1) if row_weights is None else row_weights.sum()
+        num_rows = weight_of_rows(len(targets), row_weights) if num_rows is None else num_rows
         loss = _AlignedHeadLoss.apply(student_hidden, weight, bias, task, num_rows, torch.is_grad_enabled())
     return loss, task.metrics
 
 
-class _AlignedHeadLoss(torch.autograd.Function):
-    """As `_FusedHeadLoss`: gradients are made in forward, chunk by chunk; backward multiplies them."""
+class _AlignedHeadLoss(MadeGradients):
+    """Chunk by chunk of whole groups."""
 
     @staticmethod
     def forward(
@@ -357,17 +361,6 @@ class _AlignedHeadLoss(torch.autograd.Function):
                     d_weight = d_weight or WeightGradient(weight, inputs.dtype, 3, None)
                     d_weight.add(d_raw, inputs)
         no_rows = torch.zeros_like(weight) if needs_weight and d_weight is None else None
-        ctx.gradients = (d_hidden, d_weight.total if d_weight else no_rows, d_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.num_rows = num_rows
+        made = (d_hidden, d_weight.total if d_weight else no_rows, d_bias)
+        MadeGradients.keep(ctx, (hidden, weight, bias), made, num_rows)
         return total / num_rows
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the first backward has given the gradients away: compute the loss again for a second.")
-        factor = grad / ctx.num_rows
-        result = [g if g is None else g.mul_(factor).to(d) for g, d in zip(ctx.gradients, ctx.dtypes, strict=True)]
-        ctx.gradients = None
-        return *result, None, None, None

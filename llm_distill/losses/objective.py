@@ -18,6 +18,7 @@ from llm_distill.losses.attention import AttentionMaps
 from llm_distill.losses.cross_tokenizer import aligned_head_loss
 from llm_distill.losses.features import HiddenStates
 from llm_distill.losses.fused import fused_head_loss
+from llm_distill.losses.fused.head_loss import weight_of_rows
 from llm_distill.losses.layers import options_of
 from llm_distill.losses.likeness import measure_likeness
 from llm_distill.losses.metrics import METRICS
@@ -110,22 +111,21 @@ class HeadLoss:
         """Over N positions, of which the student `written` the text of some. Where both kinds differ in what is
         minimised, each goes through the fused loss by itself; a value that only one of them has is NaN for the other.
         """
-        targets, weights = positions.targets, positions.weights
         on_policy = replace(self, divergence=self.on_policy_divergence or self.divergence, ce_weight=0.0)
         is_one = not (self.ce_weight or isinstance(signal, TokenSignal)) and self.divergence == on_policy.divergence
         num_written = 0 if written is None or is_one else int(written.sum())
         if written is None or num_written == 0:
-            return self._of_dataset(student, signal, targets, weights, num_rows)
+            return self._of_dataset(student, signal, positions, num_rows)
         if num_written == len(written):
-            return on_policy._fused(student, signal, targets, weights, num_rows)
-        num_rows = _weight_of(positions) if num_rows is None else num_rows
+            return on_policy._fused(student, signal, positions, num_rows)
+        num_rows = weight_of_rows(len(positions.targets), positions.weights) if num_rows is None else num_rows
         loss, all_values = torch.zeros((), device=written.device), dict[str, Tensor]()
         with ExitStack() as gathered:
             for member in () if signal is None else signal.members:  # once, as by a rank whose rows are of one origin
                 gathered.enter_context(member.head.weights())
             for head, rows in ((self._of_dataset, ~written), (on_policy._fused, written)):
                 part = student._replace(hidden=student.hidden[rows]), None if signal is None else signal.select(rows)
-                part_loss, values = head(*part, targets[rows], None if weights is None else weights[rows], num_rows)
+                part_loss, values = head(*part, positions.select(rows), num_rows)
                 loss = loss + part_loss
                 for name, value in values.items():
                     whole = all_values.setdefault(name, value.new_full(rows.shape, math.nan))
@@ -133,26 +133,16 @@ class HeadLoss:
         return loss, all_values
 
     def _of_dataset(
-        self,
-        student: Kept,
-        signal: Signal | None,
-        targets: Tensor,
-        weights: Tensor | None,
-        num_rows: Tensor | int | None,
+        self, student: Kept, signal: Signal | None, positions: Positions, num_rows: Tensor | int | None
     ) -> Losses:
         """On text that the student did not write, of which a teacher of single tokens can teach nothing."""
         if not isinstance(signal, TokenSignal):
-            return self._fused(student, signal, targets, weights, num_rows)
-        loss, values = self._fused(student, None, targets, weights, num_rows)
+            return self._fused(student, signal, positions, num_rows)
+        loss, values = self._fused(student, None, positions, num_rows)
         return loss, values | {"teacher_ce": -signal.log_probs}
 
     def _fused(
-        self,
-        student: Kept,
-        signal: Signal | None,
-        targets: Tensor,
-        weights: Tensor | None,
-        num_rows: Tensor | int | None,
+        self, student: Kept, signal: Signal | None, positions: Positions, num_rows: Tensor | int | None
     ) -> Losses:
         if isinstance(signal, AlignedSignal):
             assert self.alignment is not None, "whoever aligns tokens says how they are compared"
@@ -162,8 +152,8 @@ class HeadLoss:
                 signal,
                 self.alignment,
                 self.divergence,
-                targets=targets,
-                row_weights=weights,
+                targets=positions.targets,
+                row_weights=positions.weights,
                 kd_weight=self.kd_weight,
                 ce_weight=self.ce_weight,
                 num_rows=num_rows,
@@ -177,8 +167,8 @@ class HeadLoss:
             temperature=self.temperature,
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
-            targets=targets,
-            row_weights=weights,
+            targets=positions.targets,
+            row_weights=positions.weights,
             num_rows=num_rows,
             squared_temperature=self.squared_temperature,
             kd_row_weights=self.kd_row_weights,
@@ -336,18 +326,13 @@ class Objective:
             return loss, values
         if written is not None:
             values |= measure_likeness(student, signal, written)
-        num_rows = _weight_of(positions) if num_rows is None else num_rows
+        num_rows = weight_of_rows(len(positions.targets), positions.weights) if num_rows is None else num_rows
         of_terms = self.values_of_terms(student, signal, positions, modules)
         for term in self.terms:
             weighted = of_terms[term.name] if positions.weights is None else of_terms[term.name] * positions.weights
             loss = loss + term.weight * weighted.sum() / num_rows
             values[term.name] = of_terms[term.name].detach()
         return loss, values
-
-
-def _weight_of(positions: Positions) -> Tensor | int:
-    """What a loss over these rows alone is divided by."""
-    return max(len(positions.targets), 1) if positions.weights is None else positions.weights.sum()
 
 
 def make_term(name: str | None = None, **parameters: Any) -> Term:

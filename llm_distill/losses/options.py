@@ -8,6 +8,9 @@ from typing import Any
 
 from llm_distill.options import Options, option, parse_mapping, parse_mappings, parse_text
 
+KD_ROW_WEIGHTS = ("equal", "entropy", "correctness")
+ALIGNMENTS = ("prefix", "xtoken", "alm", "uld")
+"""How a teacher with another tokenizer is compared; see `losses.cross_tokenizer`."""
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-2, 1e3
 """Within these, float32 tells the logits of real models over T from each other, and from infinity."""
 
@@ -73,7 +76,7 @@ class ObjectiveOptions(Options):
         "equal",
         "The divergence weighs the same in every row (equal), less where the teacher is unsure (entropy), or where the "
         "teacher expects another text (correctness).",
-        choices=("equal", "entropy", "correctness"),
+        choices=KD_ROW_WEIGHTS,
         needs="kd_weight",
     )
     ce_weight: float = option(
@@ -87,7 +90,7 @@ class ObjectiveOptions(Options):
         "both end at the same byte: by what begins with the same tokens (prefix, which auto takes where the tokenizers "
         "differ, and which takes any divergence), or as published (xtoken, alm, uld), which goes with a ce_weight such "
         "as 0.1. With none, such a teacher is refused.",
-        choices=("auto", "none", "prefix", "xtoken", "alm", "uld"),
+        choices=("auto", "none", *ALIGNMENTS),
     )
     losses: list[dict[str, Any]] | str | None = option(
         None,

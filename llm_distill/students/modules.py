@@ -17,7 +17,7 @@ from llm_distill.heads import LMHead, base_of
 from llm_distill.losses.features import ChosenDimensions
 from llm_distill.losses.in_forward import MODULES
 from llm_distill.losses.objective import Objective
-from llm_distill.models import kept_of
+from llm_distill.models import evaluating, kept_of
 from llm_distill.ranks import SHARDED
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
@@ -87,15 +87,10 @@ def _try_terms(
 ) -> None:
     ids = torch.arange(1, 1 + TOKENS).expand(2, -1)
     view = View.of({"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}).to(accelerator.device)
-    training = model.training
-    model.eval()
-    try:
-        with accelerator.autocast():
-            signal = teacher.score(view, objective.teacher_needs)
-            kept = kept_of(model, LMHead.of(model), view, objective.student_needs)
-            objective.values_of_terms(kept, signal, view.positions, modules)
-    finally:
-        model.train(training)
+    with evaluating(model), accelerator.autocast():
+        signal = teacher.score(view, objective.teacher_needs)
+        kept = kept_of(model, LMHead.of(model), view, objective.student_needs)
+        objective.values_of_terms(kept, signal, view.positions, modules)
 
 
 @contextmanager

@@ -23,11 +23,11 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, TrainOutput
 
 from llm_distill.divergences import Divergence
-from llm_distill.heads import LMHead, base_of
-from llm_distill.models import HEAD, LanguageModel, Needs, kept_of, require_same_ids, vocabulary_size
+from llm_distill.heads import LMHead
+from llm_distill.models import HEAD, LanguageModel, Needs, kept_in_evaluation, require_same_ids, vocabulary_size
 from llm_distill.ranks import SHARDED
 from llm_distill.rows import View
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal
+from llm_distill.signals import HiddenSignal, MixtureSignal, Signal, mean_of
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.ensemble import EnsembleTeacher
 
@@ -178,7 +178,7 @@ class PeerTeacher(Teacher):
 
     def _mixture(self, others: Sequence[HiddenSignal], of_teacher: Any) -> Signal:
         if of_teacher is None:
-            return _mixed(tuple(others), (1 / len(others),) * len(others))
+            return mean_of(others)
         if not others:
             return of_teacher
         share = self.peers.teacher_weight
@@ -189,7 +189,7 @@ class PeerTeacher(Teacher):
                 (*of_teacher.members, *others), torch.cat([share * own, own.new_full((len(own), len(others)), each)], 1)
             )
         weights = (*(share * weight for weight in own), *([each] * len(others)))
-        return _mixed((*of_teacher.members, *others), weights)
+        return mean_of((*of_teacher.members, *others), weights)
 
     def check(self, divergence: Divergence, temperature: float) -> None:
         if self.peers.teacher is not None:
@@ -230,10 +230,6 @@ class PeerTeacher(Teacher):
         if self.peers.teacher is not None:
             described |= self.peers.teacher.describe() | {"peers_teacher_weight": self.peers.teacher_weight}
         return described
-
-
-def _mixed(signals: tuple[HiddenSignal, ...], weights: tuple[float, ...]) -> Signal:
-    return signals[0] if len(signals) == 1 else MixtureSignal(signals, weights)
 
 
 class MeetAtSteps(TrainerCallback):
@@ -313,19 +309,11 @@ class OtherPeerError(Exception):
     """One of the threads has ended with an error, which is told once."""
 
 
-@torch.no_grad()
 def _read(student: nn.Module | None, head: LMHead | None, view: View) -> HiddenSignal:
     """What a student says as it is now, without dropout and a router's noise."""
     if student is None or head is None:
         raise ValueError("the other peers are not there yet: make all trainers before one is evaluated.")
-    if hasattr(base_of(student).config.get_text_config(), "output_router_logits"):
-        view = view._replace(inputs={**view.inputs, "output_router_logits": False})
-    was_training = student.training
-    student.eval()
-    try:
-        return HiddenSignal(*kept_of(student, head, view))
-    finally:
-        student.train(was_training)
+    return HiddenSignal(*kept_in_evaluation(student, head, view))
 
 
 def _last_common(trainers: Sequence[Any]) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.utils import logging
 
 from llm_distill.files import read_json, write_atomically
+from llm_distill.models import evaluating
 
 FILE = "pruning.json"
 """Beside a pruned student: what was taken, of which model, and why."""
@@ -85,12 +86,8 @@ def probe_logits(model: PreTrainedModel) -> Tensor:
     """What a model says about a few random tokens, in float32 on the CPU."""
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(vocab_size, (1, PROBE_TOKENS), generator=torch.Generator().manual_seed(0))
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         return model(input_ids=ids.to(model.device), use_cache=False).logits.float().cpu()
-    finally:
-        model.train(was_training)
 
 
 def save_smaller(

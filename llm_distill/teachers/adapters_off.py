@@ -6,14 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.heads import LMHead
-from llm_distill.models import HEAD, LAYERS, Needs, describe_model, kept_of, vocabulary_size
+from llm_distill.models import HEAD, LAYERS, Needs, describe_model, kept_in_evaluation, vocabulary_size
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
 from llm_distill.teachers.base import Teacher
@@ -32,7 +31,6 @@ class AdaptersOffTeacher(Teacher):
         self._student: PeftModel | None = None
         self._head: LMHead | None = None
         self._vocab_size: int | None = None
-        self._is_moe = False
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._vocab_size = vocabulary_size(tokenizer)
@@ -44,23 +42,14 @@ class AdaptersOffTeacher(Teacher):
                 "teacher would be the student itself, and there is nothing to learn from it."
             )
         self._student = student
-        self._is_moe = hasattr(student.get_base_model().config.get_text_config(), "output_router_logits")
         with _adapters_off(student):
             self._head = LMHead.of(student, self._vocab_size)
 
-    @torch.no_grad()
     def score(self, view: View, needs: Needs = HEAD) -> HiddenSignal:
         assert self._student is not None, "prepare() comes first"
         assert self._head is not None, "prepare() comes first"
-        was_training = self._student.training
-        self._student.eval()
-        try:
-            if self._is_moe:
-                view = view._replace(inputs={**view.inputs, "output_router_logits": False})
-            with _adapters_off(self._student):
-                return HiddenSignal(*kept_of(self._student, self._head, view, needs))
-        finally:
-            self._student.train(was_training)
+        with _adapters_off(self._student):
+            return HiddenSignal(*kept_in_evaluation(self._student, self._head, view, needs))
 
     def summary(self) -> str:
         return "the student's own base, without its adapters"

@@ -15,11 +15,11 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, sort_checkpoints
 
 from llm_distill.files import read_json
 from llm_distill.heads import LMHead
-from llm_distill.models import HEAD, Needs, kept_of, vocabulary_size
+from llm_distill.models import HEAD, Needs, kept_in_evaluation, vocabulary_size
 from llm_distill.probes import Collator
 from llm_distill.ranks import SHARDED, run_on_first_rank
 from llm_distill.rows import View
-from llm_distill.signals import HiddenSignal, MixtureSignal, Signal
+from llm_distill.signals import HiddenSignal, Signal, mean_of
 from llm_distill.teachers.base import Teacher
 from llm_distill.teachers.live import LiveTeacher
 
@@ -95,7 +95,7 @@ class CodistilledTeacher(Teacher):
             return self._mixture(view)
         assert self._student is not None, "prepare() comes first"
         assert self._head is not None, "prepare() comes first"
-        return HiddenSignal(*kept_of(self._student, self._head, view))
+        return HiddenSignal(*kept_in_evaluation(self._student, self._head, view))
 
     def update(self) -> None:
         self._steps += 1
@@ -121,8 +121,7 @@ class CodistilledTeacher(Teacher):
         return {"architecture": KIND}
 
     def _mixture(self, view: View) -> Signal:
-        signals = [peer.score(view) for _, peer in self._taken.values()]
-        return signals[0] if len(signals) == 1 else MixtureSignal(tuple(signals), (1 / len(signals),) * len(signals))
+        return mean_of([peer.score(view) for _, peer in self._taken.values()])
 
     def _find(self) -> dict[str, Checkpoint]:
         """The last whole checkpoint of each other run, by the name of its folder. It is there under its name only when

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 from llm_distill.heads import LMHead, base_of
-from llm_distill.models import HEAD, LAYERS, Needs, describe_model, kept_of, vocabulary_size
+from llm_distill.models import HEAD, LAYERS, Needs, describe_model, kept_in_evaluation, vocabulary_size
 from llm_distill.ranks import SHARDED
 from llm_distill.rows import View
 from llm_distill.signals import HiddenSignal
@@ -45,7 +45,6 @@ class EMATeacher(Teacher):
         self._head: LMHead | None = None
         self._averages: dict[str, Tensor] = {}
         self._vocab_size: int | None = None
-        self._is_moe = False
 
     def fit_to(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._vocab_size = vocabulary_size(tokenizer)
@@ -54,7 +53,6 @@ class EMATeacher(Teacher):
         if accelerator.distributed_type in SHARDED:
             raise ValueError("teacher_ema_decay does not go with sharded students (FSDP, DeepSpeed): use DDP.")
         self._student = student
-        self._is_moe = hasattr(base_of(student).config.get_text_config(), "output_router_logits")
         self._head = LMHead.of(student, self._vocab_size)
         self._averages = {
             name: weight.detach().to(torch.promote_types(weight.dtype, torch.float32), copy=True)
@@ -71,16 +69,9 @@ class EMATeacher(Teacher):
     def score(self, view: View, needs: Needs = HEAD) -> HiddenSignal:
         assert self._student is not None, "prepare() comes first"
         assert self._head is not None, "prepare() comes first"
-        if self._is_moe:
-            view = view._replace(inputs={**view.inputs, "output_router_logits": False})
-        was_training = self._student.training
-        self._student.eval()
-        try:
-            with self._averages_in_place():
-                kept = kept_of(self._student, self._head, view, needs)
-                return HiddenSignal(kept.hidden, replace(self._head, module=_as_it_is(self._head.module)), kept.layers)
-        finally:
-            self._student.train(was_training)
+        with self._averages_in_place():
+            kept = kept_in_evaluation(self._student, self._head, view, needs)
+            return HiddenSignal(kept.hidden, replace(self._head, module=_as_it_is(self._head.module)), kept.layers)
 
     def save_state(self, folder: Path) -> None:
         save_file({name: average.contiguous() for name, average in self._averages.items()}, folder / FILE)

@@ -33,11 +33,10 @@ from llm_distill.teachers.mixing import (
     take_votes,
     weigh_by,
 )
+from llm_distill.teachers.options import MIXTURE_WEIGHTS, MIXTURES
 
 logger = logging.getLogger(__name__)
 
-MIXTURES = ("mean", "geometric", "vote", "best")
-WEIGHTS = ("fixed", "likelihood", "entropy")
 SPEAKS = "speaks"
 """Beside what a cache tells of a view, [rows]: whether it knows the text."""
 EVERYTHING, TOP, DRAWS, TOKEN = "everything", "top tokens", "fair draws", "one probability a token"
@@ -79,10 +78,10 @@ class EnsembleTeacher(Teacher):
                 f"{len(teachers)} teachers need as many positive, finite weights, got {given}. Leave out a teacher "
                 "that shall not speak."
             )
-        if mixture not in MIXTURES or weights_by not in WEIGHTS or not 0 < temperature < math.inf:
+        if mixture not in MIXTURES or weights_by not in MIXTURE_WEIGHTS or not 0 < temperature < math.inf:
             raise ValueError(
-                f"mixture must be one of {', '.join(MIXTURES)}, weights_by of {', '.join(WEIGHTS)} and temperature "
-                f"positive, got {mixture!r}, {weights_by!r} and {temperature}."
+                f"mixture must be one of {', '.join(MIXTURES)}, weights_by of {', '.join(MIXTURE_WEIGHTS)} and "
+                f"temperature positive, got {mixture!r}, {weights_by!r} and {temperature}."
             )
         if weights_by != "fixed" and (mixture == "best" or self.router is not None):
             other = "best gives all weight to one teacher" if mixture == "best" else "a function gives the weights"
@@ -311,7 +310,10 @@ class MixtureReader:
             if all(is_silent):
                 leave_out(example, batch)
                 skipped[example.sample] += example.rows
-        fetched = self.fetch(View.of_teacher(batch))
+        if skipped.any():  # others count now
+            view = View.of_teacher(batch)
+            examples = list(examples_of(view))
+        fetched = self._look_up(view, examples)
         for number, reader in enumerate(self.readers):
             if reader is not None and not isinstance(reader, CacheReader):
                 fetched[str(number)] = reader(dict(batch))[SIGNAL]
@@ -321,10 +323,13 @@ class MixtureReader:
         return batch
 
     def fetch(self, view: View) -> dict[str, Any]:
-        """What the caches say of a view, by their numbers."""
-        fetched: dict[str, Any] = {}
+        """What caches say of a view, by their numbers. Raises ValueError for a text that one must know and lacks."""
         examples = list(examples_of(view))
         self._silent(view, examples)
+        return self._look_up(view, examples)
+
+    def _look_up(self, view: View, examples: list[Example]) -> dict[str, Any]:
+        fetched: dict[str, Any] = {}
         for number, reader in enumerate(self.readers):
             if isinstance(reader, CacheReader):
                 stored, missing = reader.look_up(view)

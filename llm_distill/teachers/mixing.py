@@ -16,14 +16,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from llm_distill.losses.fused.logits import Logits, logits_in_chunks, top_tokens
+from llm_distill.losses.fused.sparse import rate_top_tokens
+from llm_distill.losses.fused.task import NOTHING
 from llm_distill.rows import Positions, View
 from llm_distill.signals import HiddenSignal, Signal, SparseSignal
 
 Member = HiddenSignal | SparseSignal
 Router = Callable[[View, Sequence[Signal]], Float[Tensor, "rows members"]]
 """Gives the weight of each member in each row, not negative and relative to each other."""
-NEVER = -1e30
-"""log 0 as a number; see `losses.fused.task.NOTHING`."""
 
 
 class Opinion(NamedTuple):
@@ -46,12 +46,9 @@ def opinion_of(signal: Member, targets: Int[Tensor, " rows"]) -> Opinion:
         return Opinion(*map(torch.cat, zip(*parts, strict=True)))
     if signal.log_tail is None:
         raise ValueError("fair draws do not tell how likely a token is: capture the teacher with cache_method=top_k.")
-    is_named = signal.log_probs.isfinite()
-    log_p, log_tail = signal.log_probs.clamp(min=NEVER), signal.log_tail.clamp(min=NEVER)
-    others = (signal.vocab_size - is_named.sum(-1)).clamp(min=1).to(log_p).log()
-    is_text = is_named & (signal.ids == targets[:, None])
-    log_text = torch.where(is_text.any(-1), log_p.where(is_text, NEVER).amax(-1), log_tail - others)
-    entropy = -(log_p.exp() * log_p).sum(-1) - log_tail.exp() * (log_tail - others)
+    log_p = signal.log_probs.clamp(min=NOTHING)
+    entropy, log_text = rate_top_tokens(log_p, signal.log_tail, signal.vocab_size, signal.ids == targets[:, None])
+    assert log_text is not None, "targets are given"
     return Opinion(log_text, entropy, signal.ids.gather(-1, log_p.argmax(-1, keepdim=True))[:, 0])
 
 
@@ -90,7 +87,7 @@ def take_votes(
     nothing. It is the same at every temperature.
     """
     ids, log_probs = merge_tokens(likeliest, weights.log(), vocab)
-    entropy = -(log_probs.exp() * log_probs.clamp(min=NEVER)).sum(-1)
+    entropy = -(log_probs.exp() * log_probs.clamp(min=NOTHING)).sum(-1)
     log_tail = torch.full_like(entropy, -torch.inf)
     return SparseSignal(ids, log_probs, log_tail, vocab, temperature=None, entropy=entropy, disagreement=entropy)
 
@@ -171,4 +168,4 @@ def _entropy(signal: SparseSignal) -> Float[Tensor, " rows"]:
     """Of its cells, in nats."""
     assert signal.log_tail is not None, "draws have none"
     cells = torch.cat([signal.log_probs, signal.log_tail[:, None]], -1)
-    return -(cells.exp() * cells.clamp(min=NEVER)).sum(-1)
+    return -(cells.exp() * cells.clamp(min=NOTHING)).sum(-1)

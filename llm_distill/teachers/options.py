@@ -13,6 +13,8 @@ LOADING = ("teacher_model_revision", "teacher_model_init_kwargs", "teacher_load_
 """Options that act where the teacher is loaded here."""
 
 
+MIXTURES = ("mean", "geometric", "vote", "best")
+MIXTURE_WEIGHTS = ("fixed", "likelihood", "entropy")
 KINDS = ("model", "cache", "server")
 """What a teacher of a mixture is."""
 OF_A_MEMBER = {
@@ -164,14 +166,14 @@ class TeacherOptions(TeacherModelOptions):
         "What several teachers say together is the mean of their probabilities, their geometric mean (of whole "
         "distributions), a vote (each one's weight on its likeliest token), or what the one says that predicts the "
         "text at hand best.",
-        choices=("mean", "geometric", "vote", "best"),
+        choices=MIXTURES,
         needs="teachers",
     )
     mixture_weights: str = option(
         "fixed",
         "A teacher weighs what `teachers` says, or more in a text that it predicts well (likelihood), or where it is "
         "sure (entropy).",
-        choices=("fixed", "likelihood", "entropy"),
+        choices=MIXTURE_WEIGHTS,
         needs="teachers",
     )
     mixture_temperature: float = option(

@@ -8,6 +8,7 @@ import torch
 
 from llm_distill.generation.engines.base import Completion
 from llm_distill.generation.writers.base import Writer
+from llm_distill.models import evaluating
 from llm_distill.students.gathered import gathered
 
 
@@ -16,16 +17,12 @@ class TransformersWriter(Writer):
 
     def write(self, prompts: list[list[int]], seed: int) -> list[Completion]:
         model, device = self.engine.author.model, self.accelerator.device
-        was_training = model.training
         self.engine.sampling = dataclasses.replace(self.engine.sampling, seed=seed)
-        model.eval()
-        try:
-            with (
-                torch.random.fork_rng([device] if device.type == "cuda" else []),
-                self.accelerator.autocast(),
-                gathered(self.student, self.accelerator),
-            ):
-                written = dict(self.engine.complete(prompts))
-        finally:
-            model.train(was_training)
+        with (
+            evaluating(model),
+            torch.random.fork_rng([device] if device.type == "cuda" else []),
+            self.accelerator.autocast(),
+            gathered(self.student, self.accelerator),
+        ):
+            written = dict(self.engine.complete(prompts))
         return [only for _, (only,) in sorted(written.items())]

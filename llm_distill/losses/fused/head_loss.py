@@ -25,15 +25,13 @@ from llm_distill.losses.fused.cpp_backend import Kernels
 from llm_distill.losses.fused.products import WeightGradient, chunk_buffers, logits_dtype, multiply
 from llm_distill.losses.fused.sparse import sparse
 from llm_distill.losses.fused.task import Backend, Chunk, HeadLossTask, Projection, statistics_dtype
+from llm_distill.losses.options import KD_ROW_WEIGHTS
 from llm_distill.signals import Signal, SparseSignal, TokenSignal
 
 BUFFER_MIB = {"cpu": 256, "accelerator": 1024}
 """What the buffers of a chunk may take, where that is more than MIN_CHUNK_ROWS rows."""
 MIN_CHUNK_ROWS, MAX_CHUNK_ROWS = 128, {"cpu": 2048, "accelerator": 4096}
 """The more rows, the more seldom the head's weight and its gradient are read. Beyond the maximum that saves nothing."""
-
-
-KD_ROW_WEIGHTS = ("equal", "entropy", "correctness")
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -94,9 +92,7 @@ def fused_head_loss(
     _check(student_hidden, student_head, signal, divergence, temperature, ce_weight, targets)
     _check_row_weights(signal, kd_row_weights, targets)
     with ExitStack() as opened:
-        weight, bias = opened.enter_context(student_head.weights(past_vocabulary=True))
-        weight, bias = weight.to(student_hidden.device), None if bias is None else bias.to(student_hidden.device)
-        student = opened_projection(student_head, student_hidden.detach(), weight.detach(), bias)
+        weight, bias, student = opened_student(student_head, student_hidden, opened)
         task = HeadLossTask(
             student=student,
             signal=signal,
@@ -110,14 +106,40 @@ def fused_head_loss(
             row_weights=None if row_weights is None else row_weights.to(student.hidden.device),
             kd_row_weights=kd_row_weights,
         )
-        if num_rows is None:
-            num_rows = max(len(student_hidden), 1) if row_weights is None else row_weights.sum()
+        num_rows = weight_of_rows(len(student_hidden), row_weights) if num_rows is None else num_rows
         loss = _FusedHeadLoss.apply(student_hidden, weight, bias, task, num_rows, buffer_mib, torch.is_grad_enabled())
     return loss, task.metrics
 
 
-class _FusedHeadLoss(torch.autograd.Function):
-    """Gradients of the sum over rows, made in forward; backward divides them, once float16's loss scale is in."""
+def weight_of_rows(rows: int, row_weights: Float[Tensor, " rows"] | None) -> Tensor | int:
+    """What a loss over these rows alone is divided by."""
+    return max(rows, 1) if row_weights is None else row_weights.sum()
+
+
+class MadeGradients(torch.autograd.Function):
+    """Gradients of the sum over rows on hidden states, weight and bias, its first inputs, which forward has made;
+    backward divides them, once float16's loss scale is in.
+    """
+
+    @staticmethod
+    def keep(ctx: Any, inputs: tuple[Tensor | None, ...], made: tuple[Tensor | None, ...], num_rows: Any) -> None:
+        """What backward will give."""
+        ctx.gradients, ctx.num_rows = made, num_rows
+        ctx.dtypes = tuple(None if value is None else value.dtype for value in inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.gradients is None:
+            raise RuntimeError("the first backward has given the gradients away: compute the loss again for a second.")
+        factor = grad / ctx.num_rows
+        result = [g if g is None else g.mul_(factor).to(d) for g, d in zip(ctx.gradients, ctx.dtypes, strict=True)]
+        ctx.gradients = None  # free them with this call, not with the graph
+        return *result, *[None] * (len(ctx.needs_input_grad) - len(result))
+
+
+class _FusedHeadLoss(MadeGradients):
+    """Chunk by chunk; see the top of this file."""
 
     @staticmethod
     def forward(
@@ -159,20 +181,9 @@ class _FusedHeadLoss(torch.autograd.Function):
                         d_weight = WeightGradient(weight, task.student.hidden.dtype, num_chunks, kernels)
                     d_weight.add(d_logits, hidden_rows)
         no_rows = torch.zeros_like(weight) if needs_weight and d_weight is None else None
-        ctx.gradients = (d_hidden, d_weight.total if d_weight else no_rows, d_bias)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        ctx.num_rows = num_rows
+        made = (d_hidden, d_weight.total if d_weight else no_rows, d_bias)
+        MadeGradients.keep(ctx, (hidden, weight, bias), made, num_rows)
         return task.loss() / num_rows
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        if ctx.gradients is None:
-            raise RuntimeError("the first backward has given the gradients away: compute the loss again for a second.")
-        factor = grad / ctx.num_rows
-        result = [g if g is None else g.mul_(factor).to(d) for g, d in zip(ctx.gradients, ctx.dtypes, strict=True)]
-        ctx.gradients = None  # free them with this call, not with the graph
-        return *result, None, None, None, None
 
 
 def _chunks(
@@ -249,6 +260,15 @@ def opened_projection(
     compute = _compute_dtype(hidden, weight)
     bias = None if bias is None else bias.detach().to(hidden.device, statistics or statistics_dtype(compute))
     return Projection(head, hidden.to(compute), weight.to(hidden.device, compute), bias)
+
+
+def opened_student(
+    head: LMHead, hidden: Float[Tensor, "rows hidden"], stack: ExitStack
+) -> tuple[Tensor, Tensor | None, Projection]:
+    """Weight and bias of the student's head, through which gradients flow, and the projection without them."""
+    weight, bias = stack.enter_context(head.weights(past_vocabulary=True))
+    weight, bias = weight.to(hidden.device), None if bias is None else bias.to(hidden.device)
+    return weight, bias, opened_projection(head, hidden.detach(), weight.detach(), bias)
 
 
 @torch.no_grad()

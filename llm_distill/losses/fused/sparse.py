@@ -143,7 +143,9 @@ def _with_tail(
     log_rest_T = rest_maximum / T + rest.tempered_log_total
     kd, d_inside, d_rest = _cells(task.divergence, log_p, log_tail, inside / T, log_rest_T)
     if task.kd_row_weights != "equal":
-        row_weights = _weigh_rows(task, rows, log_p, log_tail, ids == target if target is not None else None)
+        is_text = None if target is None else ids == target
+        rated = rate_top_tokens(log_p, log_tail, task.student.head.vocab_size, is_text)
+        row_weights = task.weigh_kd(rows, *rated, log_p.amax(-1))
         kd, d_inside, d_rest = row_weights * kd, row_weights[:, None] * d_inside, row_weights * d_rest
     metrics["kd"][rows] = task.squared * kd
     if chunk.gradient is None:
@@ -164,22 +166,22 @@ def _with_tail(
     set_tokens(chunk.gradient, ids, d_inside * student.head.post_process_slope(top_logits))
 
 
-def _weigh_rows(
-    task: HeadLossTask,
-    rows: slice,
+def rate_top_tokens(
     log_p: Float[Tensor, "rows k"],
     log_tail: Float[Tensor, " rows"],
+    vocab_size: int,
     is_text: Bool[Tensor, "rows k"] | None,
-) -> Float[Tensor, " rows"]:
-    """`HeadLossTask.weigh_kd` of top tokens, as if those of the tail were equally likely."""
-    num_named = (log_p > NOTHING).sum(-1)
-    log_other = log_tail.clamp(min=NOTHING) - (task.student.head.vocab_size - num_named).clamp(min=1).to(log_p).log()
+) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"] | None]:
+    """The teacher's entropy in nats, and its log-probability of the text's own token, from its top tokens (NOTHING
+    where there is none), as if those of the tail were equally likely.
+    """
+    is_named = log_p > NOTHING
+    log_other = log_tail.clamp(min=NOTHING) - (vocab_size - is_named.sum(-1)).clamp(min=1).to(log_p).log()
     entropy = -(log_p.exp() * log_p).sum(-1) - log_tail.exp() * log_other
-    log_text = None
-    if is_text is not None:
-        named = is_text & (log_p > NOTHING)
-        log_text = torch.where(named.any(-1), log_p.where(named, NOTHING).amax(-1), log_other)
-    return task.weigh_kd(rows, entropy, log_text, log_p.amax(-1))
+    if is_text is None:
+        return entropy, None
+    is_text = is_text & is_named
+    return entropy, torch.where(is_text.any(-1), log_p.where(is_text, NOTHING).amax(-1), log_other)
 
 
 def _cells(
