@@ -9,7 +9,6 @@ on them alone, taught the teacher's variations, and then on its own text. All ta
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -17,7 +16,7 @@ from pathlib import Path
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
-from measure import machine
+from measure import write_results
 
 sys.path.append(str(Path(__file__).parents[1] / "recipes"))
 from few_samples import Sizes, compare
@@ -32,14 +31,10 @@ def main() -> None:
     args = parser.parse_args()
     began, sizes = time.perf_counter(), Sizes(held_out=1000, asked=3000, student_steps=args.student_steps)
     right, table = compare(args.examples, args.seeds, sizes)
-    about = machine("cpu") | {"seconds": time.perf_counter() - began}
     print(table)
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".json").write_text(json.dumps({"machine": about, **right}, indent=1) + "\n")
-        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
         intro = f"Unseen sums that are right: the mean of {args.seeds} seeds (least to most)."
-        args.output.with_suffix(".md").write_text(f"# A few examples\n\n{where}\n\n{intro}\n\n{table}\n")
+        write_results(args.output, "A few examples", right, intro, table, began=began)
 
 
 if __name__ == "__main__":

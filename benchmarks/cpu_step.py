@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import in_fresh_process, machine
+from measure import in_fresh_process, write_results
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -284,12 +284,8 @@ def main() -> None:
         found[name] = in_fresh_process(__file__, {**common, "case": name})
         print(table({name: found[name]}), flush=True)
     if arguments.output:
-        about = machine("cpu")
-        arguments.output.with_suffix(".json").write_text(
-            json.dumps({"machine": about, "settings": {**common, "model": ""}, "cases": found}, indent=1) + "\n"
-        )
-        where = f"{about['date']}, {about['device']}. `{about['command']}`"
-        arguments.output.with_suffix(".md").write_text(f"# A training step on a CPU\n\n{where}\n\n{table(found)}\n")
+        content = {"settings": {**common, "model": ""}, "cases": found}
+        write_results(arguments.output, "A training step on a CPU", content, table(found))
 
 
 if __name__ == "__main__":

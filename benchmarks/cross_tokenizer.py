@@ -15,7 +15,6 @@ Seconds are those of training without evaluation; their ratio to "same tokenizer
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -28,7 +27,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 from datasets import Dataset, concatenate_datasets
-from measure import machine
+from measure import write_results
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
@@ -193,10 +192,7 @@ def main() -> None:
     table = as_markdown(found)
     print(table)
     if output:
-        about = machine("cpu") | {"seconds": time.perf_counter() - began}
-        output.with_suffix(".json").write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
-        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
-        output.with_suffix(".md").write_text(f"# A teacher with another tokenizer\n\n{where}\n\n{table}\n")
+        write_results(output, "A teacher with another tokenizer", found, table, began=began)
 
 
 if __name__ == "__main__":

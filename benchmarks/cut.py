@@ -28,7 +28,7 @@ from pydoc_data.topics import topics
 from typing import Any
 
 import torch
-from measure import machine
+from measure import write_results
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -278,12 +278,8 @@ def main() -> None:
         found[name] = row
         print(table({name: row}), flush=True)
         if arguments.output:
-            about = machine("cpu")
-            content = {"machine": about, "settings": settings, "students": found}
-            arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-            where = f"{about['date']}, {about['device']}. `{about['command']}`"
-            text = f"# Students made from their teacher\n\n{where}\n\n{table(found)}\n"
-            arguments.output.with_suffix(".md").write_text(text)
+            content = {"settings": settings, "students": found}
+            write_results(arguments.output, "Students made from their teacher", content, table(found))
 
 
 if __name__ == "__main__":

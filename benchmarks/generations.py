@@ -11,7 +11,6 @@ learned from again; all seeds begin from the same weights.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measure import machine
+from measure import write_results
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
@@ -115,12 +114,8 @@ def main() -> None:
     table = tables_of(generations, stages)
     print(table)
     if arguments.output:
-        about = machine("cpu") | {"seconds": time.perf_counter() - began}
-        content = {"machine": about, "generations": generations, "continual": stages}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
-        arguments.output.with_suffix(".md").write_text(f"# Generations and domains\n\n{where}\n\n{table}\n")
+        found = {"generations": generations, "continual": stages}
+        write_results(arguments.output, "Generations and domains", found, table, began=began)
 
 
 if __name__ == "__main__":

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from llm_distill import machine as this_machine
 from llm_distill.machine import seconds, synchronize
 
-__all__ = ["MIB", "in_fresh_process", "machine", "peak_memory", "seconds", "synchronize"]
+__all__ = ["MIB", "in_fresh_process", "machine", "peak_memory", "seconds", "synchronize", "write_results"]
 
 MIB = 2**20
 
@@ -25,6 +28,22 @@ def machine(device: str) -> dict[str, Any]:
 def in_fresh_process(script: str, task: dict[str, Any]) -> dict[str, Any]:
     """The JSON that `script --task …` prints as its last line; {"error": …} if it ends badly."""
     return this_machine.run_in_fresh_process([script], task)
+
+
+def write_results(
+    output: Path, title: str, found: dict[str, Any], *parts: str, began: float | None = None, device: str = "cpu"
+) -> None:
+    """OUTPUT.json, what was found with the machine, and OUTPUT.md, `parts` under the title.
+
+    Args:
+        began: `time.perf_counter()` at the start, where the whole time is told.
+    """
+    about = machine(device) | ({} if began is None else {"seconds": time.perf_counter() - began})
+    took = "" if began is None else f", {about['seconds']:.0f} s"
+    where = f"{about['date']}, {about['device']}{took}. `{about['command']}`"
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.with_suffix(".json").write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
+    output.with_suffix(".md").write_text("\n\n".join([f"# {title}", where, *parts]) + "\n")
 
 
 @contextmanager

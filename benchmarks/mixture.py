@@ -12,7 +12,6 @@ texts of each domain, means over seeds of the student, and the largest minus the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import sys
@@ -28,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 import torch
 from datasets import Dataset, concatenate_datasets
 from federated import DOMAINS, Recipe, blocks_of, losses_of, make_config, make_model, train
-from measure import machine
+from measure import write_results
 from transformers import PreTrainedModel
 
 from llm_distill import DistillationTrainer, EnsembleTeacher, LiveTeacher, Teacher
@@ -120,18 +119,12 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(SHORT if arguments.short else RECIPE, arguments.seeds, Path(folder))
-    about = machine("cpu") | {"seconds": time.perf_counter() - began}
     table = as_markdown(found)
     print(table)
     if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        content = {"machine": about, "seeds": arguments.seeds, **found}
-        arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
         intro = f"Nats a token on held-out texts of three domains; means of {arguments.seeds} seeds, and their spread."
-        arguments.output.with_suffix(".md").write_text(
-            f"# A mixture of three teachers\n\n{where}\n\n{intro}\n\n{table}\n"
-        )
+        content = {"seeds": arguments.seeds, **found}
+        write_results(arguments.output, "A mixture of three teachers", content, intro, table, began=began)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import in_fresh_process, machine
+from measure import in_fresh_process, write_results
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -259,10 +259,7 @@ def main() -> None:
             found, table = measure_sums(arguments.seeds, Path(folder))
     print(table)
     if arguments.output:
-        about = machine("cpu") | {"seconds": time.perf_counter() - began}
-        arguments.output.with_suffix(".json").write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
-        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
-        arguments.output.with_suffix(".md").write_text(f"# Text that the student writes\n\n{where}\n\n{table}\n")
+        write_results(arguments.output, "Text that the student writes", found, table, began=began)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ noise (3.9 nats a token) of which it learned no fact in 24 steps. So the seeds t
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import random
 import statistics
@@ -32,7 +31,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 from datasets import Dataset
-from measure import machine
+from measure import write_results
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
@@ -206,10 +205,7 @@ def main() -> None:
     table = as_markdown(found)
     print(table)
     if arguments.output:
-        about = machine("cpu") | {"seconds": time.perf_counter() - began}
-        arguments.output.with_suffix(".json").write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
-        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
-        arguments.output.with_suffix(".md").write_text(f"# A teacher that reads more\n\n{where}\n\n{table}\n")
+        write_results(arguments.output, "A teacher that reads more", found, table, began=began)
 
 
 if __name__ == "__main__":

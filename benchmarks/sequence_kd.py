@@ -15,7 +15,6 @@ All are asked for sums that none of them has seen; right is what is right to the
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import statistics
 import tempfile
@@ -27,7 +26,7 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 import torch
 from datasets import Dataset
-from measure import machine
+from measure import write_results
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
@@ -154,19 +153,13 @@ def main() -> None:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         found = measure(args.seeds, Path(folder))
-    about = machine("cpu") | {"seconds": time.perf_counter() - began}
     table = as_markdown(found["rows"])
     print(table)
     if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.with_suffix(".json").write_text(json.dumps({"machine": about, **found}, indent=1) + "\n")
-        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
         size = {name: make_model(name, 0).num_parameters() / 1e3 for name in SIZES}
         sizes = ", ".join(f"{name} {value:,.0f} k parameters" for name, value in size.items())
         intro = f"Sums of two numbers below {LARGEST}, {HELD_OUT:,} that nobody has seen; {sizes}; {args.seeds} seeds."
-        args.output.with_suffix(".md").write_text(
-            f"# Learning from a teacher's texts\n\n{where}\n\n{intro}\n\n{table}\n"
-        )
+        write_results(args.output, "Learning from a teacher's texts", found, intro, table, began=began)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import in_fresh_process, machine
+from measure import in_fresh_process, write_results
 
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
@@ -172,17 +172,13 @@ def main() -> None:
     table = as_markdown(rows)
     print(table)
     if arguments.output:
-        about = machine("cpu") | {"seconds": time.perf_counter() - began}
-        content = {"machine": about, "layers": kept, "rows": rows}
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n")
-        where = f"{about['date']}, {about['device']}, {about['seconds']:.0f} s. `{about['command']}`"
         intro = (
             f"{arguments.seconds:.0f} s of training each, batches of {BATCH} × {LENGTH} tokens; {arguments.held_out} "
             f"held-out texts. The student has the layers {', '.join(map(str, kept))}. A term begins at "
             f"{arguments.share:g} of the divergence."
         )
-        arguments.output.with_suffix(".md").write_text(f"# Terms beside the logits\n\n{where}\n\n{intro}\n\n{table}\n")
+        found = {"layers": kept, "rows": rows}
+        write_results(arguments.output, "Terms beside the logits", found, intro, table, began=began)
 
 
 if __name__ == "__main__":
