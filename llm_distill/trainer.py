@@ -246,7 +246,7 @@ class DistillationTrainer(SFTTrainer):
     @property
     def is_aligned(self) -> bool:
         """Whether the teacher has another tokenizer."""
-        return isinstance(self.teacher, OtherTokensTeacher)
+        return self._teachers_tokenizer is not None
 
     @property
     def _teachers_tokenizer(self) -> PreTrainedTokenizerBase | None:
