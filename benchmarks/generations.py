@@ -27,8 +27,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))
 
 import born_again
 import continual
-from demo import use_all_cores
-from sequence_kd import as_options
+from demo import as_options, use_all_cores
 
 from llm_distill.evaluation.stages import stage_figures
 from llm_distill.tables import Table

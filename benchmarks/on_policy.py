@@ -30,7 +30,7 @@ from measure import in_fresh_process, write_results
 os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 from datasets import Dataset
-from sequence_kd import STUDENT_STEPS, TEACHER_STEPS, accuracy, make_model, sums, train
+from sequence_kd import STUDENT_STEPS, TEACHER_STEPS, WIDTHS, learn, make_model, share_right, sums
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, TrainerCallback
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
@@ -197,7 +197,7 @@ SHORTENED = "then the student's texts, reverse KL, in the time of the teacher's 
 
 def measure_sums(seeds: int, folder: Path) -> tuple[dict[str, Any], str]:
     tokenizer, parts = tokenizer_of_digits(), sums()
-    model = train(make_model("teacher", 0), parts["taught"], TEACHER_STEPS, 0, tokenizer, folder)
+    model = learn(make_model(WIDTHS["teacher"], 0), parts["taught"], TEACHER_STEPS, 0, folder)
     teacher, asked = LiveTeacher(model, tokenizer), list(prompts_of(parts["asked"]))
 
     def written(author: LanguageModel, name: str, **filters: Any) -> Dataset:
@@ -211,26 +211,26 @@ def measure_sums(seeds: int, folder: Path) -> tuple[dict[str, Any], str]:
         "prompts": parts["asked"].select_columns("prompt"),
     }
 
-    def learn(curriculum: list[tuple[float, str, dict[str, Any]]], seed: int, name: str, steps: int) -> float:
+    def follow(curriculum: list[tuple[float, str, dict[str, Any]]], seed: int, name: str, steps: int) -> float:
         """The seconds of its training, and of the writing for it."""
-        student, began = make_model("student", seed), time.perf_counter()
+        student, began = make_model(WIDTHS["student"], seed), time.perf_counter()
         for share, texts, options in curriculum:
             if texts == "its own":
                 data[texts] = written(LanguageModel(student, tokenizer), f"{name}, seed {seed}")
-            train(student, data[texts], round(share * steps), seed, tokenizer, folder, teacher, **options)
+            learn(student, data[texts], round(share * steps), seed, folder, teacher, **{"ce_weight": 1.0} | options)
         seconds = time.perf_counter() - began
         rows[name]["seconds"].append(seconds)
-        rows[name]["right"].append(accuracy(student, tokenizer, parts["held_out"]))
+        rows[name]["right"].append(share_right(student, parts["held_out"]))
         print(f"seed {seed}, {name}: {rows[name]['right'][-1]:.1%} in {seconds:.0f} s", flush=True)
         return seconds
 
     rows: dict[str, Any] = {name: {"right": [], "seconds": []} for name in (*CURRICULA, SHORTENED)}
     for seed in range(1, seeds + 1):
-        seconds = {name: learn(curriculum, seed, name, STUDENT_STEPS) for name, curriculum in CURRICULA.items()}
+        seconds = {name: follow(curriculum, seed, name, STUDENT_STEPS) for name, curriculum in CURRICULA.items()}
         whole = "then the student's texts, reverse KL"
         steps = round(STUDENT_STEPS * seconds["the teacher's texts"] / seconds[whole])
-        learn(CURRICULA[whole], seed, SHORTENED, steps)
-    rows["teacher"] = {"right": [accuracy(model, tokenizer, parts["held_out"])], "seconds": [0.0]}
+        follow(CURRICULA[whole], seed, SHORTENED, steps)
+    rows["teacher"] = {"right": [share_right(model, parts["held_out"])], "seconds": [0.0]}
     lines = ["| learned from | right | largest − smallest, by seed | seconds |", "|---|---:|---:|---:|"]
     for name, row in rows.items():
         mean, spread = statistics.fmean(row["right"]), max(row["right"]) - min(row["right"])

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -27,16 +28,16 @@ os.environ.update(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 import torch
 from datasets import Dataset
 from measure import write_results
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
 
-from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
+sys.path.append(str(Path(__file__).parents[1] / "recipes"))
+from few_samples import learn, make_model, share_right
+
+from llm_distill import LiveTeacher
 from llm_distill.data.sums import LARGEST, is_right, split_sums, tokenizer_of_digits
 from llm_distill.generation import Sampling, TransformersEngine, generate, load_generated, make_filters, prompts_of
-from llm_distill.models import LanguageModel
 
 TAUGHT, ASKED, GOLD, HELD_OUT = 6000, 3000, 200, 1000
-SIZES = {"teacher": (128, 2), "student": (64, 2)}
-BATCH = 128
+WIDTHS = {"teacher": 128, "student": 64}
 TEACHER_STEPS, STUDENT_STEPS = 450, 600
 
 
@@ -45,67 +46,11 @@ def sums() -> dict[str, Dataset]:
     return split_sums(taught=TAUGHT, asked=ASKED, gold=GOLD, held_out=HELD_OUT)
 
 
-def make_model(name: str, seed: int) -> PreTrainedModel:
-    set_seed(seed)
-    width, layers = SIZES[name]
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(
-            vocab_size=13,
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=layers,
-            num_attention_heads=4,
-            num_key_value_heads=4,
-            max_position_embeddings=16,
-        )
-    )
-
-
-def train(
-    model: PreTrainedModel,
-    data: Dataset,
-    steps: int,
-    seed: int,
-    tokenizer: Any,
-    folder: Path,
-    teacher: Any = None,
-    **options: Any,
-) -> PreTrainedModel:
-    weights = {"kd_weight": 0.0 if teacher is None else 1.0, "ce_weight": 1.0}
-    args = DistillationConfig(
-        output_dir=str(folder),
-        max_steps=steps,
-        per_device_train_batch_size=BATCH,
-        learning_rate=2e-3,
-        lr_scheduler_type="cosine",
-        warmup_steps=steps // 10,
-        weight_decay=0.1,
-        seed=seed,
-        logging_strategy="no",
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
-        bf16=False,
-        dataloader_pin_memory=False,
-        **(weights | options),
-    )
-    DistillationTrainer(model, teacher, args, train_dataset=data, processing_class=tokenizer).train()
-    return model.eval()
-
-
-def accuracy(model: PreTrainedModel, tokenizer: Any, asked: Dataset) -> float:
-    engine = TransformersEngine(
-        LanguageModel(model, tokenizer), Sampling(max_new_tokens=4, temperature=0), batch_size=250
-    )
-    answers = engine.write(list(prompts_of(asked)))
-    return statistics.fmean(is_right(a.prompt.content, a.completions[0].text, {}) for a in answers)
-
-
 def measure(seeds: int, folder: Path) -> dict[str, Any]:
     tokenizer, data = tokenizer_of_digits(), sums()
     began = time.perf_counter()
-    model = train(make_model("teacher", 0), data["taught"], TEACHER_STEPS, 0, tokenizer, folder)
-    rows: dict[str, Any] = {"teacher": {"accuracy": accuracy(model, tokenizer, data["held_out"]), "texts": TAUGHT}}
+    model = learn(make_model(WIDTHS["teacher"], 0), data["taught"], TEACHER_STEPS, 0, folder)
+    rows: dict[str, Any] = {"teacher": {"accuracy": share_right(model, data["held_out"]), "texts": TAUGHT}}
     print(f"teacher: {rows['teacher']['accuracy']:.1%} after {time.perf_counter() - began:.0f} s", flush=True)
     teacher, sampling = LiveTeacher(model, tokenizer), Sampling(max_new_tokens=4)
     engine, prompts = (
@@ -123,8 +68,9 @@ def measure(seeds: int, folder: Path) -> dict[str, Any]:
     found: dict[str, list[float]] = {name: [] for name in cases}
     for seed in range(1, seeds + 1):
         for name, (learned, tutor) in cases.items():
-            student = train(make_model("student", seed), learned, STUDENT_STEPS, seed, tokenizer, folder, tutor)
-            found[name].append(accuracy(student, tokenizer, data["held_out"]))
+            student = make_model(WIDTHS["student"], seed)
+            learn(student, learned, STUDENT_STEPS, seed, folder, tutor, ce_weight=1.0)
+            found[name].append(share_right(student, data["held_out"]))
             print(f"seed {seed}, {name}: {found[name][-1]:.1%}", flush=True)
     for name, values in found.items():
         rows[name] = {
@@ -156,7 +102,7 @@ def main() -> None:
     table = as_markdown(found["rows"])
     print(table)
     if args.output:
-        size = {name: make_model(name, 0).num_parameters() / 1e3 for name in SIZES}
+        size = {name: make_model(width, 0).num_parameters() / 1e3 for name, width in WIDTHS.items()}
         sizes = ", ".join(f"{name} {value:,.0f} k parameters" for name, value in size.items())
         intro = f"Sums of two numbers below {LARGEST}, {HELD_OUT:,} that nobody has seen; {sizes}; {args.seeds} seeds."
         write_results(args.output, "Learning from a teacher's texts", found, intro, table, began=began)

@@ -21,8 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
-from demo import use_all_cores
-from sequence_kd import as_options
+from demo import as_options, use_all_cores
 from token_kl import embedded_defaults
 
 from llm_distill import EnsembleTeacher, LiveTeacher

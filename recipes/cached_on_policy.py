@@ -20,9 +20,8 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from demo import use_all_cores
+from demo import as_options, use_all_cores
 from on_policy import FOLDER, LEARNING, START, start_off_policy
-from sequence_kd import as_options
 
 from llm_distill.cli.capture import capture
 from llm_distill.cli.generate import generate

@@ -26,8 +26,7 @@ from typing import Any
 
 from accelerate import PartialState
 from datasets import Dataset
-from demo import use_all_cores
-from sequence_kd import as_options
+from demo import as_options, use_all_cores
 from token_kl import embedded_defaults
 from trl import get_peft_config, get_quantization_config
 

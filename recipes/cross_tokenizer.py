@@ -20,8 +20,7 @@ from pathlib import Path
 import torch
 import yaml
 from accelerate import PartialState
-from demo import Recipe, make_model, prepare_corpus, trained_teacher, use_all_cores
-from sequence_kd import as_options
+from demo import Recipe, as_options, make_model, prepare_corpus, trained_teacher, use_all_cores
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llm_distill.cli.generate import generate

@@ -245,6 +245,11 @@ def plot(path: Path, teacher: dict[str, float], runs: dict[str, list[dict[str, A
     figure.savefig(path, dpi=150)
 
 
+def as_options(values: dict[str, object]) -> list[str]:
+    """Flags of a command."""
+    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
+
+
 def use_all_cores() -> None:
     """`accelerate launch` gives each process one thread unless told otherwise, which on a CPU wastes the others."""
     state = ranks()

@@ -26,8 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, concatenate_datasets, load_dataset
-from demo import use_all_cores
-from sequence_kd import as_options
+from demo import as_options, use_all_cores
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, set_seed
 
 from llm_distill import DistillationConfig, DistillationTrainer, LiveTeacher
@@ -146,14 +145,22 @@ def make_model(width: int, seed: int) -> PreTrainedModel:
 
 
 def learn(
-    model: PreTrainedModel, rows: Dataset, steps: int, sizes: Sizes, seed: int, teacher: Any = None, **options: Any
+    model: PreTrainedModel,
+    rows: Dataset,
+    steps: int,
+    seed: int,
+    folder: Path,
+    teacher: Any = None,
+    *,
+    batch: int = Sizes.batch,
+    **options: Any,
 ) -> PreTrainedModel:
     """Fine-tuned on the rows, or taught what `options` say."""
     weights = {"ce_weight": 1.0, "kd_weight": 0.0} if teacher is None else {"ce_weight": 0.0, "kd_weight": 1.0}
     args = DistillationConfig(
-        output_dir=str(FOLDER / "work"),
+        output_dir=str(folder),
         max_steps=steps,
-        per_device_train_batch_size=sizes.batch,
+        per_device_train_batch_size=batch,
         learning_rate=2e-3,
         lr_scheduler_type="cosine",
         warmup_steps=steps // 10,
@@ -184,7 +191,8 @@ def compare(examples: Sequence[int], seeds: int, sizes: Sizes) -> tuple[dict[str
     whole = parts["taught"].map(
         lambda row: {"text": row["prompt"] + row["completion"]}, remove_columns=["prompt", "completion"]
     )
-    model = learn(make_model(sizes.teacher_width, 0), whole, sizes.teacher_steps, sizes, 0)
+    work = FOLDER / "work"
+    model = learn(make_model(sizes.teacher_width, 0), whole, sizes.teacher_steps, 0, work, batch=sizes.batch)
     teacher = LiveTeacher(model, tokenizer_of_digits())
     right: dict[str, Any] = {"teacher": share_right(model, parts["held_out"]), "students": {}}
     print(f"The teacher: {right['teacher']:.1%} right.", flush=True)
@@ -217,11 +225,11 @@ def compare(examples: Sequence[int], seeds: int, sizes: Sizes) -> tuple[dict[str
         for seed in range(1, seeds + 1):
             steps = sizes.student_steps
             start = lambda seed=seed: make_model(sizes.student_width, seed)  # noqa: E731
-            tuned = learn(start(), gold, steps, sizes, seed)
-            taught = learn(start(), texts, steps, sizes, seed)
-            first = learn(start(), texts, steps // 2, sizes, seed)
+            tuned = learn(start(), gold, steps, seed, work, batch=sizes.batch)
+            taught = learn(start(), texts, steps, seed, work, batch=sizes.batch)
+            first = learn(start(), texts, steps // 2, seed, work, batch=sizes.batch)
             own = {"on_policy_share": 1.0, "divergence": "reverse_kl", "max_completion_length": 4}
-            then = learn(first, texts, steps - steps // 2, sizes, seed, teacher, **own)
+            then = learn(first, texts, steps - steps // 2, seed, work, teacher, batch=sizes.batch, **own)
             students = {"fine-tuned": tuned, "sequence-level": taught, "then on-policy": then}
             for name, student in students.items():
                 value = share_right(student, parts["held_out"])

@@ -14,8 +14,7 @@ from pathlib import Path
 
 from accelerate import PartialState
 from datasets import Dataset
-from demo import use_all_cores
-from sequence_kd import as_options
+from demo import as_options, use_all_cores
 from token_kl import embedded_defaults
 
 from llm_distill.cli.train import train

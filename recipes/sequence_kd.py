@@ -18,7 +18,7 @@ from pathlib import Path
 
 import yaml
 from accelerate import PartialState
-from demo import Recipe, use_all_cores
+from demo import Recipe, as_options, use_all_cores
 from token_kl import embedded_defaults
 
 from llm_distill.cli.generate import generate
@@ -48,10 +48,6 @@ def embedded(stage: str) -> list[str]:
             "output_dir": folder,
         }
     )
-
-
-def as_options(values: dict[str, object]) -> list[str]:
-    return [part for name, value in values.items() for part in (f"--{name}", str(value))]
 
 
 def main() -> None:
