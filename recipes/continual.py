@@ -165,6 +165,9 @@ def embedded() -> list[str]:
 @errors_in_one_line
 def main(argv: list[str]) -> None:
     """Its own option, and those of `llm-distill train`."""
+    if {*argv} & {"-h", "--help", "--help-all"}:
+        print(__doc__)
+        parse("train", argv)  # which shows them, and ends
     if "--domains" in argv:
         first = argv.index("--domains") + 1
         count = next((n for n, word in enumerate(argv[first:]) if word.startswith("--")), len(argv) - first)

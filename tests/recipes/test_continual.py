@@ -13,6 +13,7 @@ from datasets import Dataset
 from runs import save
 from tiny import tiny_llama
 from transformers import PreTrainedTokenizerBase
+from warm import run_python
 
 from llm_distill import TeacherCache
 from llm_distill.cli.capture import capture
@@ -91,3 +92,8 @@ def test_commands_go_on_with_new_text_a_cache_and_earlier_texts(
     loss = figures["domains"]["mail"]["models"]["student"]["loss"]["value"]
     assert figures["previous"]["losses"]["mail"][-1]["value"] == pytest.approx(loss, rel=1e-5)
     assert "2 students and 1 domains" in refused(capsys, evaluate, [*as_flags(models | parts), "--data", sources[0]])
+
+
+def test_help_trains_nothing(tmp_path: Path) -> None:
+    assert "--domains" in run_python(continual.__file__, "--help", folder=tmp_path)
+    assert not list(tmp_path.iterdir())
